@@ -1,0 +1,21 @@
+"""What the Triton kernels share. Imported by `triton*.py` files only, since it imports triton.
+
+Shape letters of the whole project:
+
+    B batch            T query length     S key length       H query heads      G key/value heads
+    K key dim          V value dim        D model dim        L block length     N number of blocks     P ranks
+
+The public layout is (B, H, T, K); a kernel that wants another reads it through strides.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offset(index, strides):
+    """sum(index[i] * strides[i]) in int64: one tensor of 1 M tokens x 32 heads x 128 already passes 2^31."""
+    total = tl.zeros((), tl.int64)
+    for i in tl.static_range(len(strides)):
+        total += tl.cast(index[i], tl.int64) * strides[i]
+    return total

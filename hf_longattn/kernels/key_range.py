@@ -1,0 +1,63 @@
+"""`KeyRange`: which keys each query may see, in memory linear in the length.
+
+Causal order, sliding windows, left and right padding, packed documents and chunks all give every query one interval of
+keys, and the intersection of intervals is an interval. So one description serves every kernel:
+
+    query t of row b sees key s  <=>  lower[b, t] <= s < upper[b, t]  and  key_mask[b, s]
+                                      and, where `causal`, s <= t + S - T
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyRange:
+    """An interval of visible keys for each query; every field left out restricts nothing.
+
+    Args:
+        causal: query t sees keys up to t + S - T (bottom-right aligned). Known on the host, so that a dense causal
+            call can be handed to torch's own attention.
+        lower: (B or 1, T) int32, the first visible key.
+        upper: (B or 1, T) int32, one past the last visible key. May change on the device between two replays of a
+            CUDA graph.
+        key_mask: (B or 1, S) bool, True where a key exists: padding with holes.
+    """
+
+    causal: bool = False
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing but (perhaps) causal order restricts the keys."""
+        return self.lower is None and self.upper is None and self.key_mask is None
+
+    def tile(self, rows: slice, columns: slice, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        """The visibility of one tile.
+
+        Args:
+            rows: queries of the tile, with start and stop.
+            columns: keys of the tile, with start and stop.
+            num_queries: T of the whole problem.
+            num_keys: S of the whole problem.
+            device: where to build the tile.
+
+        Returns:
+            bool, (B or 1, 1, rows, columns), True where the query may see the key.
+        """
+        key = torch.arange(columns.start, columns.stop, device=device)
+        query = torch.arange(rows.start, rows.stop, device=device)
+        visible = torch.ones(1, len(query), len(key), dtype=torch.bool, device=device)
+        if self.causal:
+            visible = visible & (key <= query[:, None] + (num_keys - num_queries))
+        if self.lower is not None:
+            visible = visible & (key >= self.lower[:, rows, None])
+        if self.upper is not None:
+            visible = visible & (key < self.upper[:, rows, None])
+        if self.key_mask is not None:
+            visible = visible & self.key_mask[:, None, columns]
+        return visible[:, None]

@@ -1,4 +1,4 @@
-"""Fixtures that every test gets: memory that nothing wrote is NaN, and no test depends on another's random state."""
+"""Fixtures that every test gets: memory that nothing wrote is NaN, and every test starts from the same seed."""
 
 import pytest
 import torch

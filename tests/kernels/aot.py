@@ -1,0 +1,88 @@
+"""Compiles a Triton kernel for sm_90 on a machine without a GPU, and reads what it costs there.
+
+Usage (see `test_aot.py` for the table of cases):
+
+    compile_sm90(
+        _kernel,
+        signature={"x_ptr": "*bf16:16", "x_strides": ("i64:16", 1), "num_rows": "i32", "scale": "fp32"},
+        constexprs={"BLOCK": 128, "mask_ptr": None},
+        num_warps=4,
+        num_stages=3,
+    )
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+# What one thread block may use on an H100, and what one thread may.
+MAX_SHARED_BYTES = 227 * 1024
+MAX_REGISTERS = 255
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes: registers and spilled bytes a thread, shared bytes a thread block."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def _flatten(index, kind, constants, attributes):
+    """The type of one argument in Triton's words; constants and alignments are noted under its path."""
+    if isinstance(kind, tuple):
+        return tuple(_flatten((*index, i), k, constants, attributes) for i, k in enumerate(kind))
+    if kind is None or isinstance(kind, int):
+        constants[index] = kind
+        return "constexpr"
+    name, _, alignment = kind.partition(":")
+    if alignment:
+        attributes[index] = [["tt.divisibility", int(alignment)]]
+    return name
+
+
+def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
+    """Compiles `kernel` for an H100 and returns its `Resources`.
+
+    Args:
+        kernel: a `@triton.jit` function, perhaps wrapped by `autotune` or `heuristics`.
+        signature: parameter -> type: "*bf16" is a pointer, "i32", "i64" and "fp32" are numbers; ":16"
+            appended says that the value is a multiple of 16, as Triton finds out at a launch; a number says
+            that the value is that constant (strides of 1); a tuple of these is a tuple argument.
+        constexprs: parameter -> value, for `tl.constexpr` parameters and for those left out (None).
+        num_warps: warps of a thread block.
+        num_stages: stages of the software pipeline.
+    """
+    while not hasattr(kernel, "arg_names") or hasattr(kernel, "configs"):
+        kernel = kernel.fn
+    constants, attributes, types = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            types[name], constants[(position,)] = "constexpr", constexprs[name]
+        else:
+            types[name] = _flatten((position,), signature[name], constants, attributes)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages}
+    )
+    registers, spills = _usage(compiled.asm["cubin"])
+    return Resources(registers, spills, compiled.metadata.shared)
+
+
+def _usage(cubin):
+    """Registers and local (spilled) bytes a thread of the one kernel in `cubin`."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [tool, "-res-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])

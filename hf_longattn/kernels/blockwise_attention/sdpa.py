@@ -1,0 +1,275 @@
+"""Blockwise attention by torch's own kernels, the ATen operators that hand out the log-sum-exp.
+
+On CUDA they cover dense attention: full in one call, causal with T = S in one call, causal with T < S as a
+full prefix and a square diagonal, merged by their lse. On the CPU a block of queries and the keys it may
+see make one call with a mask tile, so any mask goes. A sink enters afterwards: with l' = log(exp l + exp
+sink) the output shrinks by exp(l - l'). The backward of every part runs with the lse and output of the
+whole row, which makes its probabilities the global ones, and its gradients add up.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
+
+_ATEN = torch.ops.aten
+# Rows of a mask tile on the CPU: enough to feed two cores, 32 MB of mask at 32 K keys in fp32.
+_CPU_ROWS = 256
+
+
+def missing(query: Tensor, key: Tensor, value: Tensor, terms: Terms, needs_bias_grad: bool) -> str | None:
+    """What this implementation cannot do of a call, in words, or None if it can do it all."""
+    on_cpu = query.device.type == "cpu"
+    checks = (
+        (query.device.type not in ("cpu", "cuda"), f"tensors on {query.device.type}"),
+        (terms.softcap is not None, "`softcap`"),
+        (terms.dropout is not None, "`dropout`"),
+        (needs_bias_grad, "a gradient of `bias`"),
+        (
+            query.shape[3] != value.shape[3] or query.shape[3] == 0,
+            "a value dim that differs from the key dim",
+        ),
+        (query.dtype == torch.float64, "float64"),
+        (
+            not on_cpu and not (terms.mask.is_dense and terms.bias is None),
+            "a mask other than causal order on CUDA",
+        ),
+        (not on_cpu and query.dtype == torch.float32, "float32 on CUDA"),
+        (not on_cpu and (query.shape[3] % 8 != 0 or query.shape[3] > 256), "this head dim on CUDA"),
+        (not on_cpu and any(x.stride(3) != 1 for x in (query, key, value)), "a strided last dim on CUDA"),
+    )
+    return next((words for fails, words in checks if fails), None)
+
+
+class _Part(NamedTuple):
+    """One call of a kernel: these rows against these columns."""
+
+    rows: slice
+    columns: slice
+    is_causal: bool = False
+    visible: Tensor | None = None
+
+
+def _parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if terms.bias is not None or not terms.mask.is_dense:
+        yield from _masked_parts(query, key, terms)
+    elif not terms.mask.causal:
+        yield _Part(slice(0, num_queries), slice(0, num_keys))
+    else:
+        prefix = max(0, num_keys - num_queries)
+        if prefix:
+            yield _Part(slice(0, num_queries), slice(0, prefix))
+        yield _Part(
+            slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
+        )
+
+
+def _masked_parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
+    sizes = (query.shape[2], key.shape[2])
+    for start in range(0, sizes[0], _CPU_ROWS):
+        rows = slice(start, min(start + _CPU_ROWS, sizes[0]))
+        columns = terms.columns(rows, *sizes)
+        if columns.stop > columns.start:
+            yield _Part(rows, columns, visible=terms.visible(rows, columns, sizes, query.device))
+
+
+def _mask_tile(part: _Part, terms: Terms, dtype: torch.dtype) -> Tensor | None:
+    if part.visible is None:
+        return None
+    bias = terms.bias_tile(part.rows, part.columns)
+    tile = torch.zeros((), dtype=dtype) if bias is None or bias.dtype == torch.bool else bias.to(dtype)
+    return torch.where(part.visible, tile, -torch.inf)
+
+
+def _slots(key: Tensor, value: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+    k, v = key[:, :, part.columns], value[:, :, part.columns]
+    if part.visible is None or part.visible.all():
+        return k, v
+    return without_unseen(k, part.visible), without_unseen(v, part.visible)
+
+
+def _uses_cudnn(query: Tensor, key: Tensor) -> bool:
+    """cuDNN is 1.3 to 1.8 times as fast as ATen's flash kernel on Hopper, at lengths that fill its tiles."""
+    long = min(query.shape[2], key.shape[2]) >= 128 and query.shape[3] <= 128
+    enabled = torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.is_available()
+    return long and enabled and torch.cuda.get_device_capability(query.device)[0] in (9, 10)
+
+
+def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    if _uses_cudnn(q, k):
+        output, lse = _ATEN._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, is_causal, scale=scale
+        )[:2]
+        return output, lse.reshape(q.shape[:3])
+    output, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
+    return output, lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def _cpu_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Indices of the query heads that face each key head once: H / G calls, none of which repeats keys."""
+    group = query.shape[1] // key.shape[1]
+    return ((slice(None), slice(first, None, group)) for first in range(group))
+
+
+def _attend_cpu(
+    q: Tensor, k: Tensor, v: Tensor, part: _Part, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for heads in _cpu_heads(q, k):
+        tile = mask[heads] if mask is not None and mask.shape[1] > 1 else mask
+        output[heads], lse[heads] = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            q[heads], k, v, 0.0, part.is_causal, attn_mask=tile, scale=scale
+        )
+    if part.visible is not None:
+        lse = lse.masked_fill(~part.visible.any(dim=3), -torch.inf)
+    return output, lse
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(first[1], second[1])
+    weights = [torch.exp(part - lse)[..., None] for _, part in (first, second)]
+    return (first[0] * weights[0] + second[0] * weights[1]).to(first[0].dtype), lse
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Attention as a merge of kernel calls.
+
+    Args:
+        query: (B, H, T, K).
+        key: (B, G, S, K).
+        value: (B, G, S, K).
+        terms: options of the call, none of those that `missing` names.
+
+    Returns:
+        output (B, H, T, K) in the query's dtype and lse (B, H, T) in fp32.
+    """
+    results: tuple[Tensor, Tensor] | None = None
+    for part in _parts(query, key, terms):
+        q, (k, v) = query[:, :, part.rows], _slots(key, value, part)
+        if query.device.type == "cpu":
+            rows = _attend_cpu(q, k, v, part, _mask_tile(part, terms, query.dtype), terms.scale)
+        else:
+            rows = _attend_cuda(q, k, v, part.is_causal, terms.scale)
+        if part.visible is None and q.shape == query.shape:
+            results = rows if results is None else _merge(results, rows)
+            continue
+        results = _empty_results(query) if results is None else results
+        results[0][:, :, part.rows], results[1][:, :, part.rows] = rows
+    output, lse = _empty_results(query) if results is None else results
+    if terms.sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, terms.sinks.float()[:, None])
+    return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
+
+
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+
+
+def _gradients_cuda(grad: Tensor, inputs: tuple, results: tuple, is_causal: bool, scale: float) -> tuple:
+    query, key, value = inputs
+    output, lse = results
+    sizes = (query.shape[2], key.shape[2])
+    nothing = torch.zeros((), dtype=torch.int64, device=query.device)
+    if _uses_cudnn(query, key):
+        return _ATEN._scaled_dot_product_cudnn_attention_backward(
+            grad,
+            *inputs,
+            output,
+            lse[..., None],
+            nothing,
+            nothing,
+            None,
+            None,
+            None,
+            *sizes,
+            0.0,
+            is_causal,
+            scale=scale,
+        )
+    return _ATEN._scaled_dot_product_flash_attention_backward(
+        grad, *inputs, output, lse, None, None, *sizes, 0.0, is_causal, nothing, nothing, scale=scale
+    )
+
+
+def _gradients_cpu(
+    grad: Tensor, inputs: tuple, results: tuple, part: _Part, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = inputs
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = (
+        torch.zeros_like(key, dtype=torch.float32),
+        torch.zeros_like(value, dtype=torch.float32),
+    )
+    # exp(-inf - lse) of an empty row must be 0, and -inf would make it NaN.
+    lse = results[1].masked_fill(results[1] == -torch.inf, 0)
+    for heads in _cpu_heads(query, key):
+        tile = mask[heads] if mask is not None and mask.shape[1] > 1 else mask
+        grad_query[heads], key_part, value_part = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[heads],
+            query[heads],
+            key,
+            value,
+            results[0][heads],
+            lse[heads],
+            0.0,
+            part.is_causal,
+            attn_mask=tile,
+            scale=scale,
+        )
+        grad_key += key_part
+        grad_value += value_part
+    return grad_query, grad_key, grad_value
+
+
+def _part_gradients(
+    grad_output: Tensor, inputs: tuple, results: tuple, part: _Part, terms: Terms
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = inputs
+    k, v = _slots(key, value, part)
+    q, grad, output, lse = (x[:, :, part.rows] for x in (query, grad_output, *results))
+    if query.device.type == "cpu":
+        mask = _mask_tile(part, terms, query.dtype)
+        return _gradients_cpu(grad, (q, k, v), (output, lse), part, mask, terms.scale)
+    return _gradients_cuda(grad, (q, k, v), (output, lse), part.is_causal, terms.scale)
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: None,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    terms: Terms,
+    bias_grad: bool = False,
+) -> Gradients:
+    """Gradients of `forward`, a sum over the same parts.
+
+    Args:
+        grad_output: (B, H, T, K).
+        grad_lse: always None, for these kernels take no gradient of lse.
+        inputs: query, key and value of the forward.
+        results: output and lse of the forward.
+        terms: options of the forward.
+        bias_grad: always False.
+    """
+    assert grad_lse is None and not bias_grad
+    delta = row_delta(grad_output, results[0], None, torch.float32) if terms.sinks is not None else None
+    grad_sinks = None if delta is None else sink_gradient(terms.sinks, results[1], delta)
+    sums: list[Tensor] | None = None
+    for part in _parts(*inputs[:2], terms):
+        gradients = _part_gradients(grad_output, inputs, results, part, terms)
+        whole = part.visible is None and all(
+            new.shape == x.shape for new, x in zip(gradients, inputs, strict=True)
+        )
+        if sums is None and whole:
+            sums = list(gradients)
+            continue
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in inputs] if sums is None else sums
+        for total, new, index in zip(sums, gradients, (part.rows, part.columns, part.columns), strict=True):
+            total[:, :, index] += new
+    sums = [torch.zeros_like(x) for x in inputs] if sums is None else sums
+    return Gradients(*(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)), None, grad_sinks)

@@ -1,16 +1,18 @@
 """`KeyRange`: which keys each query may see, in memory linear in the length.
 
-Causal order, sliding windows, left and right padding, packed documents and chunks all give every query one interval of
-keys, and the intersection of intervals is an interval. So one description serves every kernel:
+Causal order, sliding windows, left and right padding, packed documents and chunks all give every query one
+interval of keys, and the intersection of intervals is an interval. So one description serves every kernel:
 
     query t of row b sees key s  <=>  lower[b, t] <= s < upper[b, t]  and  key_mask[b, s]
                                       and, where `causal`, s <= t + S - T
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+_TENSORS = ("lower", "upper", "key_mask")
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class KeyRange:
     """An interval of visible keys for each query; every field left out restricts nothing.
 
     Args:
-        causal: query t sees keys up to t + S - T (bottom-right aligned). Known on the host, so that a dense causal
-            call can be handed to torch's own attention.
+        causal: query t sees keys up to t + S - T (bottom-right aligned). Known on the host, so that a dense
+            causal call can be handed to torch's own attention.
         lower: (B or 1, T) int32, the first visible key.
-        upper: (B or 1, T) int32, one past the last visible key. May change on the device between two replays of a
-            CUDA graph.
+        upper: (B or 1, T) int32, one past the last visible key. May change on the device between two replays
+            of a CUDA graph.
         key_mask: (B or 1, S) bool, True where a key exists: padding with holes.
     """
 
@@ -36,7 +38,36 @@ class KeyRange:
         """Whether nothing but (perhaps) causal order restricts the keys."""
         return self.lower is None and self.upper is None and self.key_mask is None
 
-    def tile(self, rows: slice, columns: slice, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    def narrowed(self, lower: Tensor | None = None, upper: Tensor | None = None) -> "KeyRange":
+        """The intersection with another interval a query.
+
+        Args:
+            lower: (B or 1, T) integer, the first visible key, or None.
+            upper: (B or 1, T) integer, one past the last visible key, or None.
+        """
+        if lower is not None:
+            lower = lower.to(torch.int32)
+            lower = lower if self.lower is None else torch.maximum(self.lower, lower)
+        if upper is not None:
+            upper = upper.to(torch.int32)
+            upper = upper if self.upper is None else torch.minimum(self.upper, upper)
+        keep_lower, keep_upper = lower is None, upper is None
+        return replace(
+            self, lower=self.lower if keep_lower else lower, upper=self.upper if keep_upper else upper
+        )
+
+    def masked(self, key_mask: Tensor) -> "KeyRange":
+        """The intersection with a (B or 1, S) bool mask of existing keys."""
+        return replace(self, key_mask=key_mask if self.key_mask is None else self.key_mask & key_mask)
+
+    def to(self, device: torch.device) -> "KeyRange":
+        """The same range with its tensors on `device`."""
+        moved = {name: None if (t := getattr(self, name)) is None else t.to(device) for name in _TENSORS}
+        return replace(self, **moved)
+
+    def tile(
+        self, rows: slice, columns: slice, num_queries: int, num_keys: int, device: torch.device
+    ) -> Tensor:
         """The visibility of one tile.
 
         Args:

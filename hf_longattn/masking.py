@@ -1,0 +1,411 @@
+"""The lazy mask: one description of what every query may see, with no (T, S) tensor.
+
+transformers asks a registered mask function for a mask, and hands what it returns, untouched, to the
+attention function of every layer. Ours returns a `LazyMask`: the arguments themselves. Causal order, windows,
+chunks, padding and packed documents all leave each query one interval of keys, and become a `KeyRange` of
+O(T) integers, worked out once a forward. Any other mask function is evaluated a few rows at a time.
+"""
+
+import functools
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import masking_utils
+
+from hf_longattn.kernels.dispatch import log_once
+from hf_longattn.kernels.key_range import KeyRange
+
+MaskFunction = Callable[..., Tensor]
+
+# Above this many queries, one look at the mask (a device synchronisation) pays: dense attention is faster.
+_FEW_QUERIES = 16
+
+
+@dataclass
+class Pattern:
+    """A mask function in words: every field narrows the interval of keys that a query sees."""
+
+    causal: bool = False
+    window: int | None = None
+    radius: int | None = None
+    chunk: tuple[int, Tensor] | None = None
+    documents: Tensor | None = None
+
+
+def _closure(function: Callable) -> dict[str, Any]:
+    names = function.__code__.co_freevars
+    return dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+
+
+def _read_intersection(pattern: Pattern, closure: dict[str, Any]) -> bool:
+    return all([_read(function, pattern) for function in closure["mask_functions"]])
+
+
+def _read_window(pattern: Pattern, closure: dict[str, Any]) -> bool:
+    pattern.window = min(closure["sliding_window"], pattern.window or closure["sliding_window"])
+    return True
+
+
+def _read_radius(pattern: Pattern, closure: dict[str, Any]) -> bool:
+    pattern.radius = min(closure["sliding_window"], pattern.radius or closure["sliding_window"])
+    return True
+
+
+def _read_chunk(pattern: Pattern, closure: dict[str, Any]) -> bool:
+    known = pattern.chunk is None
+    pattern.chunk = (closure["chunk_size"], closure["left_padding"])
+    return known
+
+
+def _read_documents(pattern: Pattern, closure: dict[str, Any]) -> bool:
+    known = pattern.documents is None
+    pattern.documents = closure["packed_sequence_mask"]
+    return known
+
+
+# The closures that transformers builds share one code object a kind: identity, not a name, tells what they
+# are.
+_READERS: dict[Any, Callable[[Pattern, dict[str, Any]], bool]] = {
+    masking_utils.and_masks(masking_utils.causal_mask_function).__code__: _read_intersection,
+    masking_utils.sliding_window_overlay(1).__code__: _read_window,
+    masking_utils.sliding_window_bidirectional_overlay(1).__code__: _read_radius,
+    masking_utils.chunked_overlay(1, torch.zeros(1)).__code__: _read_chunk,
+    masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)).__code__: _read_documents,
+}
+
+
+def _read(function: MaskFunction, pattern: Pattern) -> bool:
+    """Adds what `function` says to `pattern`; False where it is not a known kind."""
+    if function is masking_utils.causal_mask_function:
+        pattern.causal = True
+        return True
+    if function is masking_utils.bidirectional_mask_function:
+        return True
+    reader = _READERS.get(getattr(function, "__code__", None))
+    # Dynamo cannot look into a closure made inside the traced region: those masks are evaluated by tiles
+    # there.
+    if reader is None or torch.compiler.is_compiling():
+        return False
+    return reader(pattern, _closure(function))
+
+
+def recognise(function: MaskFunction) -> Pattern | None:
+    """The `Pattern` of a mask function of transformers, or None where it is not an interval of keys a
+    query."""
+    pattern = Pattern()
+    return pattern if _read(function, pattern) else None
+
+
+def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one-past-last index of the run of equal ids around each position.
+
+    Args:
+        documents: (B, N) integer ids, equal ids contiguous.
+
+    Returns:
+        (lower, upper), each (B, N) int64.
+    """
+    index = torch.arange(documents.shape[-1], device=documents.device).expand_as(documents)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    lower = torch.where(starts, index, 0).cummax(-1).values
+    ends = F.pad(starts[:, 1:], (0, 1), value=True)
+    last = torch.where(ends, index, documents.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    return lower, last + 1
+
+
+def packed_bounds(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of each query's own document, from cumulative lengths.
+
+    Args:
+        cu_seqlens_q: (documents + 1,) cumulative query lengths, starting at 0.
+        cu_seqlens_k: (documents + 1,) cumulative key lengths, starting at 0.
+        num_queries: T. Queries past the last document see nothing.
+
+    Returns:
+        (lower, upper, diagonal), each (1, T) int64: the document's keys, and one past the last key that
+        bottom-right causal order inside the document allows.
+    """
+    index = torch.arange(num_queries, device=cu_seqlens_q.device)
+    document = torch.searchsorted(cu_seqlens_q[1:].contiguous(), index, right=True)
+    # A query after the last document gets the empty interval at the end.
+    ends_k = F.pad(cu_seqlens_k[1:], (0, 1), value=0) + F.pad(
+        cu_seqlens_k.new_zeros(len(cu_seqlens_k) - 1), (0, 1)
+    )
+    starts_k = F.pad(cu_seqlens_k[:-1], (0, 1), value=0)
+    ends_q = F.pad(cu_seqlens_q[1:], (0, 1), value=0)
+    lower, upper = starts_k[document], ends_k[document]
+    diagonal = upper - (ends_q[document] - index) + 1
+    return lower[None], upper[None], diagonal[None]
+
+
+def _is_tracing(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or masking_utils.is_tracing(tensor)
+
+
+@dataclass(eq=False)
+class LazyMask:
+    """What transformers' `create_*_mask` would have spelled out as a (B, 1, T, S) tensor.
+
+    Args:
+        batch_size: B.
+        q_length: T.
+        kv_length: S, the keys that the attention function will get.
+        q_offset: position of the first query; a device tensor for static caches.
+        kv_offset: position of the first key.
+        mask_function: transformers' `(batch, head, query, key) -> bool`, on positions.
+        padding: (B, S) bool, True where a key exists, or None.
+        device: where the tensors of the mask live.
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor
+    kv_offset: int
+    mask_function: MaskFunction
+    padding: Tensor | None
+    device: torch.device
+    pattern: Pattern | None = None
+    _ranges: dict[torch.device, KeyRange] = field(default_factory=dict)
+    _memo: dict[str, Tensor | None] = field(default_factory=dict)
+
+    ndim = 4
+    dtype = torch.bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, 1, T, S), as the tensor it stands for."""
+        return torch.Size((self.batch_size, 1, self.q_length, self.kv_length))
+
+    def dim(self) -> int:
+        """4, as the tensor it stands for."""
+        return 4
+
+    def key_range(self, device: torch.device | None = None) -> KeyRange | None:
+        """The mask as one interval of keys a query.
+
+        Args:
+            device: where the kernel will read it; the mask's own device if left out.
+
+        Returns:
+            the `KeyRange`, worked out at the first call, or None where the mask is not of that kind.
+        """
+        if self.pattern is None:
+            return None
+        device = device or self.device
+        if device not in self._ranges:
+            if self.device not in self._ranges:
+                self._ranges[self.device] = self._build_range(self.pattern)
+            self._ranges[device] = self._ranges[self.device].to(device)
+        return self._ranges[device]
+
+    def apart(self, limits: KeyRange, position_ids: Tensor) -> KeyRange:
+        """Keeps packed documents apart where positions start again at 0 inside a row.
+
+        transformers looks for packing only where there is neither a mask nor a cache. Looks once a forward.
+
+        Args:
+            limits: the causal range of this mask.
+            position_ids: (B or 1, T) integer.
+
+        Returns:
+            `limits`, narrowed to each query's own document where there are several.
+        """
+        if position_ids.ndim != 2 or self.pattern is None or self.pattern.documents is not None:
+            return limits
+        if "packed" not in self._memo:
+            starts = position_ids == 0
+            single = _is_tracing(position_ids) or not bool(starts[:, 1:].any())
+            self._memo["packed"] = None if single else document_bounds(starts.cumsum(-1))[0]
+        lower = self._memo["packed"]
+        return limits if lower is None else limits.narrowed(lower=lower.to(position_ids.device))
+
+    def tile(self, rows: slice) -> Tensor:
+        """The mask of some queries, spelled out.
+
+        Args:
+            rows: the queries, with start and stop.
+
+        Returns:
+            bool, (B, 1, rows, S).
+        """
+        batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
+        head = torch.zeros(1, dtype=torch.long, device=self.device)[:, None, None, None]
+        query = torch.arange(rows.start, rows.stop, device=self.device)[:, None] + self.q_offset
+        key = torch.arange(self.kv_length, device=self.device) + self.kv_offset
+        visible = self.mask_function(batch, head, query[None, None], key[None, None, None])
+        visible = visible.expand(self.batch_size, 1, rows.stop - rows.start, self.kv_length)
+        return visible if self.padding is None else visible & self.padding[:, None, None]
+
+    def _build_range(self, pattern: Pattern) -> KeyRange:
+        known = isinstance(self.q_offset, int)
+        aligned = known and self.q_offset + self.q_length == self.kv_offset + self.kv_length
+        query = torch.arange(self.q_length, device=self.device)[None] + (self.q_offset - self.kv_offset)
+        limits = KeyRange(causal=pattern.causal and aligned)
+        if pattern.causal and not aligned:
+            limits = limits.narrowed(upper=query + 1)
+        reach = self.q_offset + self.q_length - self.kv_offset if known else None
+        if pattern.window is not None and (reach is None or reach > pattern.window):
+            limits = limits.narrowed(lower=query - pattern.window + 1)
+        if pattern.radius is not None:
+            limits = limits.narrowed(lower=query - pattern.radius, upper=query + pattern.radius + 1)
+        if pattern.chunk is not None:
+            size, left_padding = pattern.chunk
+            left = left_padding.to(self.device)[:, None] - self.kv_offset
+            start = (query - left) // size * size + left
+            limits = limits.narrowed(lower=start, upper=start + size)
+        if pattern.documents is not None:
+            limits = limits.narrowed(*self._document_limits(pattern.documents.to(self.device)))
+        return limits if self.padding is None else self._pad(limits, self.padding)
+
+    def _document_limits(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = document_bounds(documents)
+        rows = torch.arange(self.q_length, device=self.device) + self.q_offset
+        return lower[:, rows] - self.kv_offset, upper[:, rows] - self.kv_offset
+
+    def _pad(self, limits: KeyRange, padding: Tensor) -> KeyRange:
+        # A few queries read the mask itself, a byte a key; a prefill looks once, since dense attention is
+        # worth it.
+        if _is_tracing(padding) or (self.q_length <= _FEW_QUERIES and padding.device.type != "cpu"):
+            return limits.masked(padding)
+        starts = padding & ~F.pad(padding[:, :-1], (1, 0))
+        missing, most_runs = torch.stack([(~padding).sum(), starts.sum(-1).max()]).tolist()
+        if missing == 0:
+            return limits
+        if most_runs > 1:
+            return limits.masked(padding)
+        length = padding.sum(-1, keepdim=True)
+        first = padding.to(torch.int8).argmax(-1, keepdim=True)
+        full = torch.ones(1, self.q_length, dtype=torch.long, device=self.device)
+        return limits.narrowed(lower=first * full, upper=(first + length) * full)
+
+    def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
+        """The mask itself: its tensors follow the query that reads it."""
+        return self
+
+    def _refuse_use(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "this model computes with its attention mask outside transformers' attention interface, which "
+            "`attn_implementation='tree_attention'` and `'blockwise_attention'` cannot serve; load it with "
+            "`attn_implementation='sdpa'` or 'eager'."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __getitem__ = __invert__ = _refuse_use
+    __and__ = __or__ = __lt__ = __gt__ = __neg__ = __bool__ = __len__ = __iter__ = _refuse_use
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        cls._refuse_use(args)
+
+
+@functools.cache
+def _module_bypasses_interface(module_name: str) -> bool:
+    module = sys.modules.get(module_name)
+    try:
+        source = inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        return False
+    own_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return own_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
+def check_config(config: Any) -> None:
+    """Refuses a model whose attention does not go through transformers' attention interface.
+
+    Args:
+        config: the model's config; its modeling module is found beside it.
+
+    Raises:
+        ValueError: names the model type and the implementations that it can take.
+    """
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    if _module_bypasses_interface(module):
+        raise ValueError(
+            f"`attn_implementation`: models of type {config.model_type!r} compute attention in their own "
+            "code and never call transformers' attention interface, so it cannot be replaced; use "
+            "`attn_implementation='eager'`."
+        )
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **unused: Any,
+) -> LazyMask:
+    """The mask function that transformers calls for our attention implementations.
+
+    Args:
+        batch_size: B.
+        q_length: T.
+        kv_length: S.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: `(batch, head, query, key) -> bool` on positions.
+        attention_mask: (B, N) bool, True where a token exists, or a `LazyMask`, returned as it is.
+        device: where to build tensors.
+        config: the model's config, to refuse models that would ignore the mask.
+        unused: arguments of other implementations (`dtype`, `allow_is_causal_skip`, `use_vmap`,
+            `local_size`).
+
+    Returns:
+        the description; nothing of size T x S is built.
+
+    Raises:
+        ValueError: the mask is not (B, N), or the model bypasses the attention interface.
+    """
+    if isinstance(attention_mask, LazyMask):
+        return attention_mask
+    if config is not None:
+        check_config(config)
+    device = torch.device(device)
+    q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)
+    padding = _local_padding(attention_mask, batch_size, kv_length, kv_offset)
+    pattern = recognise(mask_function)
+    if pattern is None and not torch.compiler.is_compiling():
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        log_once(
+            logging.INFO, f"mask function {name} is not an interval of keys a query: evaluated tile by tile"
+        )
+    return LazyMask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, padding, device, pattern
+    )
+
+
+def _snapshot(offset: int | Tensor) -> Any:
+    """The offset as it is now: caches advance theirs in place, before the mask is read."""
+    if not isinstance(offset, Tensor):
+        return offset
+    return offset.clone() if _is_tracing(offset) or offset.device.type != "cpu" else int(offset)
+
+
+def _local_padding(
+    attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_offset: int
+) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`attention_mask` must be (batch, tokens) with batch {batch_size}, "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    padding = attention_mask.to(torch.bool)
+    if (missing := kv_length + kv_offset - padding.shape[1]) > 0:
+        padding = F.pad(padding, (0, missing))
+    return padding[:, kv_offset : kv_offset + kv_length].expand(batch_size, kv_length)

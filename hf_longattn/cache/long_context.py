@@ -1,0 +1,132 @@
+"""`LongContextCache`: the cache that a prepared model generates with, and that a user may keep."""
+
+import copy
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
+
+_FORMAT = "hf_longattn.cache.1"
+
+
+class LongContextCache(Cache):
+    """A KV cache with preallocated, growing layers: full attention, and windows that keep only what they can
+    see.
+
+    Layers of other kinds (state-space, convolution) are transformers' own.
+
+    Args:
+        config: the model's config, or its text config; tells the kind of every layer.
+        capacity: tokens to make room for at the first forward, e.g. prompt and answer together; grows beyond.
+    """
+
+    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+        config = config.get_text_config(decoder=True)
+        self.signature = _signature(config)
+        super().__init__(layers=_make_layers(config, capacity))
+
+    def fork(self, batch_size: int = 1) -> "LongContextCache":
+        """An independent copy, to continue the same prefix in several ways.
+
+        Args:
+            batch_size: how many continuations: every row of this cache is repeated that many times.
+        """
+        twin = copy.deepcopy(self)
+        if batch_size != 1:
+            twin.batch_repeat_interleave(batch_size)
+        return twin
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to one safetensors file, without the spare room.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: a layer of this model is of a kind that cannot be saved.
+        """
+        tensors, lengths = {}, []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, PreallocatedLayer):
+                raise ValueError(
+                    f"`save` knows attention layers, but layer {index} is a {type(layer).__name__}."
+                )
+            lengths.append(layer.get_seq_length())
+            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state().items()}
+        metadata = {"format": _FORMAT, "model": json.dumps(self.signature), "lengths": json.dumps(lengths)}
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PreTrainedConfig,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ) -> "LongContextCache":
+        """Reads a cache that `save` wrote.
+
+        Args:
+            path: the file.
+            config: config of the model that will use it; must be the one that made it.
+            device: where the keys and values go.
+            capacity: tokens to make room for.
+
+        Raises:
+            ValueError: the file is not such a cache, or was made by another model.
+        """
+        cache = cls(config, capacity)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"`path`={path} is not a saved cache: its format is {metadata.get('format')!r}."
+                )
+            cache._check_signature(json.loads(metadata["model"]))
+            lengths = json.loads(metadata["lengths"])
+            names = set(file.keys())
+            for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+                state = _layer_state(file, names, index)
+                layer.load_state(state, length)  # type: ignore[union-attr]
+        return cache
+
+    def _check_signature(self, saved: dict[str, Any]) -> None:
+        for name, mine in self.signature.items():
+            if saved.get(name) != mine:
+                raise ValueError(
+                    f"`config` has {name}={mine!r}, but the saved cache was made with {saved.get(name)!r}; "
+                    "use the model that made it."
+                )
+
+
+def _layer_state(file: Any, names: set[str], index: int) -> dict[str, Tensor]:
+    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values")}
+    return {name: file.get_tensor(key) for name, key in keys.items() if key in names}
+
+
+def _make_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
+    kinds, keywords = get_layer_types_and_kwargs(config)
+    layers = []
+    for kind in kinds:
+        if kind == "full_attention":
+            layers.append(PreallocatedLayer(capacity))
+        elif kind in ("sliding_attention", "chunked_attention"):
+            layers.append(PreallocatedSlidingLayer(keywords["sliding_window"], capacity))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords))
+    return layers
+
+
+def _signature(config: PreTrainedConfig) -> dict[str, Any]:
+    fields = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(config, name, None) for name in fields} | {
+        "vocab_size": getattr(config, "vocab_size", None)
+    }

@@ -1,0 +1,272 @@
+"""KV cache layers that own their memory: a step writes in place, growth happens in big steps.
+
+`DynamicCache` of transformers concatenates a layer's whole cache at every token, about three times the
+traffic of reading it once. Here keys and values live in buffers with room to spare, and callers get views of
+what is filled.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+# A buffer that is full grows by half, and never by less than this many tokens.
+_SMALLEST_GROWTH = 256
+# Tokens that a sliding layer keeps beyond its window, so that rejected guesses of assisted decoding can be
+# undone.
+_UNDO = 64
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer, in buffers of `capacity` tokens.
+
+    Args:
+        capacity: tokens to make room for at the first update; more are added as needed.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
+        self.start = 0
+        self.end = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, S, K), a view of the filled part; None before the first update."""
+        return None if self._keys is None else self._keys[:, :, self.start : self.end]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, S, V), a view of the filled part; None before the first update."""
+        return None if self._values is None else self._values[:, :, self.start : self.end]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the cache, -1 before the first update."""
+        return -1 if self._keys is None else self._keys.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates room for `capacity` tokens of this shape, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys = key_states.new_empty(_sized(key_states, self.capacity))
+        self._values = value_states.new_empty(_sized(value_states, self.capacity))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends (B, G, T, K) keys and (B, G, T, V) values; returns views of all that attention may look
+        at."""
+        self._append(key_states, value_states)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        count = key_states.shape[2]
+        if not self.is_initialized:
+            self.capacity = max(self.capacity, count)
+            self.lazy_initialization(key_states, value_states)
+        assert self._keys is not None and self._values is not None
+        if key_states.shape[0] != self._keys.shape[0]:
+            raise ValueError(
+                f"`past_key_values` holds {self._keys.shape[0]} sequences, got a batch of "
+                f"{key_states.shape[0]}; pass a new cache, or `cache.fork(batch_size)`."
+            )
+        self._make_room(count)
+        self._keys[:, :, self.end : self.end + count] = key_states
+        self._values[:, :, self.end : self.end + count] = value_states
+        self.end += count
+
+    def _make_room(self, count: int) -> None:
+        if self.end + count <= self.capacity:
+            return
+        self.capacity = max(self.end + count, self.capacity + max(self.capacity // 2, _SMALLEST_GROWTH))
+        self._replace_buffers(lambda filled: filled)
+
+    def _replace_buffers(self, change: Any) -> None:
+        """Moves `change(filled part)` of keys and values to the front of new buffers of `capacity` tokens."""
+        keys, values = change(self.keys), change(self.values)
+        self.start, self.end = 0, keys.shape[2]
+        self.capacity = max(self.capacity, self.end)
+        # One buffer is freed before the next is made: growing needs one extra half, not two.
+        self._keys = _moved(keys, self.capacity)
+        del keys
+        self._values = _moved(values, self.capacity)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that attention will see, position of the first) once `query_length` tokens are appended."""
+        return self.end + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.end
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows without bound."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens.
+
+        Args:
+            tokens_to_remove: a negative number of tokens to drop. A positive number, which transformers
+                deprecates, is the length to keep.
+        """
+        # Assisted decoding counts with tensors.
+        tokens_to_remove = int(tokens_to_remove)
+        length = self.get_seq_length()
+        drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        self._drop(min(drop, length))
+
+    def _drop(self, count: int) -> None:
+        self.end -= count
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the memory."""
+        self.start = self.end = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts row `beam_idx[b]` in the place of row b."""
+        for filled in (self.keys, self.values):
+            if filled is not None:
+                filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times in place of it."""
+        if self.is_initialized:
+            self._replace_buffers(lambda filled: filled.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only the rows `indices`."""
+        if self.is_initialized:
+            self._replace_buffers(lambda filled: filled[indices])
+
+    def offload(self) -> None:
+        """Moves the buffers to the CPU."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.to("cpu", non_blocking=True)
+            self._values = self._values.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Moves offloaded buffers back to the device of the layer."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.to(self.device, non_blocking=True)
+            self._values = self._values.to(self.device, non_blocking=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` needs, without the spare room: safetensors-ready."""
+        return (
+            {} if self.keys is None else {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
+        )
+
+    def load_state(self, state: dict[str, Tensor], length: int) -> None:
+        """Takes over what `state` gave; `length` is the number of tokens seen."""
+        if state:
+            self.reset()
+            self._append(state["keys"], state["values"])
+
+
+class PreallocatedSlidingLayer(PreallocatedLayer):
+    """Keys and values of one layer that looks back `window` tokens: memory for the window, whatever the
+    length.
+
+    Args:
+        window: tokens that a query sees, itself included.
+        capacity: tokens to make room for at the first update.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int, capacity: int = 0) -> None:
+        super().__init__(min(capacity, 2 * window + _UNDO) if capacity else 0)
+        self.sliding_window = window
+        self.cumulative_length = 0
+        self.record_past = False
+
+    @property
+    def _past(self) -> int:
+        """Tokens before the next one that it may look at."""
+        return min(self.cumulative_length, self.sliding_window - 1)
+
+    def activate_past_recording(self) -> None:
+        """Keeps every token until the next `crop`, which may then undo any number of them."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends; returns views of the new tokens and of the `window - 1` before them."""
+        shown = self._past + key_states.shape[2]
+        self._append(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        first = self.end - shown
+        assert self._keys is not None and self._values is not None
+        return self._keys[:, :, first : self.end], self._values[:, :, first : self.end]
+
+    def _make_room(self, count: int) -> None:
+        if self.end + count <= self.capacity:
+            return
+        kept = self.end - self.start if self.record_past else min(self.end - self.start, self._past + _UNDO)
+        self.start = self.end - kept
+        # Room for another window: the move to the front is paid once in `window` tokens.
+        self.capacity = max(self.capacity, kept + count + min(self.sliding_window, kept + _SMALLEST_GROWTH))
+        self._replace_buffers(lambda filled: filled)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that attention will see, position of the first) once `query_length` tokens are appended."""
+        return self._past + query_length, self.cumulative_length - self._past
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, the forgotten ones included."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.sliding_window
+
+    def _drop(self, count: int) -> None:
+        left = self.cumulative_length - count
+        needed = min(left, self.sliding_window - 1)
+        if self.end - count - self.start < needed:
+            raise RuntimeError(
+                f"`crop` would remove {count} tokens, more than this sliding-window layer can restore; call "
+                "`activate_past_recording` before the tokens are added."
+            )
+        self.end -= count
+        self.cumulative_length = left
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the memory."""
+        super().reset()
+        self.cumulative_length = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The last window; safetensors-ready."""
+        if self._keys is None or self._values is None:
+            return {}
+        recent = slice(self.end - self._past, self.end)
+        return {
+            "keys": self._keys[:, :, recent].contiguous(),
+            "values": self._values[:, :, recent].contiguous(),
+        }
+
+    def load_state(self, state: dict[str, Tensor], length: int) -> None:
+        """Takes over what `state` gave; `length` is the number of tokens seen."""
+        super().load_state(state, length)
+        self.cumulative_length = length
+
+
+def _sized(states: Tensor, capacity: int) -> tuple[int, int, int, int]:
+    batch, heads, _, width = states.shape
+    return batch, heads, capacity, width
+
+
+def _moved(filled: Tensor, capacity: int) -> Tensor:
+    buffer = filled.new_empty(_sized(filled, capacity))
+    buffer[:, :, : filled.shape[2]] = filled
+    return buffer

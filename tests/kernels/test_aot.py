@@ -33,7 +33,64 @@ class Case(NamedTuple):
     slow: bool = False
 
 
-CASES: list[Case] = []
+def _merge_partials(num_parts, num_rows, width, dtype="fp32"):
+    """`merge_partials` as decoding (few rows, many parts) and prefill (many rows, few parts) launch it."""
+    signature = {
+        "outputs_ptr": f"*{dtype}:16", "lse_ptr": "*fp32:16", "output_ptr": "*bf16:16",
+        "merged_lse_ptr": "*fp32:16", "outputs_strides": ("i64:16",) * 4 + (1,),
+        "lse_strides": ("i64", "i64", "i64", 1), "output_strides": ("i64:16",) * 3 + (1,),
+        "merged_lse_strides": ("i64", "i64", 1), "num_parts": "i32", "num_heads": "i32",
+        "num_queries": "i32", "num_rows": "i32",
+    }  # fmt: skip
+    constexprs = {
+        "sinks_ptr": None, "V": width, "BLOCK_N": num_parts, "BLOCK_R": num_rows, "BLOCK_V": width,
+    }  # fmt: skip
+    kernel = "hf_longattn.kernels.merge_partials.triton:_merge_kernel"
+    return Case(f"merge_partials-N{num_parts}-R{num_rows}-V{width}", kernel, signature, constexprs)
+
+
+def _decode_attention(dtype, head_dim, num_rows, masked, slow=False):
+    """`decode_attention` with its own configuration, bare or with every option at once."""
+    from hf_longattn.kernels.decode_attention.triton import pick_config, pick_rows
+
+    itemsize = 4 if dtype == "fp32" else 2
+    rows = pick_rows(num_rows, itemsize)
+    config = pick_config(head_dim, head_dim, itemsize, rows)
+    block = max(16, triton.next_power_of_2(head_dim))
+    signature = {
+        "q_ptr": f"*{dtype}:16", "k_ptr": f"*{dtype}:16", "v_ptr": f"*{dtype}:16", "o_ptr": "*fp32:16",
+        "lse_ptr": "*fp32:16", "q_strides": ("i32:16",) * 3 + (1,), "k_strides": ("i64:16",) * 3 + (1,),
+        "v_strides": ("i64:16",) * 3 + (1,), "lower_strides": ("i32", 1), "upper_strides": ("i32", 1),
+        "key_mask_strides": ("i32", 1), "o_strides": ("i32:16",) * 4 + (1,),
+        "lse_strides": ("i32", "i32", "i32", 1), "scale": "fp32", "T": "i32", "S": "i32",
+    }  # fmt: skip
+    constexprs = {
+        "GROUP": 4, "K": head_dim, "V": head_dim, "CAUSAL": masked, "GAPS": masked and num_rows > 16,
+        "PRECISION": config.precision, "BLOCK_R": rows, "BLOCK_K": block, "BLOCK_V": block,
+        "BLOCK_N": config.block_n,
+    }  # fmt: skip
+    options = {"lower_ptr": "*i32:16", "upper_ptr": "*i32:16", "key_mask_ptr": "*u8:16", "cap": "fp32"}
+    signature |= options if masked else {}
+    constexprs |= {} if masked else dict.fromkeys(options)
+    id = f"decode_attention-K{head_dim}-R{rows}-{dtype}-{'masked' if masked else 'bare'}"
+    kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
+    # All options at once cost a few bytes of registers at the size that streams fastest without them.
+    spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
+    return Case(
+        id, kernel, signature, constexprs, config.num_warps, config.num_stages, max_spills=spills, slow=slow
+    )
+
+
+CASES: list[Case] = [
+    _merge_partials(16, 1, 128),
+    _merge_partials(64, 1, 256),
+    _merge_partials(2, 16, 128, "bf16"),
+    _decode_attention("bf16", 128, 4, masked=False),
+    _decode_attention("bf16", 128, 4, masked=True),
+    *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),
+    *(_decode_attention("bf16", dim, 64, masked=True, slow=True) for dim in (64, 128, 256)),
+    *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),
+]
 
 
 def _parameters():

@@ -1,0 +1,253 @@
+"""Attention of a few queries over a long cache: split the keys, attend, merge.
+
+    score[s] = scale * q . k[s]                     (softcap * tanh(score / softcap) where capped)
+    m = max_s score[s]     l = sum_s exp(score[s] - m)     o = sum_s exp(score[s] - m) v[s] / l     lse = m +
+    log l
+
+One program computes BLOCK_R rows of one key head (the H/G query heads that share it times T positions) over
+its share of the keys, BLOCK_N at a time. The rows' visible interval [first, last) is read on the device and
+its blocks are dealt evenly to the splits, so the cost follows the visible keys whatever the size of the
+cache, and a replayed CUDA graph stays balanced while the interval grows. The partial results are fp32 and
+joined by the kernel of `merge_partials`, where the sinks enter. The work is bound by reading K and V once:
+everything else hides behind those loads. Tree Attention, arXiv 2408.04093; split keys as in Flash-Decoding.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.merge_partials.triton import merge_forward
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+_MAX_SPLITS = 128
+
+
+class DecodeConfig(NamedTuple):
+    """How the work is cut: keys a step, warps, pipeline stages, programs that share a multiprocessor."""
+
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 1
+    precision: str = "ieee"
+
+
+# By head dim + value dim, each rounded up to a power of two. The first table keeps about 64 KiB a stage in
+# flight, which the memory's bandwidth asks for; the second gives part of that to the scores of up to 64 rows;
+# both avoid spills.
+FEW_ROWS: dict[int, DecodeConfig] = {
+    128: DecodeConfig(block_n=128, num_warps=8, programs_per_sm=2),
+    256: DecodeConfig(block_n=128),
+    512: DecodeConfig(block_n=64, num_warps=8),
+}
+MANY_ROWS: dict[int, DecodeConfig] = {
+    128: DecodeConfig(block_n=64, programs_per_sm=2),
+    256: DecodeConfig(block_n=64, num_warps=8),
+    512: DecodeConfig(block_n=32, num_warps=8),
+}
+# Exact fp32 products take no tensor core, so tiles are small and hold 16 rows.
+FULL_PRECISION = DecodeConfig(block_n=32, num_warps=8)
+
+
+def pick_rows(num_rows: int, itemsize: int) -> int:
+    """Rows that one program computes, padded to what a matrix product needs."""
+    return min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(num_rows)))
+
+
+def pick_config(head_dim: int, value_dim: int, itemsize: int, block_r: int) -> DecodeConfig:
+    """The configuration for a pair of head dims, an element size in bytes and the rows of a program."""
+    if itemsize > 2:
+        return FULL_PRECISION
+    table = FEW_ROWS if block_r == 16 else MANY_ROWS
+    width = _block_dim(head_dim) + _block_dim(value_dim)
+    return table[min((bound for bound in table if bound >= width), default=max(table))]
+
+
+def _block_dim(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.lru_cache(maxsize=4096)
+def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int) -> int:
+    """Programs that share the keys of one tile of rows, for `num_slots` programs that run at once.
+
+    The time is modelled as waves * (keys a split + start-up) + merge, all counted in keys; its constants only
+    have to make short caches prefer few splits.
+    """
+
+    def cost(splits: int) -> float:
+        waves = -(-num_tiles * splits // num_slots)
+        return waves * (num_keys / splits + 256) + 4 * splits
+
+    return min(range(1, min(_MAX_SPLITS, max(1, num_keys // 128)) + 1), key=cost)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 4
+
+
+@triton.jit
+def _soft_cap(score, cap):
+    """cap * tanh(score) in fp32. Near zero 1 - 2 / (exp(2x) + 1) cancels, so the series takes over."""
+    square = score * score
+    series = score * (
+        1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * 62.0 / 2835)))
+    )
+    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(score)) + 1.0)
+    tanh = tl.where(tl.abs(score) < 0.25, series, tl.where(score < 0.0, -magnitude, magnitude))
+    return cap * tanh
+
+
+@triton.jit
+def _row_interval(
+    lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL: tl.constexpr
+):
+    """[first, last) of the keys that each row sees; empty for rows that do not exist."""
+    first = tl.zeros_like(t)
+    last = tl.where(mask_r, S, 0)
+    if CAUSAL:
+        last = tl.minimum(last, t + 1 + S - T)
+    if lower_ptr is not None:
+        lower = tl.load(lower_ptr + offset((batch, t), lower_strides), mask=mask_r, other=0)
+        first = tl.maximum(first, lower.to(tl.int32))
+    if upper_ptr is not None:
+        upper = tl.load(upper_ptr + offset((batch, t), upper_strides), mask=mask_r, other=0)
+        last = tl.minimum(last, upper.to(tl.int32))
+    return first, last
+
+
+@triton.jit
+def _share(first, last, S, BLOCK_N: tl.constexpr):
+    """[begin, end) of the keys of this split: an even part of the blocks that cover what any row sees."""
+    begin = tl.min(tl.where(first < last, first, S), 0)
+    end = tl.max(tl.where(first < last, last, 0), 0)
+    num_blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    split, num_splits = tl.program_id(0), tl.num_programs(0)
+    stop = begin + (split + 1) * num_blocks // num_splits * BLOCK_N
+    return begin + split * num_blocks // num_splits * BLOCK_N, tl.minimum(stop, end)
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _split_kernel(
+    q_ptr, k_ptr, v_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, lower_strides, upper_strides, key_mask_strides, o_strides, lse_strides,
+    scale, cap, T, S,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, GAPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    num_row_tiles = tl.cdiv(GROUP * T, BLOCK_R)
+    batch = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(1) // num_row_tiles
+    offs_r = tl.program_id(1) % num_row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < GROUP * T
+    head, t = group * GROUP + offs_r // T, offs_r % T
+    offs_n, offs_k, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    mask_k, mask_v = offs_k < K, offs_v < V
+
+    first, last = _row_interval(
+        lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL
+    )
+    begin, end = _share(first, last, S, BLOCK_N)
+    at = offset((batch, head, t, 0), q_strides)[:, None] + offs_k[None, :] * q_strides[3]
+    q = tl.load(q_ptr + at, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+    # Within a tile int32 is enough; the tile's own place is int64.
+    k_tile = offs_n[:, None] * k_strides[2] + offs_k[None, :] * k_strides[3]
+    v_tile = offs_n[:, None] * v_strides[2] + offs_v[None, :] * v_strides[3]
+
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for n0 in range(begin, end, BLOCK_N):
+        keys = n0 + offs_n
+        real = keys < end
+        if key_mask_ptr is not None:
+            mask_ptrs = key_mask_ptr + offset((batch, keys), key_mask_strides)
+            real = real & (tl.load(mask_ptrs, mask=real, other=0) != 0)
+        visible = real[None, :] & (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+        if GAPS:
+            # Between two rows' intervals lie slots that nobody sees: what they hold must not be read.
+            real = tl.max(visible.to(tl.int32), 0) > 0
+        k_base = k_ptr + offset((batch, group, n0, 0), k_strides)
+        k = tl.load(k_base + k_tile, mask=real[:, None] & mask_k[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if cap is not None:
+            score = _soft_cap(score, cap)
+        score = tl.where(visible, score, float("-inf"))
+        peak = tl.maximum(m, tl.max(score, 1))
+        # A row that has seen nothing yet has no peak; 0 keeps its differences defined.
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        p = tl.exp2(score - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        v_base = v_ptr + offset((batch, group, n0, 0), v_strides)
+        v = tl.load(v_base + v_tile, mask=real[:, None] & mask_v[None, :], other=0.0)
+        l = l * shrink + tl.sum(p, 1)
+        # The probabilities are rounded to the dtype of the values; sums stay fp32.
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        m = peak
+
+    split = tl.program_id(0)
+    lse = tl.where(l == 0.0, float("-inf"), m * LN_2 + tl.log(tl.where(l == 0.0, 1.0, l)))
+    tl.store(lse_ptr + offset((split, batch, head, t), lse_strides), lse, mask=mask_r)
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    at = offset((split, batch, head, t, 0), o_strides)[:, None] + offs_v[None, :] * o_strides[4]
+    tl.store(o_ptr + at, acc, mask=mask_r[:, None] & mask_v[None, :])
+
+
+def _per_batch(tensor: torch.Tensor | None, batch: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
+    """`tensor` (batch or 1, n) and its strides, with the batch stride 0 where one row serves all."""
+    if tensor is None:
+        return None, (0, 0)
+    tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    return tensor, (tensor.stride(0) if tensor.shape[0] == batch else 0, tensor.stride(1))
+
+
+def decode_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: KeyRange,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    config: DecodeConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the split kernel and the merge; arguments as in `decode_attention`, `config` for tuning."""
+    B, H, T, K = query.shape
+    G, S, V = key.shape[1], key.shape[2], value.shape[3]
+    if B == 0:
+        return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
+    block_r = pick_rows(H // G * T, query.element_size())
+    row_tiles = triton.cdiv(H // G * T, block_r)
+    config = config or pick_config(K, V, query.element_size(), block_r)
+    if num_splits is None:
+        slots = _num_processors(query.device) * config.programs_per_sm
+        num_splits = pick_num_splits(triton.next_power_of_2(S), B * G * row_tiles, slots)
+    outputs = query.new_empty((num_splits, B, H, T, V), dtype=torch.float32)
+    lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)
+    lower, lower_strides = _per_batch(mask.lower, B)
+    upper, upper_strides = _per_batch(mask.upper, B)
+    key_mask, key_mask_strides = _per_batch(mask.key_mask, B)
+    gaps = T > 1 and lower is not None and (upper is not None or mask.causal)
+    _split_kernel[(num_splits, G * row_tiles, B)](
+        query, key, value, lower, upper, key_mask, outputs, lse,
+        query.stride(), key.stride(), value.stride(),
+        lower_strides, upper_strides, key_mask_strides, outputs.stride(), lse.stride(),
+        scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E if softcap else None, T, S,
+        GROUP=H // G, K=K, V=V, CAUSAL=mask.causal, GAPS=gaps, PRECISION=config.precision,
+        BLOCK_R=block_r, BLOCK_K=_block_dim(K), BLOCK_V=_block_dim(V), BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return merge_forward(outputs, lse, query.dtype, sinks)

@@ -11,7 +11,6 @@ and its gradients are again scans: of q along the same direction with (do, v, k)
 can be differentiated.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -164,7 +163,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, sca
             f"`slopes` must be ({heads},) of {wide}, got {tuple(slopes.shape)} of {slopes.dtype}; "
             "pass slopes, not decays."
         )
-    if not math.isfinite(scale) or scale == 0:
+    if not 0 < abs(scale) < float("inf"):
         raise ValueError(f"`scale` must be finite and not 0, got {scale}.")
 
 

@@ -70,31 +70,41 @@ def _dot(left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dot_wide_left(wide, tile, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + wide @ tile with the fp32 `wide` rounded to the tile's dtype; SPLIT multiplies the rounding error
-    too."""
-    if tile.dtype == tl.float16:
-        # Brought to a maximum of 1: sums outgrow the range of fp16, and small ones fall under it.
+def _unit(wide, dtype: tl.constexpr):
+    """`wide` brought to a maximum of 1 for fp16, whose range sums outgrow or fall under, and the factor."""
+    factor = 1.0
+    if dtype == tl.float16:
         factor = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-30)
-        return acc + factor * _dot((wide / factor).to(tl.float16), tile, PRECISION)
+        wide = wide / factor
+    return wide, factor
+
+
+@triton.jit
+def _rest(wide, high):
+    """What rounding `wide` to `high` lost, in the dtype of `high`."""
+    return (wide - high.to(tl.float32)).to(high.dtype)
+
+
+@triton.jit
+def _dot_wide_left(wide, tile, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """wide @ tile with the fp32 `wide` rounded to the tile's dtype; SPLIT multiplies the lost rest too."""
+    wide, factor = _unit(wide, tile.dtype)
     high = wide.to(tile.dtype)
-    acc = tl.dot(high, tile, acc, input_precision=PRECISION)
+    acc = _dot(high, tile, PRECISION)
     if SPLIT and tile.dtype != tl.float32:
-        acc = tl.dot((wide - high.to(tl.float32)).to(tile.dtype), tile, acc)
-    return acc
+        acc = tl.dot(_rest(wide, high), tile, acc)
+    return acc * factor
 
 
 @triton.jit
 def _dot_wide_right(tile, wide, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """tile @ wide, as `_dot_wide_left`."""
-    if tile.dtype == tl.float16:
-        factor = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-30)
-        return factor * _dot(tile, (wide / factor).to(tl.float16), PRECISION)
+    wide, factor = _unit(wide, tile.dtype)
     high = wide.to(tile.dtype)
     acc = _dot(tile, high, PRECISION)
     if SPLIT and tile.dtype != tl.float32:
-        acc = tl.dot(tile, (wide - high.to(tl.float32)).to(tile.dtype), acc)
-    return acc
+        acc = tl.dot(tile, _rest(wide, high), acc)
+    return acc * factor
 
 
 @triton.jit
@@ -103,8 +113,8 @@ def _next_state(state, y, z, leave, length, slope, SPLIT: tl.constexpr, PRECISIO
     wide = z.to(tl.float32) * leave[:, None]
     high = wide.to(y.dtype)
     added = _dot(tl.trans(y), high, PRECISION)
-    if SPLIT and y.dtype == tl.bfloat16:
-        added = tl.dot(tl.trans(y), (wide - high.to(tl.float32)).to(y.dtype), added)
+    if SPLIT and y.dtype != tl.float32:
+        added = tl.dot(tl.trans(y), _rest(wide, high), added)
     return state + (added - state * forgotten(slope, length))
 
 
@@ -216,7 +226,7 @@ def _scan_kernel(
             enter, leave = (to_end, to_start) if REVERSE else (to_start, to_end)
             o = _dot_wide_right(x, state, SPLIT & 2, PRECISION) * enter[:, None]
             p = _dot(x, tl.trans(y), PRECISION) * tl.where(keep, _decay(slope, steps), 0.0)
-            o = _dot_wide_left(p, z, o, SPLIT & 1, PRECISION) * scale
+            o = (o + _dot_wide_left(p, z, SPLIT & 1, PRECISION)) * scale
             mask_o = mask_c[:, None] & (offs_v[None, :] < DIMS[1])
             o_ptrs = o_ptr + rows[:, None] * o_strides[2] + offs_v[None, :] * o_strides[3]
             tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_o)

@@ -23,7 +23,7 @@ from transformers import masking_utils
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.kernels.key_range import KeyRange
 
-MaskFunction = Callable[..., Tensor]
+MaskFunction = Callable[..., Any]
 
 # Above this many queries, one look at the mask (a device synchronisation) pays: dense attention is faster.
 _FEW_QUERIES = 16
@@ -98,8 +98,7 @@ def _read(function: MaskFunction, pattern: Pattern) -> bool:
 
 
 def recognise(function: MaskFunction) -> Pattern | None:
-    """The `Pattern` of a mask function of transformers, or None where it is not an interval of keys a
-    query."""
+    """The `Pattern` of a mask function, or None where it is not an interval of keys a query."""
     pattern = Pattern()
     return pattern if _read(function, pattern) else None
 
@@ -161,7 +160,7 @@ class LazyMask:
         q_length: T.
         kv_length: S, the keys that the attention function will get.
         q_offset: position of the first query; a device tensor for static caches.
-        kv_offset: position of the first key.
+        kv_offset: position of the first key; a device tensor inside a CUDA graph.
         mask_function: transformers' `(batch, head, query, key) -> bool`, on positions.
         padding: (B, S) bool, True where a key exists, or None.
         device: where the tensors of the mask live.
@@ -171,7 +170,7 @@ class LazyMask:
     q_length: int
     kv_length: int
     q_offset: int | Tensor
-    kv_offset: int
+    kv_offset: int | Tensor
     mask_function: MaskFunction
     padding: Tensor | None
     device: torch.device
@@ -248,8 +247,8 @@ class LazyMask:
         return visible if self.padding is None else visible & self.padding[:, None, None]
 
     def _build_range(self, pattern: Pattern) -> KeyRange:
-        known = isinstance(self.q_offset, int)
-        aligned = known and self.q_offset + self.q_length == self.kv_offset + self.kv_length
+        known = isinstance(self.q_offset, int) and isinstance(self.kv_offset, int)
+        aligned = known and bool(self.q_offset + self.q_length == self.kv_offset + self.kv_length)
         query = torch.arange(self.q_length, device=self.device)[None] + (self.q_offset - self.kv_offset)
         limits = KeyRange(causal=pattern.causal and aligned)
         if pattern.causal and not aligned:
@@ -406,6 +405,10 @@ def _local_padding(
             f"got {tuple(attention_mask.shape)}."
         )
     padding = attention_mask.to(torch.bool)
+    if isinstance(kv_offset, Tensor):
+        # Slots of a cache in a CUDA graph: those past the mask are past the last query too.
+        slots = torch.arange(kv_length, device=padding.device) + kv_offset
+        return padding[:, slots.clamp(max=padding.shape[1] - 1)].expand(batch_size, kv_length)
     if (missing := kv_length + kv_offset - padding.shape[1]) > 0:
         padding = F.pad(padding, (0, missing))
     return padding[:, kv_offset : kv_offset + kv_length].expand(batch_size, kv_length)

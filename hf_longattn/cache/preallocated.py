@@ -7,6 +7,7 @@ what is filled.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -15,6 +16,39 @@ _SMALLEST_GROWTH = 256
 # Tokens that a sliding layer keeps beyond its window, so that rejected guesses of assisted decoding can be
 # undone.
 _UNDO = 64
+
+
+class Clock:
+    """Where a group of layers writes next, kept on the device, so that a CUDA graph needs no host.
+
+    Args:
+        device: of the layers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.write = torch.zeros(1, dtype=torch.int64, device=device)
+        self.offset = torch.zeros(1, dtype=torch.int64, device=device)
+        self.index = self.write
+        self._known = (0, 0)
+
+    def set(self, write: int, offset: int) -> None:
+        """Tells the device the slot of the next token and the position of slot 0, if it does not know."""
+        if (write, offset) != self._known:
+            self.write.fill_(write)
+            self.offset.fill_(offset)
+            self._known = (write, offset)
+
+    def begin(self, count: int) -> None:
+        """Works out the slots of the next `count` tokens; part of the graph."""
+        self.index = self.write + torch.arange(count, device=self.write.device)
+
+    def advance(self, count: int) -> None:
+        """Moves on by `count` tokens on the device; part of the graph."""
+        self.write.add_(count)
+
+    def advanced(self, count: int) -> None:
+        """Notes on the host that the device has moved on."""
+        self._known = (self._known[0] + count, self._known[1])
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -32,6 +66,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.capacity = capacity
         self.start = 0
         self.end = 0
+        self.clock: Clock | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self.is_initialized = False
@@ -61,10 +96,36 @@ class PreallocatedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends (B, G, T, K) keys and (B, G, T, V) values; returns views of all that attention may look
-        at."""
+        """Appends (B, G, T, K) keys and (B, G, T, V) values; returns views of all there is to look at."""
+        if self.clock is not None:
+            return self._write_by_clock(self.clock, key_states, value_states)
         self._append(key_states, value_states)
         return self.keys, self.values  # type: ignore[return-value]
+
+    def _write_by_clock(
+        self, clock: Clock, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None and self._values is not None
+        self._keys.index_copy_(2, clock.index, key_states)
+        self._values.index_copy_(2, clock.index, value_states)
+        return self._keys, self._values
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Layers that are equal in this advance together."""
+        return (self.is_sliding, self.capacity, self.device)
+
+    def set_clock(self, clock: Clock) -> None:
+        """Tells the device where this layer, and all of its group, writes next."""
+        clock.set(self.end, self.get_seq_length() - self.end)
+
+    def make_room(self, count: int) -> None:
+        """Sees to it that `count` more tokens fit without moving anything."""
+        self._make_room(count)
+
+    def advanced(self, count: int) -> None:
+        """Counts tokens that a CUDA graph has written."""
+        self.end += count
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         count = key_states.shape[2]
@@ -98,13 +159,15 @@ class PreallocatedLayer(CacheLayerMixin):
         del keys
         self._values = _moved(values, self.capacity)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys that attention will see, position of the first) once `query_length` tokens are appended."""
+        if self.clock is not None:
+            return self.capacity, self.clock.offset
         return self.end + query_length, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens seen so far."""
-        return self.end
+        return self.end if self.clock is None else self.clock.write + self.clock.offset
 
     def get_max_length(self) -> int:
         """-1: the layer grows without bound."""
@@ -201,6 +264,8 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends; returns views of the new tokens and of the `window - 1` before them."""
+        if self.clock is not None:
+            return self._write_by_clock(self.clock, key_states, value_states)
         shown = self._past + key_states.shape[2]
         self._append(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
@@ -213,17 +278,38 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
             return
         kept = self.end - self.start if self.record_past else min(self.end - self.start, self._past + _UNDO)
         self.start = self.end - kept
+        if kept <= self.start and kept + count <= self.capacity:
+            self._move_to_front(kept)
+            return
         # Room for another window: the move to the front is paid once in `window` tokens.
         self.capacity = max(self.capacity, kept + count + min(self.sliding_window, kept + _SMALLEST_GROWTH))
         self._replace_buffers(lambda filled: filled)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def _move_to_front(self, kept: int) -> None:
+        for buffer in (self._keys, self._values):
+            assert buffer is not None
+            buffer[:, :, :kept] = buffer[:, :, self.start : self.end]
+        self.start, self.end = 0, kept
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Layers that are equal in this advance together."""
+        return (*super().group, self.sliding_window)
+
+    def advanced(self, count: int) -> None:
+        """Counts tokens that a CUDA graph has written."""
+        super().advanced(count)
+        self.cumulative_length += count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys that attention will see, position of the first) once `query_length` tokens are appended."""
+        if self.clock is not None:
+            return self.capacity, self.clock.offset
         return self._past + query_length, self.cumulative_length - self._past
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens seen so far, the forgotten ones included."""
-        return self.cumulative_length
+        return self.cumulative_length if self.clock is None else self.clock.write + self.clock.offset
 
     def get_max_length(self) -> int:
         """The window."""

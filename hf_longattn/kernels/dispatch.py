@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: decided by device, said once, never silently slower.
 
-Every operator takes `impl="auto" | "triton" | "reference"` (some also `"sdpa"`). An explicit choice is honoured or
-refused; `"auto"` picks the fastest one that computes exactly what was asked.
+Every operator takes `impl="auto" | "triton" | "reference"` (some also `"sdpa"`). An explicit choice is
+honoured or refused; `"auto"` picks the fastest one that computes exactly what was asked.
 """
 
 import functools
@@ -52,7 +52,9 @@ def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, .
         raise ValueError(f"`impl` of {name} must be one of {', '.join(map(repr, allowed))}, got {impl!r}.")
     if impl == "triton" and not triton_runs_on(device):
         way = "install triton" if not has_triton() else "move the tensors to a GPU, or set TRITON_INTERPRET=1"
-        raise ValueError(f"`impl='triton'` of {name} cannot run on {device.type!r} tensors; {way}, or use 'auto'.")
+        raise ValueError(
+            f"`impl='triton'` of {name} cannot run on {device.type!r} tensors; {way}, or use 'auto'."
+        )
 
 
 def warn_slow(name: str, reason: str) -> None:

@@ -1,0 +1,256 @@
+"""Decoding from a CUDA graph: one launch a step, lengths on the device, the cache written in place.
+
+The model's own forward is captured once for a cache and a number of new tokens, and replayed as long as the
+buffers stay where they are. Everything else (sampling, processors, streamers, stopping) stays in
+transformers' loop.
+"""
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
+from hf_longattn.kernels.dispatch import warn_slow
+
+logger = logging.getLogger("hf_longattn")
+
+# More new tokens than this are a prefill.
+_MAX_TOKENS = 16
+# A mask that outgrows its buffer gets this much more room.
+_MASK_ROOM = 4096
+_TENSORS = ("input_ids", "position_ids", "attention_mask")
+# Keywords of a decoding step that are the same at every step, with the values that a graph may hold.
+_CONSTANT = {"use_cache": (True, None), "return_dict": (True, None), "logits_to_keep": None}
+
+
+@contextlib.contextmanager
+def device_lengths(cache: LongContextCache, clocks: dict[Any, Clock], count: int) -> Iterator[None]:
+    """Inside, `cache` takes its lengths from clocks on the device, one a group of equal layers.
+
+    Args:
+        cache: a filled cache with room for `count` more tokens.
+        clocks: kept from one step to the next; filled here.
+        count: new tokens of the step.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.make_room(count)
+    for layer in layers:
+        clock = clocks.setdefault(layer.group, Clock(layer.device))
+        layer.set_clock(clock)
+        layer.clock = clock
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.clock = None
+
+
+@dataclass
+class Step:
+    """One captured step: its inputs, its output, and where the cache was when it was captured."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    output_type: Any
+    tensors: dict[str, Tensor]
+    clocks: list[Clock]
+    buffers: tuple[int, ...]
+
+
+@dataclass
+class CacheGraphs:
+    """The captured steps of one cache."""
+
+    steps: dict[Any, Step] = field(default_factory=dict)
+    clocks: dict[Any, Clock] = field(default_factory=dict)
+    seen: set[Any] = field(default_factory=set)
+
+
+class GraphDecoder:
+    """Stands in for the forward of one model: replays a graph where a step allows it, else calls the model.
+
+    Args:
+        model: the model whose forward is replaced.
+        original: its forward.
+        required: raise where a step cannot be captured, in place of a warning and an eager step.
+    """
+
+    def __init__(self, model: PreTrainedModel, original: Callable[..., Any], required: bool = False) -> None:
+        self.model = model
+        self.original = original
+        self.required = required
+        self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
+        self.pool: Any = None
+        self.given_up = False
+
+    def forward(self) -> Callable[..., Any]:
+        """A function with the signature of the model's forward."""
+
+        @functools.wraps(self.original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args or self.given_up or not self._fits(kwargs):
+                return self.original(*args, **kwargs)
+            return self._step(kwargs)
+
+        return forward
+
+    def _fits(self, kwargs: dict[str, Any]) -> bool:
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if (
+            ids is None
+            or not ids.is_cuda
+            or ids.shape[1] > _MAX_TOKENS
+            or not isinstance(cache, LongContextCache)
+        ):
+            return False
+        if torch.is_grad_enabled() or self.model.training or torch.cuda.is_current_stream_capturing():
+            return False
+        layers = cache.layers
+        if not all(isinstance(layer, PreallocatedLayer) and layer.is_initialized for layer in layers):
+            return False
+        mask = kwargs.get("attention_mask")
+        return (mask is None or mask.ndim == 2) and all(
+            value is None or name in (*_TENSORS, "past_key_values") or _is_constant(name, value)
+            for name, value in kwargs.items()
+        )
+
+    def _step(self, kwargs: dict[str, Any]) -> Any:
+        cache: LongContextCache = kwargs["past_key_values"]
+        count = kwargs["input_ids"].shape[1]
+        graphs = self.graphs.setdefault(cache, CacheGraphs())
+        key = _step_key(kwargs)
+        if key not in graphs.seen and count > 1:
+            # The number of guesses changes from step to step: only one that comes back is worth a capture.
+            graphs.seen.add(key)
+            return self.original(**kwargs)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.make_room(count)
+        step = graphs.steps.get(key)
+        if step is None or step.buffers != _buffers(cache) or not _copy_inputs(step.inputs, kwargs):
+            if (reason := _obstacle(self.model)) is not None:
+                self._give_up(reason)
+                return self.original(**kwargs)
+            try:
+                step = graphs.steps[key] = self._capture(kwargs, cache, graphs, count)
+            except RuntimeError as error:
+                self._give_up(str(error))
+                return self.original(**kwargs)
+        for layer in layers:
+            layer.set_clock(graphs.clocks[layer.group])
+        step.graph.replay()
+        for clock in step.clocks:
+            clock.advanced(count)
+        for layer in layers:
+            layer.advanced(count)
+        # The next replay writes over the graph's own tensors.
+        tensors = {name: value.clone() for name, value in step.tensors.items()}
+        return step.output_type(**tensors, past_key_values=cache)
+
+    def _capture(
+        self, kwargs: dict[str, Any], cache: LongContextCache, graphs: CacheGraphs, count: int
+    ) -> Step:
+        inputs = _make_inputs(kwargs)
+        call = {**kwargs, **inputs}
+        with device_lengths(cache, graphs.clocks, count):
+            layers: list[Any] = cache.layers
+            clocks = list({id(layer.clock): layer.clock for layer in layers}.values())
+            self._warm_up(call, clocks, count)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self.pool or self._new_pool(), capture_error_mode="thread_local"
+            ):
+                for clock in clocks:
+                    clock.begin(count)
+                output = self.original(**call)
+                for clock in clocks:
+                    clock.advance(count)
+        tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        return Step(graph, inputs, type(output), tensors, clocks, _buffers(cache))
+
+    def _new_pool(self) -> Any:
+        self.pool = torch.cuda.graph_pool_handle()
+        return self.pool
+
+    def _warm_up(self, call: dict[str, Any], clocks: list[Clock], count: int) -> None:
+        """Runs the step once, so that everything is compiled; it writes what the replay will write again."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for clock in clocks:
+                clock.begin(count)
+            self.original(**call)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = True
+        self.graphs.clear()
+        first = reason.strip().splitlines()[0] if reason.strip() else "the capture failed"
+        if self.required:
+            raise ValueError(f"`cuda_graph=True` cannot be honoured: {first}; use `cuda_graph='auto'`.")
+        warn_slow("decoding", f"the model's step could not be captured in a CUDA graph ({first})")
+
+    def forget(self, cache: Any) -> None:
+        """Drops the graphs of a cache: adapters or hooks may change between two calls of `generate`."""
+        if isinstance(cache, LongContextCache):
+            self.graphs.pop(cache, None)
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Why a replay would not do what the model's forward does, or None."""
+    placement = getattr(model, "hf_device_map", None) or {}
+    if len(set(placement.values())) > 1:
+        return "the model is spread over several devices"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"`{name or type(module).__name__}` has forward hooks, which a replay would skip"
+    return None
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    if name not in _CONSTANT or isinstance(value, Tensor):
+        return False
+    allowed = _CONSTANT[name]
+    return allowed is None or value in allowed
+
+
+def _step_key(kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    present = tuple(name for name in _TENSORS if kwargs.get(name) is not None)
+    constants = tuple((name, kwargs.get(name)) for name in _CONSTANT)
+    return tuple(kwargs["input_ids"].shape), present, constants
+
+
+def _buffers(cache: LongContextCache) -> tuple[int, ...]:
+    layers: list[Any] = cache.layers
+    return tuple(layer._keys.data_ptr() for layer in layers)
+
+
+def _make_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    inputs = {name: kwargs[name].clone() for name in _TENSORS if kwargs.get(name) is not None}
+    if (mask := inputs.get("attention_mask")) is not None:
+        # Tokens that are still to come exist once they are written; causal order hides them until then.
+        inputs["attention_mask"] = torch.nn.functional.pad(mask.bool(), (0, _MASK_ROOM), value=True)
+    return inputs
+
+
+def _copy_inputs(inputs: dict[str, Tensor], kwargs: dict[str, Any]) -> bool:
+    """Copies a step's tensors into the graph's own; False where the mask has outgrown its buffer."""
+    for name, buffer in inputs.items():
+        value = kwargs[name]
+        if name == "attention_mask":
+            if value.shape[1] > buffer.shape[1]:
+                return False
+            buffer[:, : value.shape[1]].copy_(value, non_blocking=True)
+        else:
+            buffer.copy_(value, non_blocking=True)
+    return True

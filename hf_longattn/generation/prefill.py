@@ -1,0 +1,139 @@
+"""Reading a prompt a chunk at a time: exact with padding, on a filled cache, and for any chunk size."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from hf_longattn.generation.graph import GraphDecoder
+    from hf_longattn.generation.setup import GenerationSetup
+
+# Tokens (all rows of the batch together) a chunk. On a GPU a chunk this long keeps matrix products at full
+# rate; on a CPU it keeps the progress bar moving.
+_GPU_CHUNK_TOKENS = 8192
+_CPU_CHUNK_TOKENS = 512
+
+
+def prefill(
+    model: PreTrainedModel,
+    setup: "GenerationSetup",
+    original: Any,
+    decoder: "GraphDecoder",
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool = True,
+) -> Any:
+    """Stands in for `GenerationMixin._prefill`: the same outputs, with memory for one chunk.
+
+    Args:
+        model: the model that generates.
+        setup: the settings of `prepare_generation`.
+        original: the model's own method, for what is not a prompt of token ids on a cache.
+        decoder: told that a new call begins.
+        input_ids: (B, T) the whole prompt, or only what a filled cache does not hold yet.
+        generation_config: of this call.
+        model_kwargs: cache, mask and positions, as `generate` made them.
+        is_first_iteration: handed on to `prepare_inputs_for_generation`.
+
+    Returns:
+        the output of the last chunk: its last logits are those of the whole prompt.
+    """
+    cache = model_kwargs.get("past_key_values")
+    decoder.forget(cache)
+    asked = setup.prefill_chunk_size or generation_config.prefill_chunk_size
+    generation_config = copy.copy(generation_config)
+    # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
+    generation_config.prefill_chunk_size = None
+    if cache is None or not _is_plain_prompt(model, cache, model_kwargs):
+        return original(input_ids, generation_config, model_kwargs, is_first_iteration)
+    past = int(cache.get_seq_length())
+    mask = model_kwargs.get("attention_mask")
+    whole = mask is not None and mask.shape[1] == input_ids.shape[1]
+    first = past if whole else 0
+    total = input_ids.shape[1] - first
+    chunk = asked or _pick_chunk(input_ids)
+    forward: Any = model
+    with _progress_bar(setup.progress, total) as advance:
+        if total <= chunk:
+            outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
+            advance(total)
+            return outputs
+        for start in range(0, total, chunk):
+            length = min(chunk, total - start)
+            inputs = _chunk_kwargs(model_kwargs, past + start + length)
+            inputs = model.prepare_inputs_for_generation(
+                input_ids[:, : first + start + length],
+                next_sequence_length=length,
+                is_first_iteration=is_first_iteration and start == 0,
+                **inputs,
+            )
+            outputs = forward(**inputs, return_dict=True)
+            advance(length)
+    return outputs
+
+
+def _is_plain_prompt(model: PreTrainedModel, cache: Any, model_kwargs: dict[str, Any]) -> bool:
+    mask = model_kwargs.get("attention_mask")
+    return (
+        isinstance(cache, Cache)
+        and not cache.is_compileable
+        and not model.config.is_encoder_decoder
+        and model_kwargs.get("inputs_embeds") is None
+        and (mask is None or mask.ndim == 2)
+    )
+
+
+def _chunk_kwargs(model_kwargs: dict[str, Any], end: int) -> dict[str, Any]:
+    """The keywords with everything that runs along the prompt cut after `end` tokens."""
+    cut = dict(model_kwargs)
+    for name in ("attention_mask", "position_ids", "token_type_ids"):
+        if isinstance(value := cut.get(name), Tensor) and value.shape[-1] > end:
+            cut[name] = value[..., :end]
+    return cut
+
+
+def _pick_chunk(input_ids: Tensor) -> int:
+    tokens = _CPU_CHUNK_TOKENS if input_ids.device.type == "cpu" else _GPU_CHUNK_TOKENS
+    return max(tokens // input_ids.shape[0], 64)
+
+
+@contextlib.contextmanager
+def _progress_bar(show: bool, total: int) -> Iterator[Any]:
+    if not show:
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("reading the prompt"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens  {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("prefill", total=total, rate="")
+
+        def advance(count: int) -> None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            progress.advance(task, count)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f"{speed:,.0f} tokens/s" if speed else "")
+
+        yield advance

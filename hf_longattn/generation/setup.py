@@ -1,0 +1,122 @@
+"""`prepare_generation`: long prompts in `generate()`, on one instance of a model, undone by `restore`."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_longattn import instance
+from hf_longattn.cache import LongContextCache
+from hf_longattn.generation.graph import GraphDecoder
+from hf_longattn.generation.prefill import prefill
+
+_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
+
+
+@dataclass(frozen=True)
+class GenerationSetup:
+    """How a prepared model generates.
+
+    Args:
+        prefill_chunk_size: prompt tokens that go through the model at a time; None picks by device. The
+            result does not depend on it, memory and the grain of the progress bar do.
+        cache_dtype: dtype of cached keys and values; None keeps the model's.
+        cuda_graph: "auto" captures the decoding step in a CUDA graph where it can be, and says once why where
+            not; True refuses what "auto" would run eagerly; False never captures.
+        progress: show a progress bar while the prompt is read.
+    """
+
+    prefill_chunk_size: int | None = None
+    cache_dtype: torch.dtype | None = None
+    cuda_graph: Literal["auto"] | bool = "auto"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk_size is not None and self.prefill_chunk_size < 1:
+            raise ValueError(f"`prefill_chunk_size` must be positive or None, got {self.prefill_chunk_size}.")
+        if self.cache_dtype is not None:
+            raise ValueError(f"`cache_dtype` must be None in this version, got {self.cache_dtype}.")
+        if self.cuda_graph not in ("auto", False):
+            raise ValueError(
+                f"`cuda_graph` must be 'auto' or False in this version, got {self.cuda_graph!r}."
+            )
+
+
+def prepare_generation(
+    model: nn.Module,
+    accelerator: Any = None,
+    device_mesh: Any = None,
+    config: GenerationSetup | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Makes `generate()` of one model take long prompts: preallocated cache, chunked prefill, progress.
+
+    Greedy, sampled, beam and assisted decoding give what they gave before; streamers, processors and stopping
+    criteria are transformers' own. Parameters, state dict and saved config are untouched. Called again, it
+    replaces the earlier set-up.
+
+    Args:
+        model: a decoder of transformers, perhaps wrapped by PEFT, accelerate or DDP.
+        accelerator: an `accelerate.Accelerator` of one process.
+        device_mesh: must be None in this version.
+        config: the settings.
+        fields: fields of `GenerationSetup`, given straight.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: a setting or an architecture that cannot be honoured; the model is as it was.
+        TypeError: `model` has no transformers model inside, or a field is unknown.
+    """
+    setup = dataclasses.replace(config or GenerationSetup(), **fields)
+    inner = instance.unwrap(model)
+    if device_mesh is not None or getattr(accelerator, "num_processes", 1) > 1:
+        raise ValueError(
+            "`accelerator`/`device_mesh`: one prompt over several processes is not supported in this "
+            "version; run one process, or one model a process."
+        )
+    if setup.cuda_graph is True and inner.device.type != "cuda":
+        raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(inner.device)!r}.")
+    if not inner.can_generate():
+        raise ValueError(
+            f"`model` must have a language-modelling head to generate, got {type(inner).__name__}."
+        )
+    changes = instance.begin(inner, "generation")
+    if inner.config._attn_implementation not in _IMPLEMENTATIONS:
+        changes.use_attention("tree_attention")
+    original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
+    decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
+    if setup.cuda_graph:
+        changes.set(inner, "forward", decoder.forward())
+    changes.set(
+        inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache, inner, original_cache)
+    )
+    changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
+    instance.setups(inner)["generation"] = changes
+    return model
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    original: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Gives `generate` our cache where it would have made a dynamic one, and leaves others alone."""
+    before = model_kwargs.get("past_key_values")
+    original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    made = model_kwargs.get("past_key_values")
+    wanted = generation_config.cache_implementation in (None, "dynamic")
+    if before is not None or made is None or not wanted or model.config.is_encoder_decoder:
+        return
+    model_kwargs["past_key_values"] = LongContextCache(model.config, capacity=max_cache_length)
+    if generation_config.is_assistant:
+        model_kwargs["past_key_values"].activate_past_recording()

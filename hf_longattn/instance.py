@@ -1,0 +1,140 @@
+"""Changing one model instance, and changing it back: what `prepare_*` and `restore` are made of."""
+
+import copy
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_longattn.masking import check_config
+
+logger = logging.getLogger("hf_longattn")
+
+_ATTRIBUTE = "_hf_longattn_setups"
+_MISSING = object()
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers.
+
+    Args:
+        model: a model, wrapped or not.
+
+    Raises:
+        TypeError: there is no transformers model inside.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            raise TypeError(
+                f"`model` must be a transformers model, perhaps wrapped by PEFT, accelerate or torch, got "
+                f"{type(model).__name__}."
+            )
+    return inner
+
+
+class Setup:
+    """The changes that one `prepare_*` made to one model; `undo` takes all of them back.
+
+    Args:
+        model: the transformers model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._changes: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of one instance and remembers what the instance itself had."""
+        self._changes.append((owner, name, vars(owner).get(name, _MISSING)))
+        object.__setattr__(owner, name, value)
+
+    def undo(self) -> None:
+        """Puts every attribute back, last change first."""
+        for owner, name, before in reversed(self._changes):
+            if before is _MISSING:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, before)
+        self._changes.clear()
+
+    def use_attention(self, implementation: str) -> None:
+        """Switches the model to an attention implementation, on a config of its own.
+
+        A config object may be shared with other models: they keep theirs.
+
+        Args:
+            implementation: a registered name.
+
+        Raises:
+            ValueError: the model computes attention in its own code, or only takes the name when it is
+                loaded.
+        """
+        current = self.model.config._attn_implementation
+        if current == implementation:
+            return
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):
+                check_config(module.config)
+        self._own_configs()
+        self.model.set_attn_implementation(implementation)
+        if self.model.config._attn_implementation != implementation:
+            self.undo()
+            raise ValueError(
+                f"{type(self.model).__name__} cannot change its attention implementation once loaded; load "
+                f"it with `from_pretrained(..., attn_implementation={implementation!r})`."
+            )
+        logger.info("attention implementation: %s -> %s", current, implementation)
+
+    def _own_configs(self) -> None:
+        memo: dict[int, Any] = {}
+        for module in self.model.modules():
+            config = vars(module).get("config")
+            if config is not None:
+                self.set(module, "config", copy.deepcopy(config, memo))
+
+
+def setups(model: PreTrainedModel) -> dict[str, Setup]:
+    """The set-ups that are active on a model, by kind, in the order they were made."""
+    return vars(model).setdefault(_ATTRIBUTE, {})
+
+
+def begin(model: PreTrainedModel, kind: str) -> Setup:
+    """A new set-up of a kind; an earlier one of the same kind is undone first.
+
+    Args:
+        model: the transformers model.
+        kind: "generation" or "training".
+    """
+    active = setups(model)
+    if kind in active:
+        active.pop(kind).undo()
+    return Setup(model)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `prepare_generation` and `prepare_training`: implementation, config and methods are what they
+    were.
+
+    Args:
+        model: the model that was prepared, wrapped as it was then or not.
+
+    Returns:
+        the same model.
+
+    Raises:
+        TypeError: there is no transformers model inside.
+    """
+    inner = unwrap(model)
+    active = setups(inner)
+    for setup in reversed(list(active.values())):
+        setup.undo()
+    vars(inner).pop(_ATTRIBUTE, None)
+    return model

@@ -1,0 +1,111 @@
+"""Encoders, cross-attention and position bias against eager attention."""
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+import hf_longattn  # noqa: F401  registers the implementations
+
+BOUND = 2e-5
+implementations = pytest.mark.parametrize("implementation", ["tree_attention", "blockwise_attention"])
+SMALL = {
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def pair(make, implementation):
+    models = []
+    for name in ("eager", implementation):
+        torch.manual_seed(0)
+        models.append(make(name).eval())
+    return models
+
+
+def bart(implementation):
+    config = tf.BartConfig(
+        d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=64, init_std=0.3, **SMALL,
+    )  # fmt: skip
+    config._attn_implementation = implementation
+    return tf.BartForConditionalGeneration(config)
+
+
+def bert(implementation, **changes):
+    config = tf.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        initializer_range=0.3, vocab_size=97, pad_token_id=0, **changes,
+    )  # fmt: skip
+    config._attn_implementation = implementation
+    return tf.BertForMaskedLM(config)
+
+
+def t5(implementation):
+    config = tf.T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        **SMALL,
+    )
+    config._attn_implementation = implementation
+    return tf.T5ForConditionalGeneration(config)
+
+
+def modernbert(implementation):
+    config = tf.ModernBertConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, local_attention=8,
+        global_attn_every_n_layers=2, vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    config._attn_implementation = implementation
+    return tf.ModernBertForMaskedLM(config)
+
+
+@implementations
+@pytest.mark.parametrize("make", [bart, t5], ids=["bart", "t5"])
+def test_encoder_decoder_equals_eager(make, implementation):
+    ids, mask = tiny.tokens(2, 18), tiny.padding([18, 7], 18, "right")
+    labels = tiny.tokens(2, 11, seed=3)
+    losses, gradients, generated = [], [], []
+    for model in pair(make, implementation):
+        output = model(input_ids=ids, attention_mask=mask, labels=labels)
+        output.loss.backward()
+        losses.append(output.logits)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        generated.append(
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, num_beams=2).tolist()
+        )
+    assert tiny.relative_error(losses[1], losses[0]) <= BOUND
+    assert tiny.relative_error(gradients[1], gradients[0]) <= BOUND
+    assert generated[1] == generated[0]
+
+
+@implementations
+@pytest.mark.parametrize("make", [bert, modernbert], ids=["bert", "modernbert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_encoder_equals_eager(make, implementation, side):
+    ids, mask = tiny.tokens(2, 30), tiny.padding([30, 13], 30, side)
+    eager, ours = pair(make, implementation)
+    with torch.no_grad():
+        expected, result = (m(input_ids=ids, attention_mask=mask).logits for m in (eager, ours))
+    assert tiny.relative_error(result[mask.bool()], expected[mask.bool()]) <= BOUND
+
+
+def test_dropout_replays_with_the_seed_and_drops():
+    model = bert("blockwise_attention", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).train()
+    ids = tiny.tokens(1, 16)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(model(input_ids=ids).logits)
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2])
+    assert not torch.allclose(results[0], model.eval()(input_ids=ids).logits)

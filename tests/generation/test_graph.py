@@ -1,0 +1,111 @@
+"""A decoding step with its lengths on the device, and the CUDA graph that replays it."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+import hf_longattn
+from hf_longattn.cache import LongContextCache
+from hf_longattn.generation.graph import device_lengths
+
+FAMILIES = ["llama", "mistral-window", "gemma2", "gpt-oss", "gpt-neox", "llama4"]
+gpu = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_steps_by_the_clock_equal_ordinary_ones(family, side):
+    model = tiny.build(family, "tree_attention")
+    lengths = [30, 30] if side == "none" else [30, 12]
+    ids, mask = tiny.tokens(2, 30), tiny.padding(lengths, 30, "left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    caches = [LongContextCache(model.config, capacity=18) for _ in range(2)]
+    clocks = {}
+    with torch.no_grad():
+        for cache in caches:
+            model(
+                input_ids=ids[:, :9],
+                attention_mask=mask[:, :9],
+                position_ids=positions[:, :9],
+                past_key_values=cache,
+            )
+        start = 9
+        for count in (1, 1, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1):
+            stop = start + count
+            step = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+            expected = model(**step, attention_mask=mask[:, :stop], past_key_values=caches[0]).logits
+            future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
+            with device_lengths(caches[1], clocks, count):
+                used = {id(layer.clock): layer.clock for layer in caches[1].layers}.values()
+                for clock in used:
+                    clock.begin(count)
+                result = model(**step, attention_mask=future, past_key_values=caches[1]).logits
+                for clock in used:
+                    clock.advance(count)
+            for clock in used:
+                clock.advanced(count)
+            for layer in caches[1].layers:
+                layer.advanced(count)
+            assert tiny.relative_error(result, expected) <= 2e-5
+            start = stop
+
+
+def generate(model, ids, mask, **kwargs):
+    kwargs = {"do_sample": False, "max_new_tokens": 40, **kwargs}
+    return model.generate(input_ids=ids, attention_mask=mask, **kwargs).tolist()
+
+
+@gpu
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gemma3", "phi3", "olmo2", "cohere", "gpt2"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_graph_gives_the_tokens_of_eager(family, mode):
+    rows = 1 if "prompt_lookup_num_tokens" in mode else 2
+    ids, mask = tiny.tokens(rows, 23).cuda(), tiny.padding([23, 9][:rows], 23, "left").cuda()
+    expected = generate(tiny.build(family).cuda(), ids, mask, **mode)
+    model = hf_longattn.prepare_generation(tiny.build(family).cuda(), prefill_chunk_size=8)
+    assert generate(model, ids, mask, **mode) == expected
+
+
+@gpu
+def test_one_capture_serves_a_whole_answer(monkeypatch):
+    from hf_longattn.generation.graph import GraphDecoder
+
+    captures = []
+    real = GraphDecoder._capture
+    monkeypatch.setattr(GraphDecoder, "_capture", lambda self, *a: (captures.append(1), real(self, *a))[1])
+    model = hf_longattn.prepare_generation(tiny.build("gemma2").cuda(), cuda_graph=True)
+    generate(model, tiny.tokens(1, 23).cuda(), None, max_new_tokens=100)
+    assert len(captures) == 1
+
+
+@gpu
+def test_hooks_are_honoured_with_one_warning(caplog):
+    model = hf_longattn.prepare_generation(tiny.build("llama").cuda())
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        generate(model, tiny.tokens(1, 9).cuda(), None, max_new_tokens=5)
+    assert len(calls) == 5
+    assert sum("forward hooks" in record.message for record in caplog.records) == 1
+
+
+@gpu
+def test_a_users_cache_grows_past_its_capacity():
+    ids = tiny.tokens(1, 20).cuda()
+    expected = generate(tiny.build("llama").cuda(), ids, None, max_new_tokens=300)
+    model = hf_longattn.prepare_generation(tiny.build("llama").cuda())
+    cache = LongContextCache(model.config)
+    assert generate(model, ids, None, max_new_tokens=300, past_key_values=cache) == expected
+
+
+@gpu
+def test_sampling_is_reproducible_and_equal():
+    ids = tiny.tokens(2, 20).cuda()
+    results = []
+    for model in (tiny.build("llama").cuda(), hf_longattn.prepare_generation(tiny.build("llama").cuda())):
+        tf.set_seed(5)
+        results.append(generate(model, ids, None, do_sample=True, top_p=0.9))
+    assert results[0] == results[1]

@@ -1,0 +1,93 @@
+"""Tiny random models of every family the attention tests cover: a few layers, real code paths."""
+
+import functools
+
+import torch
+import transformers as tf
+
+_COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
+
+# Tied to the scaled embedding, a random head would repeat its input whatever attention does.
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": False}
+
+
+def _config(cls, **changes):
+    return functools.partial(cls, **{**_COMMON, **changes})
+
+
+CONFIGS = {
+    "llama": _config(tf.LlamaConfig),
+    "qwen2": _config(tf.Qwen2Config),
+    "qwen2-window": _config(
+        tf.Qwen2Config, use_sliding_window=True, max_window_layers=1, sliding_window=7, layer_types=None
+    ),
+    "qwen3": _config(tf.Qwen3Config, head_dim=24),
+    "mistral-window": _config(tf.MistralConfig, sliding_window=7),
+    "gemma2": _config(tf.Gemma2Config, attn_logit_softcapping=5.0, **_GEMMA, **_WINDOWS),
+    "gemma3": _config(tf.Gemma3TextConfig, **_GEMMA, **_WINDOWS),
+    "gpt-oss": _config(tf.GptOssConfig, head_dim=16, num_local_experts=4, num_experts_per_tok=2, **_WINDOWS),
+    "gpt-neox": _config(tf.GPTNeoXConfig),
+    "cohere": _config(tf.CohereConfig),
+    "phi3": _config(tf.Phi3Config),
+    "olmo2": _config(tf.Olmo2Config),
+    "gpt2": functools.partial(
+        tf.GPT2Config, vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0,
+    ),
+    "llama4": _config(
+        tf.Llama4TextConfig, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=8,
+        head_dim=16, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        no_rope_layers=[1, 0, 1], moe_layers=[], attn_temperature_tuning=False,
+    ),
+}  # fmt: skip
+CAUSAL = tuple(CONFIGS)
+
+
+def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A causal LM of the family `name`, the same random weights for the same seed."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # Larger than the usual initialisation, so that attention is far from uniform.
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+            elif "sinks" in parameter_name or "bias" in parameter_name:
+                parameter.normal_(0, 0.5)
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 1):
+    """Random token ids in 2..96, (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 97, (batch, length), generator=generator)
+
+
+def padding(lengths: list[int], total: int, side: str):
+    """A (B, total) mask of ones for `lengths` tokens on the side away from the padding."""
+    mask = torch.zeros(len(lengths), total, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        if side == "left":
+            mask[row, total - length :] = 1
+        else:
+            mask[row, :length] = 1
+    return mask
+
+
+def relative_error(result, reference):
+    """‖result - reference‖ / ‖reference‖, in fp64."""
+    result, reference = result.double(), reference.double()
+    return ((result - reference).norm() / reference.norm()).item()

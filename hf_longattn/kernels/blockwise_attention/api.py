@@ -12,7 +12,7 @@ from hf_longattn.kernels import dispatch
 from hf_longattn.kernels.key_range import KeyRange
 
 from . import reference, sdpa
-from .terms import Gradients, Terms
+from .terms import Terms
 
 _NAME = "blockwise_attention"
 _IMPLS = ("auto", "triton", "sdpa", "reference")
@@ -271,20 +271,22 @@ def _backward_operator(
     gradients = _implementation(impl).backward(
         grad_output, grad_lse, (query, key, value), (output, lse), terms, bias_grad
     )
-    return _laid_out(gradients, query, key, value, bias if bias_grad else None, sinks)
+    return (
+        _laid_out(gradients.query, query, query),
+        _laid_out(gradients.key, key, query),
+        _laid_out(gradients.value, value, query),
+        _laid_out(gradients.bias, bias, query),
+        _laid_out(gradients.sinks, sinks, query),
+    )
 
 
-def _laid_out(gradients: Gradients, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Each gradient with the strides that `empty_like` gives its input, an empty tensor for an absent one."""
-    results = []
-    for gradient, like in zip(gradients, inputs, strict=True):
-        if gradient is None or like is None:
-            results.append(gradients.query.new_empty(0))
-        elif gradient.stride() == torch.empty_like(like, device="meta").stride():
-            results.append(gradient)
-        else:
-            results.append(torch.empty_like(like).copy_(gradient))
-    return tuple(results)
+def _laid_out(gradient: Tensor | None, like: Tensor | None, query: Tensor) -> Tensor:
+    """A gradient with the strides that `empty_like` gives its input, an empty tensor for an absent one."""
+    if gradient is None or like is None:
+        return query.new_empty(0)
+    if gradient.stride() == torch.empty_like(like, device="meta").stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 @_backward_operator.register_fake

@@ -39,7 +39,8 @@ def _row_blocks(query: Tensor, num_keys: int) -> Iterator[slice]:
 
 def _fold(rows: Tensor, num_groups: int) -> Tensor:
     """(B, H, t, D) -> (B, G, H / G * t, D): the query heads of a group below one another."""
-    return rows.reshape(rows.shape[0], num_groups, -1, rows.shape[-1])
+    batch, heads, length, dim = rows.shape
+    return rows.reshape(batch, num_groups, heads // num_groups * length, dim)
 
 
 class _Block(NamedTuple):
@@ -63,7 +64,7 @@ def _load_block(
     if visible is not None:
         k, v = without_unseen(k, visible), without_unseen(v, visible)
     q = _fold(query[:, :, rows].to(dtype), key.shape[1])
-    logits = (q @ k.mT).mul_(terms.scale).view(batch, heads, rows.stop - rows.start, -1)
+    logits = (q @ k.mT).mul_(terms.scale).view(batch, heads, rows.stop - rows.start, k.shape[2])
     slope = None
     if terms.softcap is not None:
         bounded = torch.tanh(logits / terms.softcap)
@@ -109,7 +110,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
         probs = torch.exp(block.logits - _finite(total)[..., None])
         probs = probs if block.keep is None else probs * block.keep
         rows_out = _fold(probs, key.shape[1]) @ block.value
-        output[:, :, rows] = rows_out.view(*total.shape, -1).to(query.dtype)
+        output[:, :, rows] = rows_out.view(*total.shape, value.shape[3]).to(query.dtype)
         lse[:, :, rows] = total
     return output, lse
 
@@ -159,12 +160,14 @@ def backward(
         if block.slope is not None:
             grad_logits = grad_logits * block.slope
         grad_scores = _fold(grad_logits * terms.scale, key.shape[1])
-        grad_query[:, :, rows] = (grad_scores @ block.key).view(*probs.shape[:3], -1).to(query.dtype)
+        grad_query[:, :, rows] = (
+            (grad_scores @ block.key).view(*probs.shape[:3], query.shape[3]).to(query.dtype)
+        )
         grad_key[:, :, columns] += grad_scores.mT @ block.query
     return Gradients(
         grad_query,
         grad_key.to(key.dtype),
         grad_value.to(value.dtype),
-        None if grad_bias is None else grad_bias.to(terms.bias.dtype),
+        grad_bias if grad_bias is None or terms.bias is None else grad_bias.to(terms.bias.dtype),
         None if terms.sinks is None else sink_gradient(terms.sinks, results[1], delta),
     )

@@ -257,8 +257,11 @@ def backward(
         bias_grad: always False.
     """
     assert grad_lse is None and not bias_grad
-    delta = row_delta(grad_output, results[0], None, torch.float32) if terms.sinks is not None else None
-    grad_sinks = None if delta is None else sink_gradient(terms.sinks, results[1], delta)
+    query = inputs[0]
+    grad_sinks = None
+    if terms.sinks is not None:
+        delta = row_delta(grad_output, results[0], None, torch.float32)
+        grad_sinks = sink_gradient(terms.sinks, results[1], delta)
     sums: list[Tensor] | None = None
     for part in _parts(*inputs[:2], terms):
         gradients = _part_gradients(grad_output, inputs, results, part, terms)
@@ -272,4 +275,5 @@ def backward(
         for total, new, index in zip(sums, gradients, (part.rows, part.columns, part.columns), strict=True):
             total[:, :, index] += new
     sums = [torch.zeros_like(x) for x in inputs] if sums is None else sums
-    return Gradients(*(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)), None, grad_sinks)
+    grad_query, grad_key, grad_value = (total.to(query.dtype) for total in sums)
+    return Gradients(grad_query, grad_key, grad_value, None, grad_sinks)

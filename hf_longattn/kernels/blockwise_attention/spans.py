@@ -30,9 +30,10 @@ def query_spans(terms: Terms, num_queries: int, num_keys: int, block_m: int, blo
         int32, (B or 1, key tiles, 4): first, inner first, inner last, last. None where causal order decides.
     """
     mask = terms.mask
-    if mask.lower is None and mask.upper is None:
+    bound = mask.lower if mask.lower is not None else mask.upper
+    if bound is None:
         return None
-    device = (mask.lower if mask.lower is not None else mask.upper).device
+    device = bound.device
     lower = torch.zeros(1, 1, dtype=torch.int32, device=device)
     upper = torch.full((1, num_queries), num_keys, dtype=torch.int32, device=device)
     if mask.causal:

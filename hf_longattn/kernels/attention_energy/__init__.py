@@ -1,0 +1,5 @@
+"""The energy whose gradient is attention."""
+
+from .api import attention_energy
+
+__all__ = ["attention_energy"]

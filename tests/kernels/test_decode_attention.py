@@ -234,7 +234,7 @@ def test_refuses(change, error, message):
 @interpreted
 @pytest.mark.parametrize("kind", MASKS)
 def test_triton_masks(kind):
-    inputs = make_inputs(2, 4, 2, 3, 150, 16, 16, torch.float16)
+    inputs = make_inputs(2, 2, 1, 3, 150, 16, 16, torch.float16)
     assert_exact(inputs, make_mask(kind, 2, 3, 150), impl="triton", num_splits=2)
 
 
@@ -246,7 +246,7 @@ def test_triton_masks(kind):
         (1, 1, 1, 1, 63, 48, 48),
         (1, 2, 2, 1, 40, 80, 16),
         (1, 2, 1, 2, 33, 96, 192),
-        (1, 8, 1, 16, 30, 16, 16),
+        (1, 2, 1, 16, 30, 16, 16),
         (1, 2, 1, 1, 40, 256, 256),
     ],
     ids=name,
@@ -259,25 +259,25 @@ def test_triton_shapes(shape, dtype):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
 def test_triton_softcap_and_sinks(dtype):
-    inputs = make_inputs(1, 4, 2, 2, 70, 32, 16, dtype)
+    inputs = make_inputs(1, 4, 1, 2, 70, 32, 16, dtype)
     for softcap, sinks in ((3.0, None), (None, torch.randn(4)), (50.0, torch.randn(4).to(dtype))):
         assert_exact(inputs, make_mask("everything", 1, 2, 70), softcap, sinks, impl="triton", num_splits=2)
 
 
 @interpreted
 def test_triton_reads_a_cache_in_place():
-    query, key, value = make_inputs(2, 4, 2, 2, 60, 16, 32)
+    query, key, value = make_inputs(2, 2, 2, 1, 60, 16, 32)
     want = decode_attention(query, key, value, impl="triton", num_splits=2)
     buffer = torch.full((2, 2, 100, 16), torch.nan)
     buffer[:, :, :60] = key
     token_major = value.transpose(1, 2).contiguous().transpose(1, 2)
-    wide = query.mT.contiguous().mT
+    wide = query.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     got = decode_attention(wide, buffer[:, :, :60], token_major, impl="triton", num_splits=2)
     assert not token_major.is_contiguous() and all(map(torch.equal, got, want))
 
 
 @interpreted
-@pytest.mark.parametrize("num_splits", [None, 1, 5, 32])
+@pytest.mark.parametrize("num_splits", [None, 1, 9])
 def test_triton_any_number_of_splits(num_splits):
     inputs = make_inputs(1, 2, 1, 1, 300, 16, 16)
     assert_exact(inputs, make_mask("padding", 1, 1, 300), impl="triton", num_splits=num_splits)

@@ -1,0 +1,241 @@
+"""Times decode_attention on one GPU against SDPA and against the bytes that it must read.
+
+    python benchmarks/bench_decode_attention.py --deadline 150            check, then time
+    python benchmarks/bench_decode_attention.py --tune --deadline 150     check, then sweep the configurations
+
+32 query heads, 8 key heads, head dim 128, bf16. Correctness against fp64 comes first and a wrong kernel is
+not timed. Times are medians of `do_bench`, which flushes the L2 cache before each call; `share` is that of
+3.35 TB/s. Rows go to `$OUT/decode_attention.json` (or benchmarks/results) one by one, so that the deadline
+loses nothing.
+"""
+
+import argparse
+import gc
+import itertools
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from _report import Report
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from hf_longattn.kernels.decode_attention import decode_attention
+from hf_longattn.kernels.decode_attention import triton as kernels
+from hf_longattn.kernels.key_range import KeyRange
+
+BANDWIDTH = 3.35e12
+HEADS, KEY_HEADS, DIM = 32, 8, 128
+SIZES = [(1, 2**16), (1, 2**18), (1, 2**20), (8, 2**16), (8, 2**18), (8, 2**20)]
+TUNED = [(128, 1, 2**16), (128, 1, 2**20), (128, 8, 2**16), (64, 1, 2**18), (256, 1, 2**17), (128, 8, 2**18)]
+# (H, G, T, S, K, V), every head dim and number of rows that takes another path in the kernel.
+CHECKS = [
+    (32, 8, 1, 5000, 128, 128),
+    (8, 2, 1, 3001, 48, 48),
+    (8, 2, 2, 3001, 64, 64),
+    (8, 1, 16, 3001, 80, 80),
+    (8, 2, 5, 3001, 96, 96),
+    (8, 2, 1, 3001, 192, 128),
+    (16, 2, 16, 3001, 128, 128),
+    (4, 4, 1, 3001, 256, 256),
+    (16, 2, 8, 3001, 256, 256),
+]
+
+
+def make(B, H, G, T, S, K, V, dtype):
+    """Random query, key and value."""
+    shapes = (B, H, T, K), (B, G, S, K), (B, G, S, V)
+    return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def masks(B, T, S):
+    """Each kind of mask that is timed or checked."""
+    position = torch.arange(T, device="cuda", dtype=torch.int32)[None] + S - T
+    padding = torch.linspace(S // 16, S // 2, B, device="cuda").int()[:, None].expand(B, T)
+    return {
+        "dense": KeyRange(causal=T > 1),
+        "padding": KeyRange(causal=True, lower=padding),
+        "window": KeyRange(causal=True, lower=(position - 4095).clamp(min=0)),
+        "capacity": KeyRange(upper=position - S // 3),
+        "holes": KeyRange(causal=True, key_mask=torch.rand(B, S, device="cuda") > 0.2),
+    }
+
+
+def exact(query, key, value, visible, softcap=None, sinks=None, dtype=torch.float64):
+    """Dense softmax attention in fp64."""
+    group = query.shape[1] // key.shape[1]
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    scores = query @ key.repeat_interleave(group, 1).mT * query.shape[-1] ** -0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(-1)
+    lse = lse if sinks is None else torch.logaddexp(lse, sinks.to(dtype)[None, :, None])
+    return torch.exp(scores - lse.unsqueeze(-1)) @ value.repeat_interleave(group, 1), lse
+
+
+def sdpa_masked(query, key, value, visible):
+    """What transformers calls where there is a mask: keys repeated for every query head."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+def check_case(shape, dtype, kind, options):
+    """(error, bound) of the output and of lse; the bound is 1.5 times the error of SDPA and one rounding."""
+    query, key, value = make(2, *shape, dtype)
+    T, S = shape[2], shape[3]
+    mask = masks(2, T, S)[kind]
+    visible = mask.tile(slice(0, T), slice(0, S), T, S, query.device)
+    want, want_lse = exact(query, key, value, visible, **options)
+    # SDPA knows neither caps nor sinks; its error on the same inputs without them stands in.
+    plain, _ = exact(query, key, value, visible)
+    peer = (sdpa_masked(query, key, value, visible).double() - plain).abs().max().item()
+    dead = ~visible.any(2).expand(key.shape[:3])
+    key[dead], value[dead] = torch.nan, torch.inf
+    output, lse = decode_attention(query, key, value, mask=mask, impl="triton", **options)
+    eps = torch.finfo(dtype).eps * want.abs().max().item()
+    lse_bound = 1.5 * 8 * torch.finfo(torch.float32).eps * want_lse.abs().max().item()
+    lse_error = (lse - want_lse).abs().max().item()
+    return (output - want).abs().max().item(), 1.5 * (peer + eps), lse_error, lse_bound
+
+
+def check_runs(dtype, shape):
+    """(mask, options) to check: everything at two bf16 shapes, one mask elsewhere, as each run compiles."""
+    runs = [("padding", {})]
+    if dtype == torch.bfloat16 and shape in (CHECKS[0], CHECKS[6]):
+        runs += [(kind, {}) for kind in ("dense", "window", "capacity", "holes")]
+        sinks = torch.randn(shape[0], device="cuda")
+        runs += [("padding", {"softcap": 20.0}), ("dense", {"sinks": sinks}), ("window", {"num_splits": 3})]
+    return runs
+
+
+def check(report):
+    """Every check; returns whether all passed."""
+    passed = True
+    for dtype, shape in itertools.product((torch.bfloat16, torch.float16, torch.float32), CHECKS):
+        for kind, options in check_runs(dtype, shape):
+            error, bound, lse_error, lse_bound = check_case(shape, dtype, kind, options)
+            if error <= bound and lse_error <= lse_bound:
+                continue
+            passed = False
+            case = f"check-{'x'.join(map(str, shape))}-{dtype}-{kind}-{','.join(options)}"
+            report.add(case=case, error=error, bound=bound, lse_error=lse_error, lse_bound=lse_bound)
+    report.add(case="check", passed=passed, seconds=time.time() - report.start)
+    return passed
+
+
+def graph_of(call):
+    """`call` captured in a CUDA graph, as a function that replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def median_us(call, rep=60):
+    return do_bench(call, warmup=15, rep=rep, return_mode="median") * 1e3
+
+
+def host_us(call, count=50):
+    """Microseconds a call from the host's side, calls back to back."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count * 1e6
+
+
+def time_case(report, name, call, num_bytes, graph=True, **extra):
+    """One row: eager and replayed from a CUDA graph."""
+    row = {"case": name, "us": median_us(call), **extra}
+    if graph:
+        row["graph_us"] = median_us(graph_of(call))
+    best = min(row["us"], row.get("graph_us", row["us"]))
+    report.add(
+        **row, bytes=num_bytes, gb_per_s=num_bytes / best / 1e3, share=num_bytes / best / 1e-6 / BANDWIDTH
+    )
+
+
+def visible_keys(mask, B, T, S):
+    """Keys that must be read, over all sequences."""
+    first = 0 if mask.lower is None else mask.lower.long().expand(B, T).amin(1)
+    last = S if mask.upper is None else mask.upper.long().expand(B, T).amax(1).clamp(max=S)
+    return int((torch.zeros(B, device="cuda").long() + last - first).clamp(min=0).sum())
+
+
+def time_size(report, B, S):
+    """All cases of one batch and length."""
+    query, key, value = make(B, HEADS, KEY_HEADS, 1, S, DIM, DIM, torch.bfloat16)
+    bytes_a_key = KEY_HEADS * DIM * 2 * key.element_size()
+    size, dense = f"B{B}-S{S}", bytes_a_key * B * S
+    for kind, mask in masks(B, 1, S).items():
+        if report.time_left() < 3:
+            return
+        call = partial(decode_attention, query, key, value, mask=mask)
+        extra = {"host_us": host_us(call)} if (B, S, kind) == (1, 2**16, "dense") else {}
+        time_case(report, f"decode-{kind}-{size}", call, bytes_a_key * visible_keys(mask, B, 1, S), **extra)
+    time_case(
+        report, f"decode-softcap-{size}", partial(decode_attention, query, key, value, softcap=30.0), dense
+    )
+    sdpa = partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=True)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            time_case(report, f"sdpa-{backend.name.lower()}-{size}", sdpa, dense)
+    if B * S <= 2**18:
+        visible = torch.ones(B, 1, 1, S, dtype=torch.bool, device="cuda")
+        masked = partial(sdpa_masked, query, key, value, visible)
+        time_case(report, f"sdpa-masked-{size}", masked, dense, graph=False)
+
+
+def tune_case(report, dim, B, S):
+    """Sweeps the configurations of one shape and reports the fastest."""
+    query, key, value = make(B, HEADS, KEY_HEADS, 1, S, dim, dim, torch.bfloat16)
+    num_bytes, best = 2 * key.numel() * key.element_size(), None
+    for block_n, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)):
+        shared = block_n * dim * 2 * key.element_size() * (stages - 1)
+        if report.time_left() < 3:
+            return
+        if shared * programs > 220 * 1024:
+            continue
+        config = kernels.DecodeConfig(block_n, warps, stages, programs)
+        call = partial(kernels.decode_forward, query, key, value, dim**-0.5, KeyRange(), config=config)
+        try:
+            us = median_us(call, rep=15)
+        except OutOfResources:
+            continue
+        share = num_bytes / us / 1e-6 / BANDWIDTH
+        report.add(case=f"tune-K{dim}-B{B}-S{S}", us=us, share=share, **config._asdict())
+        best = min(best or (us, config), (us, config))
+    if best:
+        report.add(case=f"best-K{dim}-B{B}-S{S}", us=best[0], **best[1]._asdict())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times decode_attention.")
+    parser.add_argument("--tune", action="store_true", help="sweep configurations in place of timing")
+    parser.add_argument("--deadline", type=float, default=150, help="seconds after which nothing new starts")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    name = "decode_attention_tune" if arguments.tune else "decode_attention"
+    report = Report(name, arguments.deadline)
+    if not check(report):
+        raise SystemExit("decode_attention is wrong on this machine; nothing was timed.")
+    for B, S in () if arguments.tune else SIZES:
+        if report.time_left() > 8:
+            time_size(report, B, S)
+        gc.collect()
+        torch.cuda.empty_cache()
+    for dim, B, S in TUNED if arguments.tune else ():
+        tune_case(report, dim, B, S)
+
+
+if __name__ == "__main__":
+    main()

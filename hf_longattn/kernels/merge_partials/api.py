@@ -78,7 +78,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[T
 
 
 def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *merge_backward(*ctx.saved_tensors, grad_output, grad_lse), None
+    outputs, lse, merged_lse = ctx.saved_tensors
+    return *merge_backward(outputs, lse, merged_lse, grad_output, grad_lse), None
 
 
 _merge.register_autograd(_backward, setup_context=_setup_context)

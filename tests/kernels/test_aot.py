@@ -7,6 +7,7 @@ import importlib
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from hf_longattn.kernels.dispatch import interpreting
 
@@ -81,6 +82,49 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False):
     )
 
 
+def _lightning_scan(dtype, head_dim, options=(), max_spills=0, slow=False):
+    """The scan of `lightning_attention`, its own tiling; `options` of state, blocks, packed, reverse."""
+    from hf_longattn.kernels.lightning_attention.triton import choose_tiling
+
+    types = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    tiling = choose_tiling(head_dim, head_dim, getattr(torch, types[dtype]), 1 << 20, 1024)
+    strides = ("i64:16",) * 3 + (1,)
+    signature = {f"{name}_ptr": f"*{dtype}:16" for name in "xyzo"} | {"slope_ptr": "*fp32:16"}
+    signature |= {f"{name}_strides": strides for name in (*"xyzo", "state", "block", "left")}
+    sizes = ("length", "num_heads", "num_segments", "segment_length", "block_length")
+    signature |= dict.fromkeys(sizes, "i32") | {"shares": (1, 1, 1), "scale": "fp32"}
+    pointers = {
+        "state": {"state_ptr": "*fp32:16", "left_ptr": "*fp32:16"},
+        "blocks": {"block_ptr": "*fp32:16"},
+        "packed": {"bounds_ptr": "*i64:16", "ranges_ptr": "*i64:16"},
+    }
+    constexprs = {
+        "DIMS": (head_dim, head_dim), "REVERSE": "reverse" in options, "STRICT": False,
+        "CHUNK": tiling.chunk, "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_V": tiling.block_v, "SPLIT": tiling.split,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+    }  # fmt: skip
+    for name, kinds in pointers.items():
+        signature |= kinds if name in options else {}
+        constexprs |= {} if name in options else dict.fromkeys(kinds)
+    return Case(
+        "-".join(("lightning_scan", f"K{head_dim}", dtype, *options)),
+        "hf_longattn.kernels.lightning_attention.triton:_scan_kernel",
+        signature, constexprs, tiling.num_warps, tiling.num_stages, max_spills=max_spills, slow=slow,
+    )  # fmt: skip
+
+
+def _lightning_step(head_dim):
+    strides = ("i64:16",) * 3 + (1,)
+    signature = {f"{name}_ptr": "*bf16:16" for name in "qkvo"} | {"slope_ptr": "*fp32:16"}
+    signature |= {"state_ptr": "*fp32:16"} | {f"{name}_strides": strides for name in (*"qkvo", "state")}
+    signature |= {"share": "i32", "length": "i32", "num_heads": "i32", "scale": "fp32"}
+    block = triton.next_power_of_2(head_dim)
+    constexprs = {"DIMS": (head_dim, head_dim), "BLOCK_K": block, "BLOCK_V": 32 if block <= 128 else 16}
+    kernel = "hf_longattn.kernels.lightning_attention.triton_step:_step_kernel"
+    return Case(f"lightning_step-K{head_dim}", kernel, signature, constexprs)
+
+
 CASES: list[Case] = [
     _merge_partials(16, 1, 128),
     _merge_partials(64, 1, 256),
@@ -90,6 +134,16 @@ CASES: list[Case] = [
     *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),
     *(_decode_attention("bf16", dim, 64, masked=True, slow=True) for dim in (64, 128, 256)),
     *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),
+    _lightning_scan("bf16", 64, max_spills=16),
+    # A few registers too many at the size that counts most; narrower tiles would read more.
+    _lightning_scan("bf16", 128, max_spills=64),
+    _lightning_scan("bf16", 128, ("reverse", "state", "blocks"), max_spills=256, slow=True),
+    _lightning_scan("bf16", 128, ("state", "blocks", "packed"), max_spills=640, slow=True),
+    *(_lightning_scan("bf16", dim, max_spills=16, slow=True) for dim in (16, 48, 192, 256)),
+    _lightning_scan("fp16", 128, max_spills=160, slow=True),
+    _lightning_scan("fp32", 64, max_spills=32, slow=True),
+    _lightning_scan("fp32", 128, max_spills=64, slow=True),
+    _lightning_step(128),
 ]
 
 

@@ -403,7 +403,7 @@ def within(errors):
         (1, 130, 2, 2, 48, 16, torch.float16),
         (1, 1, 2, 2, 16, 16, torch.float32),
     ],
-    ids=["B2-T65-H2-K16-fp32", "B1-T130-H2-K48-fp16", "B1-T1-H2-K16-fp32"],
+    ids=["B1-T65-H2-K16-fp32", "B2-T66-H1-K48-fp16", "B1-T1-H2-K16-fp32"],
 )
 def test_interpreted_scan(B, T, H, G, K, V, dtype):
     q, k, v, slopes = make(B, T, H, G, K, V, dtype)
@@ -412,18 +412,21 @@ def test_interpreted_scan(B, T, H, G, K, V, dtype):
 
 @interpreted
 def test_interpreted_both_directions():
-    within(kernel_errors(*make(1, 100, 2, 1, 16, 16, torch.float32), causal=False))
+    within(kernel_errors(*make(1, 70, 2, 1, 16, 16, torch.float32), causal=False))
 
 
 @interpreted
-@pytest.mark.parametrize("bounds", [None, [0, 0, 20, 20, 200, 230, 300, 300], [0, 300]], ids=str)
-@pytest.mark.parametrize("segments", [(128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("bounds", "segments"),
+    [(None, (128, 64)), ([0, 0, 20, 20, 140, 160, 200, 200], (128, 64)), ([0, 200], (64, 64))],
+    ids=str,
+)
 def test_interpreted_segments(monkeypatch, bounds, segments):
     """Cut into segments: what enters each is summed from blocks, of the right document only."""
     from hf_longattn.kernels.lightning_attention import triton as kernels
 
     monkeypatch.setattr(kernels, "choose_segments", lambda *_: segments)
-    q, k, v, slopes = make(1, 300, 2, 1, 16, 16, torch.float32)
+    q, k, v, slopes = make(1, 200, 2, 1, 16, 16, torch.float32)
     slopes[1] = SLOPES[2]
     count = 1 if bounds is None else len(bounds) - 1
     packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}

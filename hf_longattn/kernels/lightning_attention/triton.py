@@ -44,8 +44,8 @@ def _decay(slope, steps):
 def forgotten(slope, steps):
     """1 - exp(-slope * steps) without cancellation: decays of slow heads lie within an ulp of 1."""
     x = slope * steps.to(tl.float32)
-    series = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6)))))
-    return tl.where(x < 0.1, series, 1 - tl.exp2(-x * LOG2E))
+    series = x * (1 - x * (1 / 2) * (1 - x * (1 / 3) * (1 - x * (1 / 4) * (1 - x * (1 / 5)))))
+    return tl.where(x < 0.03, series, 1 - tl.exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _dot_wide_left(wide, tile, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     high = wide.to(tile.dtype)
     acc = _dot(high, tile, PRECISION)
     if SPLIT and tile.dtype != tl.float32:
-        acc = tl.dot(_rest(wide, high), tile, acc)
+        acc = tl.dot(_rest(wide, high), tile, acc, input_precision=PRECISION)
     return acc * factor
 
 
@@ -103,7 +103,7 @@ def _dot_wide_right(tile, wide, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     high = wide.to(tile.dtype)
     acc = _dot(tile, high, PRECISION)
     if SPLIT and tile.dtype != tl.float32:
-        acc = tl.dot(tile, _rest(wide, high), acc)
+        acc = tl.dot(tile, _rest(wide, high), acc, input_precision=PRECISION)
     return acc * factor
 
 
@@ -114,7 +114,7 @@ def _next_state(state, y, z, leave, length, slope, SPLIT: tl.constexpr, PRECISIO
     high = wide.to(y.dtype)
     added = _dot(tl.trans(y), high, PRECISION)
     if SPLIT and y.dtype != tl.float32:
-        added = tl.dot(tl.trans(y), _rest(wide, high), added)
+        added = tl.dot(tl.trans(y), _rest(wide, high), added, input_precision=PRECISION)
     return state + (added - state * forgotten(slope, length))
 
 
@@ -224,11 +224,16 @@ def _scan_kernel(
             z = _load_tile(z_ptr, rows, mask_c, offs_v, z_strides, DIMS[1], BLOCK_V)
             to_start, to_end = _decay(slope, offs_c + 1), _decay(slope, count - 1 - offs_c)
             enter, leave = (to_end, to_start) if REVERSE else (to_start, to_end)
-            o = _dot_wide_right(x, state, SPLIT & 2, PRECISION) * enter[:, None]
-            p = _dot(x, tl.trans(y), PRECISION) * tl.where(keep, _decay(slope, steps), 0.0)
+            # Both products are issued before either is used, so that they overlap.
+            o = _dot_wide_right(x, state, SPLIT & 2, PRECISION)
+            p = _dot(x, tl.trans(y), PRECISION)
+            o = o * enter[:, None]
+            p = p * tl.where(keep, _decay(slope, steps), 0.0)
             o = (o + _dot_wide_left(p, z, SPLIT & 1, PRECISION)) * scale
-            mask_o = mask_c[:, None] & (offs_v[None, :] < DIMS[1])
-            o_ptrs = o_ptr + rows[:, None] * o_strides[2] + offs_v[None, :] * o_strides[3]
+            # Not the loads' mask and rows: values shared with them would be kept for every stage.
+            mask_o = (offs_c < end - start)[:, None] & (offs_v[None, :] < DIMS[1])
+            o_ptrs = o_ptr + start * o_strides[2] + offs_c[:, None] * o_strides[2]
+            o_ptrs += offs_v[None, :] * o_strides[3]
             tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_o)
             state = _next_state(state, y, z, leave, count, slope, SPLIT & 4, PRECISION)
 
@@ -317,7 +322,8 @@ def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int,
     """
     wide = max(16, triton.next_power_of_2(key_dim))
     if dtype == torch.float32:
-        return Tiling(32, 16 if wide > 128 else 32, 4, 2)
+        # Products of three TF32 terms hold their operands in registers.
+        return Tiling(32, 32, 4, 2) if wide <= 64 else Tiling(16, 32, 8, 2)
     block_v = min(64 if wide <= 128 else 32, max(16, triton.next_power_of_2(value_dim)))
     # Too short to be cut into segments: narrower tiles occupy the GPU instead.
     while length <= SHORT and block_v > 16 and num_programs * triton.cdiv(value_dim, block_v) < 128:

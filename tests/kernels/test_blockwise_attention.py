@@ -250,7 +250,7 @@ def problems(draw):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(
-    max_examples=15 if interpreting() else 40,
+    max_examples=8 if interpreting() else 40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -361,6 +361,31 @@ def _run_stats(
     return lse2, delta
 
 
+def prepare(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    terms: Terms,
+) -> dict:
+    """The arguments that the three gradient kernels share; runs the kernel that prepares delta and lse.
+
+    Args:
+        grad_output: (B, H, T, V).
+        grad_lse: (B, H, T) or None.
+        inputs: query, key and value of the forward.
+        results: output and lse of the forward.
+        terms: options of the forward.
+    """
+    query, key, value = inputs
+    shared = shared_arguments(query, key, value, terms)
+    lse2, delta = _run_stats(grad_output, grad_lse, results, shared)
+    tensors = {"q": query, "k": key, "v": value, "do": grad_output}
+    pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    strides = {f"{name}_strides": tensor.stride() for name, tensor in tensors.items()}
+    return {**pointers, **strides, "lse2_ptr": lse2, "delta_ptr": delta, **shared}
+
+
 def _blocks(config: Config) -> dict:
     return {
         "BLOCK_M": config.block_m,
@@ -370,25 +395,68 @@ def _blocks(config: Config) -> dict:
     }
 
 
-def _run_dbias(tensors: dict, bias: Tensor, shared: dict) -> Tensor:
-    """The gradient of a floating bias, summed over the dims along which it is broadcast."""
+def run_dkdv(arguments: dict, terms: Terms, config: Config) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value, by `_dkdv_kernel`.
+
+    Args:
+        arguments: what `prepare` returned.
+        terms: options of the forward.
+        config: tile sizes.
+    """
+    key, value = arguments["k_ptr"], arguments["v_ptr"]
+    batch, groups, num_keys, _ = key.shape
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    spans = query_spans(terms, arguments["T"], num_keys, config.block_m, config.block_n)
+    _dkdv_kernel[(triton.cdiv(num_keys, config.block_n) * batch * groups,)](
+        **arguments,
+        spans_ptr=None if spans is None else spans.expand(batch, -1, -1).contiguous(),
+        dk_ptr=grad_key,
+        dv_ptr=grad_value,
+        dk_strides=grad_key.stride(),
+        dv_strides=grad_value.stride(),
+        **_blocks(config),
+    )
+    return grad_key, grad_value
+
+
+def run_dq(arguments: dict, config: Config) -> Tensor:
+    """The gradient of the query, by `_dq_kernel`.
+
+    Args:
+        arguments: what `prepare` returned.
+        config: tile sizes.
+    """
+    query = arguments["q_ptr"]
+    gradient = torch.empty_like(query)
+    _dq_kernel[(triton.cdiv(query.shape[2], config.block_m) * query.shape[0] * query.shape[1],)](
+        **arguments, dq_ptr=gradient, dq_strides=gradient.stride(), **_blocks(config)
+    )
+    return gradient
+
+
+def run_dbias(arguments: dict, bias: Tensor) -> Tensor:
+    """The gradient of a floating bias, summed over the dims along which it is broadcast, by `_dbias_kernel`.
+
+    Args:
+        arguments: what `prepare` returned.
+        bias: (B or 1, H or 1, T or 1, S).
+    """
     config = DQ_CONFIGS[0]
     gradient = torch.empty_like(bias)
-    batch, heads, num_queries, _ = tensors["q_ptr"].shape
+    batch, heads, num_queries, _ = arguments["q_ptr"].shape
     query_tiles, key_tiles = (
         triton.cdiv(num_queries, config.block_m),
-        triton.cdiv(shared["S"], config.block_n),
+        triton.cdiv(bias.shape[3], config.block_n),
     )
     one_row = bias.shape[2] == 1
     sizes = (bias.shape[1], 1 if one_row else query_tiles, key_tiles)
     repeats = (batch // bias.shape[0], heads // bias.shape[1], query_tiles if one_row else 1)
     _dbias_kernel[(bias.shape[0] * sizes[0] * sizes[1] * sizes[2],)](
-        **tensors,
+        **arguments,
         dbias_ptr=gradient,
         dbias_strides=gradient.stride(),
         bias_sizes=sizes,
         repeats=repeats,
-        **shared,
         **_blocks(config),
         ONE_ROW=one_row,
     )
@@ -402,9 +470,8 @@ def backward(
     results: tuple[Tensor, Tensor],
     terms: Terms,
     bias_grad: bool = False,
-    configs: tuple[Config, Config] | None = None,
 ) -> Gradients:
-    """Launches the backward kernels.
+    """Gradients of the forward, each by its kernel.
 
     Args:
         grad_output: (B, H, T, V).
@@ -413,33 +480,15 @@ def backward(
         results: output and lse of the forward.
         terms: options of the forward.
         bias_grad: whether the floating bias wants its gradient.
-        configs: tile sizes of the key/value and of the query kernel; by dtype and head dim if None.
     """
-    query, key, value = inputs
-    batch, heads, num_queries, head_dim = query.shape
-    head_dim = max(head_dim, value.shape[3])
-    lists = (DKDV_CONFIGS, DQ_CONFIGS)
-    dkdv, dq = configs or [pick_config(query.dtype, head_dim, query.device, entries) for entries in lists]
-    shared = shared_arguments(query, key, value, terms)
-    lse2, delta = _run_stats(grad_output, grad_lse, results, shared)
-    tensors = {"q_ptr": query, "k_ptr": key, "v_ptr": value, "do_ptr": grad_output, "lse2_ptr": lse2}
-    strides = {f"{name}_strides": tensors[f"{name}_ptr"].stride() for name in ("q", "k", "v", "do")}
-    tensors |= {"delta_ptr": delta, **strides}
-    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in inputs)
-    spans = query_spans(terms, num_queries, key.shape[2], dkdv.block_m, dkdv.block_n)
-    _dkdv_kernel[(triton.cdiv(key.shape[2], dkdv.block_n) * batch * key.shape[1],)](
-        **tensors,
-        spans_ptr=None if spans is None else spans.expand(batch, -1, -1).contiguous(),
-        dk_ptr=grad_key,
-        dv_ptr=grad_value,
-        dk_strides=grad_key.stride(),
-        dv_strides=grad_value.stride(),
-        **shared,
-        **_blocks(dkdv),
+    query, _, value = inputs
+    head_dim = max(query.shape[3], value.shape[3])
+    dkdv, dq = (pick_config(query.dtype, head_dim, query.device, x) for x in (DKDV_CONFIGS, DQ_CONFIGS))
+    arguments = prepare(grad_output, grad_lse, inputs, results, terms)
+    grad_key, grad_value = run_dkdv(arguments, terms, dkdv)
+    grad_query = run_dq(arguments, dq)
+    grad_bias = run_dbias(arguments, terms.bias) if terms.bias is not None and bias_grad else None
+    grad_sinks = (
+        None if terms.sinks is None else sink_gradient(terms.sinks, results[1], arguments["delta_ptr"])
     )
-    _dq_kernel[(triton.cdiv(num_queries, dq.block_m) * batch * heads,)](
-        **tensors, dq_ptr=grad_query, dq_strides=grad_query.stride(), **shared, **_blocks(dq)
-    )
-    grad_bias = _run_dbias(tensors, terms.bias, shared) if terms.bias is not None and bias_grad else None
-    grad_sinks = None if terms.sinks is None else sink_gradient(terms.sinks, results[1], delta)
     return Gradients(grad_query, grad_key, grad_value, grad_bias, grad_sinks)

@@ -1,0 +1,190 @@
+"""Lightning attention on a GPU: the kernels against fp64, graphs, compilation, sizes beyond 2^31."""
+
+import pytest
+import torch
+
+from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
+
+pytestmark = pytest.mark.gpu
+SLOPES = [0.84, 0.11, 3.9e-3, 3.9e-8]
+FP32_EPS = torch.finfo(torch.float32).eps
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def make(B, T, H, G, K, V, dtype, grad=False):
+    """(B, T, heads, dim) in memory, as a model makes them."""
+    shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V))
+    tensors = [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes]
+    slopes = torch.tensor((SLOPES * H)[:H], device="cuda")
+    return [x.requires_grad_(grad) for x in tensors] + [slopes]
+
+
+def error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def run(q, k, v, slopes, state, weights, impl, **options):
+    leaves = [x.detach().requires_grad_() for x in ((q, k, v) if state is None else (q, k, v, state))]
+    given = {} if state is None else {"initial_state": leaves[3], "output_final_state": True}
+    results = lightning_attention(*leaves[:3], slopes, impl=impl, **given, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [w.to(r.dtype) for w, r in zip(weights, results, strict=True)]
+    return [*results, *torch.autograd.grad(results, leaves, pairs)]
+
+
+def compare(q, k, v, slopes, state=None, **options):
+    """Each result and gradient is at most 1.5 times as far from fp64 as plain torch rounded to the dtype."""
+    shape = (*q.shape[:3], v.shape[3])
+    weights = [torch.randn(shape, device="cuda").to(q.dtype)] + (
+        [] if state is None else [torch.randn_like(state)]
+    )
+    wide = [x.double() for x in (q, k, v, slopes)] + [None if state is None else state.double()]
+    exact = run(*wide, weights, "reference", **options)
+    standard = run(q, k, v, slopes, state, weights, "reference", **options)
+    actual = run(q, k, v, slopes, state, weights, "triton", **options)
+    for i, (a, s, e) in enumerate(zip(actual, standard, exact, strict=True)):
+        assert a.shape == e.shape and error(a, e) <= 1.5 * (error(s, e) + FP32_EPS), (
+            i,
+            error(a, e),
+            error(s, e),
+        )
+
+
+CASES = [
+    (2, 63, 4, 4, 64, 64, "bf16"),
+    (1, 1, 4, 2, 128, 128, "bf16"),
+    (2, 500, 4, 1, 128, 128, "bf16"),
+    (1, 1000, 4, 4, 128, 64, "bf16"),
+    (1, 300, 4, 4, 48, 96, "bf16"),
+    (1, 300, 4, 2, 192, 256, "bf16"),
+    (1, 300, 4, 4, 256, 16, "bf16"),
+    (1, 500, 4, 4, 128, 128, "fp16"),
+    (1, 500, 4, 4, 128, 128, "fp32"),
+    (1, 300, 4, 2, 256, 64, "fp32"),
+    (1, 20001, 4, 4, 128, 128, "bf16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "G", "K", "V", "dtype"),
+    CASES,
+    ids=["B{}-T{}-H{}-G{}-K{}-V{}-{}".format(*c) for c in CASES],
+)
+def test_against_fp64(B, T, H, G, K, V, dtype):
+    state = torch.randn(B, H, K, V, device="cuda")
+    compare(*make(B, T, H, G, K, V, DTYPES[dtype]), state, scale=K**-0.5)
+
+
+def test_both_directions():
+    compare(*make(2, 1000, 4, 2, 96, 64, torch.bfloat16), causal=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_packed_documents_over_segments(dtype):
+    bounds = torch.tensor([0, 0, 1, 64, 5000, 5001, 20000, 30000, 30000], device="cuda", dtype=torch.int32)
+    state = torch.randn(8, 4, 64, 64, device="cuda")
+    compare(*make(1, 30000, 4, 2, 64, 64, DTYPES[dtype]), state, cu_seqlens=bounds)
+
+
+def test_error_targets():
+    """With a model's slopes: 2.0e-3 forward and 2.2e-3 for the gradients in bf16."""
+    q, k, v, _ = make(1, 4096, 32, 32, 128, 128, torch.bfloat16)
+    slopes = torch.exp2(-8 * torch.arange(1, 33, device="cuda") / 32)
+    weights = [torch.randn_like(q)]
+    exact = run(q.double(), k.double(), v.double(), slopes.double(), None, weights, "reference")
+    actual = run(q, k, v, slopes, None, weights, "triton")
+    for bound, a, e in zip((2.0e-3, 2.2e-3, 2.2e-3, 2.2e-3), actual, exact, strict=True):
+        assert error(a, e) <= bound
+
+
+def test_any_strides():
+    q, k, v, slopes = make(2, 300, 4, 4, 64, 64, torch.bfloat16)
+    expected = lightning_attention(q, k, v, slopes)
+    turned = [x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for x in (q, k, v)]
+    assert torch.equal(lightning_attention(*turned, slopes), expected)
+
+
+def test_slopes_have_gradients():
+    q, k, v, slopes = make(1, 700, 4, 4, 32, 32, torch.float32)
+    leaf, wide = slopes.clone().requires_grad_(), slopes.double().requires_grad_()
+    (grad,) = torch.autograd.grad(lightning_attention(q, k, v, leaf).square().sum(), leaf)
+    exact = lightning_attention(q.double(), k.double(), v.double(), wide, impl="reference")
+    (expected,) = torch.autograd.grad(exact.square().sum(), wide)
+    assert error(grad, expected) < 1e-5
+
+
+def test_no_sync_no_recompile_and_graphs():
+    """A packed call waits for nothing, so it can be captured; other lengths compile nothing new."""
+    from hf_longattn.kernels.lightning_attention.triton import _scan_kernel
+
+    def call(T):
+        q, k, v, slopes = make(1, T, 4, 4, 64, 64, torch.bfloat16)
+        bounds = torch.tensor([0, T // 3, T], device="cuda")
+        return (q, k, v, slopes), {"cu_seqlens": bounds, "impl": "triton"}
+
+    arguments, options = call(9000)
+    expected = lightning_attention(*arguments, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lightning_attention(*arguments, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = lightning_attention(*arguments, **options)
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected)
+
+    compiled = sum(len(cache[0]) for cache in _scan_kernel.device_caches.values())
+    for T in (9001, 9008, 12345):
+        arguments, options = call(T)
+        lightning_attention(*arguments, **options)
+    assert sum(len(cache[0]) for cache in _scan_kernel.device_caches.values()) == compiled
+
+
+def test_compiles_as_one_graph():
+    q, k, v, slopes = make(2, 300, 4, 2, 64, 64, torch.bfloat16, grad=True)
+
+    def layer(q, k, v):
+        return lightning_attention(q * 2, k, v, slopes).relu()
+
+    compiled = torch.compile(layer, fullgraph=True)
+    for function in (compiled, layer):
+        output = function(q, k, v)
+        grads = torch.autograd.grad(output.float().sum(), (q, k, v))
+        if function is compiled:
+            first = (output, *grads)
+    for a, b in zip(first, (output, *grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_step_in_a_graph(T):
+    q, k, v, slopes = make(3, T, 4, 2, 128, 96, torch.bfloat16)
+    state = torch.randn(3, 4, 128, 96, device="cuda")
+    exact_state = state.double()
+    graph = torch.cuda.CUDAGraph()
+    lightning_attention_step(q, k, v, slopes, state.clone())
+    with torch.cuda.graph(graph):
+        output = lightning_attention_step(q, k, v, slopes, state, scale=0.5)
+    for _ in range(5):
+        graph.replay()
+        wide = (x.double() for x in (q, k, v, slopes))
+        exact = lightning_attention_step(*wide, exact_state, scale=0.5, impl="reference")
+    assert error(state, exact_state) < 2e-7
+    assert error(output, exact) <= 1.5 * error(exact.bfloat16(), exact)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """The last head of the last tokens is right where offsets pass 2^31."""
+    q, k, v, _ = make(1, 600_000, 32, 32, 128, 128, torch.bfloat16)
+    slopes = torch.exp2(-8 * torch.arange(1, 33, device="cuda") / 32)
+    assert q.numel() > 2**31
+    output = lightning_attention(q, k, v, slopes)
+    # The slowest head forgets 20000 tokens to exp(-78).
+    tail = [x[:, -1:, -20000:].double() for x in (q, k, v)]
+    exact = lightning_attention(*tail, slopes[-1:].double(), impl="reference")[:, :, -1000:]
+    assert error(output[:, -1:, -1000:], exact) <= 2.2e-3

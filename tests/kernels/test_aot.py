@@ -114,6 +114,16 @@ def _lightning_scan(dtype, head_dim, options=(), max_spills=0, slow=False):
     )  # fmt: skip
 
 
+def _lightning_blocks(head_dim):
+    """The states of blocks, with packed documents; its parameters are among those of the scan."""
+    case = _lightning_scan("bf16", head_dim, ("packed",))
+    signature = case.signature | {"block_ptr": "*fp32:16", "documents_ptr": "*i64:16", "num_blocks": "i32"}
+    kernel = "hf_longattn.kernels.lightning_attention.triton:_block_state_kernel"
+    names = ("DIMS", "REVERSE", "CHUNK", "BLOCK_K", "BLOCK_V", "SPLIT", "PRECISION")
+    constexprs = {name: case.constexprs[name] for name in names}
+    return Case(f"lightning_blocks-K{head_dim}", kernel, signature, constexprs, num_stages=case.num_stages)
+
+
 def _lightning_step(head_dim):
     strides = ("i64:16",) * 3 + (1,)
     signature = {f"{name}_ptr": "*bf16:16" for name in "qkvo"} | {"slope_ptr": "*fp32:16"}
@@ -123,6 +133,48 @@ def _lightning_step(head_dim):
     constexprs = {"DIMS": (head_dim, head_dim), "BLOCK_K": block, "BLOCK_V": 32 if block <= 128 else 16}
     kernel = "hf_longattn.kernels.lightning_attention.triton_step:_step_kernel"
     return Case(f"lightning_step-K{head_dim}", kernel, signature, constexprs)
+
+
+def _blockwise(name, head_dim, dtype="bf16", ranged=False, softcap=False, max_spills=0, slow=False):
+    """A kernel of `blockwise_attention` with its own configuration; `ranged` has an interval a query."""
+    from hf_longattn.kernels.blockwise_attention import triton_backward, triton_forward
+
+    configs = {
+        "forward": triton_forward.CONFIGS, "dkdv": triton_backward.DKDV_CONFIGS,
+        "dq": triton_backward.DQ_CONFIGS, "dbias": triton_backward.DQ_CONFIGS[:1] * 4,
+    }[name]  # fmt: skip
+    config = configs[0 if dtype == "fp32" else (head_dim > 64) + (head_dim > 128) + 1]
+    block = max(16, triton.next_power_of_2(head_dim))
+    interval = ("*i32:16", "*i32:16") if ranged or name == "dbias" else (None, None)
+    signature = {f"{x}_ptr": f"*{dtype}:16" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "dbias")}
+    signature |= {
+        f"{x}_strides": ("i64:16",) * 3 + (1,) for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+    }
+    signature |= dict.fromkeys(("lse_ptr", "lse2_ptr", "delta_ptr"), "*fp32:16") | {"spans_ptr": "*i32:16"}
+    signature |= {"masks": (*interval, None, "*bf16:16" if name == "dbias" else None)}
+    signature |= {"mask_strides": ("i32:16", "i32:16", 0, 0, "i32:16", "i32:16", 1), "T": "i32", "S": "i32"}
+    signature |= {
+        "dbias_strides": ("i64:16",) * 3 + (1,),
+        "bias_sizes": ("i32",) * 3,
+        "repeats": ("i32",) * 3,
+    }
+    signature |= {"scale": "fp32", "softcap": "fp32"}
+    constexprs = {
+        "sinks_ptr": None, "dropout": None, "H": 32, "GROUP": 4, "K": head_dim, "V": head_dim, "CAUSAL": True,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK_K": block, "BLOCK_V": block,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "ONE_ROW": False,
+    }  # fmt: skip
+    constexprs |= {} if ranged else {"spans_ptr": None}
+    constexprs |= {} if softcap else {"softcap": None}
+    kernel = getattr(triton_forward if name == "forward" else triton_backward, f"_{name}_kernel")
+    signature = {key: kind for key, kind in signature.items() if key not in constexprs}
+    constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
+    module = "triton_forward" if name == "forward" else "triton_backward"
+    return Case(
+        "-".join(("blockwise", name, f"K{head_dim}", dtype, *["ranged"] * ranged, *["softcap"] * softcap)),
+        f"hf_longattn.kernels.blockwise_attention.{module}:_{name}_kernel",
+        signature, constexprs, config.num_warps, config.num_stages, max_spills=max_spills, slow=slow,
+    )  # fmt: skip
 
 
 CASES: list[Case] = [
@@ -143,7 +195,17 @@ CASES: list[Case] = [
     _lightning_scan("fp16", 128, max_spills=160, slow=True),
     _lightning_scan("fp32", 64, max_spills=32, slow=True),
     _lightning_scan("fp32", 128, max_spills=64, slow=True),
+    _lightning_blocks(128),
     _lightning_step(128),
+    *(_blockwise(name, 128, ranged=True) for name in ("forward", "dq")),
+    # Two accumulators of 128 x 128 fill the registers; a narrower tile would read the queries more often.
+    _blockwise("dkdv", 128, ranged=True, max_spills=128),
+    *(_blockwise(name, 64, ranged=True, slow=True) for name in ("forward", "dkdv", "dq")),
+    *(_blockwise(name, 256, slow=True) for name in ("forward", "dq")),
+    _blockwise("dkdv", 256, max_spills=192, slow=True),
+    _blockwise("forward", 128, softcap=True, slow=True),
+    _blockwise("dbias", 64, max_spills=0, slow=True),
+    _blockwise("forward", 64, "fp32", ranged=True, slow=True),
 ]
 
 

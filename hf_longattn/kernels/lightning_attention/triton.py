@@ -352,8 +352,8 @@ def choose_segments(length: int, num_programs: int, num_slots: int) -> tuple[int
     """
 
     def cost(count: int) -> float:
-        # Waves a segment, plus a little for what enters each.
-        return -(-num_programs * count // num_slots) / count * (1 + 0.03 * (count > 1))
+        # Waves of the whole length, and for every cut the tokens before it that are summed again.
+        return -(-num_programs * count // num_slots) / count * (1 + 0.005 * (count - 1))
 
     count = min(range(1, max(1, min(length // SHORT, 64)) + 1), key=cost)
     tokens = triton.cdiv(length, count)

@@ -4,8 +4,8 @@
     python benchmarks/bench_blockwise_attention.py --tune --deadline 170
 
 Correctness against fp64 comes first: outputs and gradients, bf16 and fp16, every option, head dims 48 to 256.
-A wrong kernel is not timed. `--tune` sweeps tile sizes instead. TFLOP/s count 4 operations a pair and head dim
-forward and 10 backward. Rows are saved after each measurement.
+A wrong kernel is not timed. `--tune` sweeps tile sizes instead. TFLOP/s count 4 operations a pair and head
+dim forward and 10 backward. Rows are saved after each measurement.
 """
 
 import argparse

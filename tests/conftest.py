@@ -12,7 +12,8 @@ def poisoned_memory(monkeypatch):
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
             floating = tensor.is_floating_point() or tensor.is_complex()
-            return tensor.fill_(float("nan")) if floating and tensor.device.type != "meta" else tensor
+            with torch.no_grad():
+                return tensor.fill_(float("nan")) if floating and tensor.device.type != "meta" else tensor
 
         return wrapper
 

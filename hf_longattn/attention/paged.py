@@ -16,7 +16,16 @@ from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import packed_bounds
 
 # What continuous batching passes beside the attention arguments proper.
-_PAGING = ("cache", "read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k")
+_PAGING = (
+    "cache",
+    "read_index",
+    "write_index",
+    "block_table",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "logits_indices",
+    "logits_processor_args",
+)
 
 
 def paged_attention_forward(

@@ -90,7 +90,6 @@ class GraphDecoder:
         self.original = original
         self.required = required
         self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
-        self.pool: Any = None
         self.given_up = False
 
     def forward(self) -> Callable[..., Any]:
@@ -177,10 +176,6 @@ class GraphDecoder:
                     clock.advance(count)
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         return Step(graph, inputs, type(output), tensors, clocks, _buffers(cache))
-
-    def _new_pool(self) -> Any:
-        self.pool = torch.cuda.graph_pool_handle()
-        return self.pool
 
     def _warm_up(self, call: dict[str, Any], clocks: list[Clock], count: int) -> None:
         """Runs the step once, so that everything is compiled; it writes what the replay will write again."""

@@ -40,10 +40,8 @@ class GenerationSetup:
             raise ValueError(f"`prefill_chunk_size` must be positive or None, got {self.prefill_chunk_size}.")
         if self.cache_dtype is not None:
             raise ValueError(f"`cache_dtype` must be None in this version, got {self.cache_dtype}.")
-        if self.cuda_graph not in ("auto", False):
-            raise ValueError(
-                f"`cuda_graph` must be 'auto' or False in this version, got {self.cuda_graph!r}."
-            )
+        if self.cuda_graph not in ("auto", True, False):
+            raise ValueError(f"`cuda_graph` must be 'auto', True or False, got {self.cuda_graph!r}.")
 
 
 def prepare_generation(

@@ -1,0 +1,150 @@
+"""Times `generate()` with one long prompt on one GPU: a prepared model beside transformers' own `sdpa`.
+
+    python benchmarks/bench_generation.py --lengths 8192,32768,131072 --deadline 300
+
+The model has the shape of Llama-3.1-8B and random weights. Each row holds the time to the first token, the
+median time a token, the peak memory, and the floor: bytes of weights and cache over the copy rate measured in
+the same run. Whether the tokens equal those of the first peer stands in each row.
+"""
+
+import argparse
+import gc
+import time
+
+import torch
+from _report import Report
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.generation.streamers import BaseStreamer
+from triton.testing import do_bench
+
+import hf_longattn
+
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1 << 20,
+}
+NEW_TOKENS = 48
+
+
+class Clock(BaseStreamer):
+    """When the prompt and every token arrived."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def copy_rate():
+    """Bytes a second that this card moves, read and written, in a large copy."""
+    source = torch.randn(1 << 29, device="cuda", dtype=torch.float32)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+
+
+def build(layers):
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def free():
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@torch.inference_mode()
+def measure(model, length, batch, pad, **options):
+    """(time to first token, median time a token, peak bytes, the tokens), in seconds and bytes."""
+    ids = torch.randint(
+        0, 128000, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
+    mask = torch.ones_like(ids)
+    mask[:1, :pad] = 0
+    call = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    if length <= 32768:
+        model.generate(ids, max_new_tokens=4, **call)
+    else:
+        model.generate(ids[:, :4096], max_new_tokens=4, **{**call, "attention_mask": mask[:, :4096]})
+    free()
+    clock = Clock()
+    tokens = model.generate(ids, max_new_tokens=NEW_TOKENS, streamer=clock, **call)
+    steps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
+    first = clock.times[1] - clock.times[0]
+    return first, steps[len(steps) // 2], torch.cuda.max_memory_allocated(), tokens[:, length:].tolist()
+
+
+def floor(model, length, batch, rate):
+    """Seconds a token at least takes: weights once, and every row's keys and values."""
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights -= model.get_input_embeddings().weight.numel() * 2
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * 2 * (length + NEW_TOKENS // 2)
+    return (weights + batch * cache) / rate
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", default="8192,32768,131072")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pad", type=int, default=0, help="padding tokens on the left of the first row")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument(
+        "--peers", default="prepared,sdpa", help="of prepared, eager-prepared, sdpa, sdpa-static"
+    )
+    parser.add_argument("--name", default="generation")
+    parser.add_argument("--deadline", type=float, default=300)
+    arguments = parser.parse_args()
+    report = Report(arguments.name, deadline=arguments.deadline)
+    rate = copy_rate()
+    model = build(arguments.layers)
+    for length in map(int, arguments.lengths.split(",")):
+        tokens = {}
+        for peer in arguments.peers.split(","):
+            if report.time_left() < 10:
+                return
+            options = {"cache_implementation": "static"} if peer == "sdpa-static" else {}
+            if "prepared" in peer:
+                hf_longattn.prepare_generation(model, cuda_graph="auto" if peer == "prepared" else False)
+            row = {
+                "peer": peer,
+                "prompt": length,
+                "batch": arguments.batch,
+                "pad": arguments.pad,
+                "copy_rate": rate,
+            }
+            row |= {"layers": arguments.layers}
+            row["floor_ms"] = 1e3 * floor(model, length, arguments.batch, rate)
+            try:
+                first, step, peak, tokens[peer] = measure(
+                    model, length, arguments.batch, arguments.pad, **options
+                )
+                row |= {"first_token_s": first, "token_ms": 1e3 * step, "peak_gib": peak / 2**30}
+                row |= {"same_tokens_as_first_peer": tokens[peer] == next(iter(tokens.values()))}
+            except torch.OutOfMemoryError as error:
+                row |= {"error": str(error).splitlines()[0][:100]}
+            finally:
+                hf_longattn.restore(model)
+                free()
+            report.add(**row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Fixtures that every test gets: memory that nothing wrote is NaN, and every test starts from the same seed."""
+"""Fixtures that every test gets: memory that nothing wrote is NaN, and the same seed."""
 
 import pytest
 import torch

@@ -166,9 +166,7 @@ class GraphDecoder:
             clocks = list({id(layer.clock): layer.clock for layer in layers}.values())
             self._warm_up(call, clocks, count)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self.pool or self._new_pool(), capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 for clock in clocks:
                     clock.begin(count)
                 output = self.original(**call)

@@ -172,7 +172,8 @@ def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradients_cuda(grad: Tensor, inputs: tuple, results: tuple, is_causal: bool, scale: float) -> tuple:
     query, key, value = inputs
-    output, lse = results
+    # Both kernels read lse as a packed (B, H, T), whatever its strides say.
+    output, lse = results[0], results[1].contiguous()
     sizes = (query.shape[2], key.shape[2])
     nothing = torch.zeros((), dtype=torch.int64, device=query.device)
     if _uses_cudnn(query, key):

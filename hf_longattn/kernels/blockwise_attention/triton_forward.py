@@ -127,7 +127,8 @@ def _forward_kernel(
         acc *= shrink[:, None]
         m = total
     seen = some & (l > 0.0)
-    o = tl.where(seen[:, None], acc / tl.where(seen, l, 1.0)[:, None], 0.0)
+    share = 1.0 / tl.where(seen, l, 1.0)
+    o = tl.where(seen[:, None], acc * share[:, None], 0.0)
     store_tile(o_ptr + offset((b, h, 0, 0), o_strides), start_m, o_strides, T, o, V, BLOCK_M, BLOCK_V)
     lse = tl.where(l > 0.0, (m + tl.log2(l)) * 0.6931471805599453, float("-inf"))
     tl.store(lse_ptr + bh * T + offs_m, lse, mask=offs_m < T)

@@ -312,12 +312,17 @@ def test_cache_holds_one_block_for_every_length_tokens():
     assert held == vanilla // 2 // model.config.block_length
 
 
-@pytest.mark.parametrize(
-    "implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
-)
+IMPLEMENTATIONS = ("eager", "sdpa", "tree_attention", "blockwise_attention")
+PAIRS = [(name, variant) for name in IMPLEMENTATIONS for variant in ("prefix", "two-vectors", "llama-gqa")]
+PAIRS += [pytest.param("flex_attention", "prefix", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("implementation", "variant"), PAIRS)
 @torch.no_grad()
-def test_attention_implementations_agree(implementation):
-    model, ids = make(), tokens(2, 21)
+def test_attention_implementations_agree(implementation, variant):
+    import hf_longattn  # noqa: F401  registers the names
+
+    model, ids = make(variant), tokens(2, 21)
     wanted = model(ids, use_cache=False).logits
     model.set_attn_implementation("eager")
     model.set_attn_implementation(implementation)
@@ -326,6 +331,17 @@ def test_attention_implementations_agree(implementation):
         "eager" if implementation == "eager" else "sdpa"
     )
     torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, **CLOSE)
+    positions = torch.cat([torch.arange(9), torch.arange(12)])[None].expand(2, -1)
+    packed = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(packed[:, :9], wanted[:, :9], **CLOSE)
+    torch.testing.assert_close(packed[:, 9:], model(ids[:, 9:], use_cache=False).logits, **CLOSE)
+    if implementation == "flex_attention":
+        return
+    rows, mask = padded([tokens(1, length, length)[0] for length in (5, 9, 17)], 17, "left")
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 60}
+    generated = model.generate(rows, **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(generated, model.generate(rows, **options))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -352,6 +368,62 @@ def test_save_and_load(variant, tmp_path):
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_training_step_compiles_without_breaks(masked):
+    model, ids = make(), tokens(2, 18)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+
+    def loss_of(ids):
+        return model(ids, attention_mask=mask if masked else None, labels=ids, use_cache=False).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), loss_of(ids))
+
+
+def train_in_a_process(rank, port, path):
+    import os
+
+    from accelerate import Accelerator
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(make().train())
+    own = tokens(4, 18)[2 * rank : 2 * rank + 2]
+    accelerator.backward(model(own, labels=own).loss)
+    if rank == 0:
+        torch.save({name: weight.grad for name, weight in model.module.named_parameters()}, path)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = tmp_path / "gradients.pt"
+    torch.multiprocessing.spawn(train_in_a_process, (port, path), nprocs=2)
+    model, ids = make().train(), tokens(4, 18)
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in torch.load(path).items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, msg=name, **CLOSE)
+
+
+def test_shifted_labels_replace_labels():
+    model, ids = make(), tokens(2, 18)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        wanted = model(ids, labels=ids).loss
+        torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, wanted)
+        assert model(ids, labels=ids, shift_labels=shifted.roll(1, 0)).loss != wanted
 
 
 def test_auxiliary_losses():
@@ -381,11 +453,11 @@ def test_auxiliary_loss_counts_complete_neighbours_only():
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     out = model.model(ids, attention_mask=mask)
-    assert out.block_pair_mask.tolist() == [[True, True], [True, False]]
+    assert out.block_pair_mask.tolist() == [[1, 1], [1, 0]]
     difference = (out.context_embeds[:, :-1] - out.block_embeds[:, 1:]).square()
     plain = make()(ids, attention_mask=mask, labels=ids).loss
     total = model(ids, attention_mask=mask, labels=ids).loss
-    torch.testing.assert_close(total, plain + 0.5 * difference[out.block_pair_mask].mean())
+    torch.testing.assert_close(total, plain + 0.5 * difference[out.block_pair_mask.bool()].mean())
 
 
 def test_learns_a_repeating_text():

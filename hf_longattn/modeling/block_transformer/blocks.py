@@ -2,6 +2,10 @@
 loss.
 """
 
+# Fields of the configuration that default to None are filled in by it, which a type checker cannot see.
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportReturnType=false
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +29,11 @@ class BlockTransformerModelOutput(BaseModelOutputWithPast):
     decoder's.
 
     Args:
-        last_hidden_state: (B, T, D_tok), row i predicts token i + 1; zeros where no block stands before that
-            token.
-        label_mask: (B, T) bool, tokens that some row predicts from a context.
+        last_hidden_state: (B, T, D_tok), row i predicts token i + 1; zeros if no block stands before it.
+        label_mask: (B, T + 1), 1 for tokens that some row predicts from a context, also the one to come.
         block_embeds: (B, N, n_e, D), the embeddings e of the blocks of this call.
         context_embeds: (B, N, n_e, D), the contexts h.
-        block_pair_mask: (B, N - 1) bool, whether a block and the next are complete and of one document; None:
+        block_pair_mask: (B, N - 1), 1 where a block and the next are complete and of one document; None:
             all.
     """
 
@@ -102,18 +105,18 @@ class TokenDecoder(nn.Module):
         contexts: torch.Tensor,
         token_ids: torch.Tensor,
         mask: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> list[torch.Tensor]:
+        output_hidden_states: Any = False,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Runs the layers on blocks.
 
         Args:
             contexts: (X, n_e, D), the context of each block.
             token_ids: (X, l - 1), its first tokens.
             mask: (X, l - 1) bool, which of them are attended; None: all.
-            output_hidden_states: whether to return the states of every layer.
+            output_hidden_states: whether to return the states of every layer, or a list of layers.
 
         Returns:
-            States (X, l, D_tok) whose row j predicts token j, those of the last layer last.
+            States (X, l, D_tok) whose row j predicts token j, and those of the layers asked for.
         """
         config, prefix = self.config, self.expand(contexts)
         options: dict[str, Any] = {"use_cache": False, "output_hidden_states": output_hidden_states}
@@ -131,8 +134,9 @@ class TokenDecoder(nn.Module):
         outputs = self.decoder(inputs_embeds=inputs, **options)
         # A T5 head is tied to the table, which is scaled.
         scale = config.token_hidden_size**-0.5 if config.decoding_strategy == "cross_attention" else 1
-        states = [*(outputs.hidden_states or ())[:-1], outputs.last_hidden_state * scale]
-        return [state[:, state.shape[1] - token_ids.shape[1] - 1 :] for state in states]
+        rows = slice(inputs.shape[1] - token_ids.shape[1] - 1, None)
+        others = [None if state is None else state[:, rows] for state in outputs.hidden_states or ()]
+        return outputs.last_hidden_state[:, rows] * scale, others
 
 
 def without_table(config: Any) -> PreTrainedModel:
@@ -206,12 +210,12 @@ def block_decoding_loss(
     Args:
         contexts: (B, N, n_e, D), h.
         embeds: (B, N, n_e, D), e.
-        pair_mask: (B, N - 1) bool, the pairs that count; None: all.
+        pair_mask: (B, N - 1), 1 for the pairs that count; None: all.
         kind: `"mse"` or `"contrastive"`.
     """
     predicted, wanted = contexts[:, :-1].float(), embeds[:, 1:].detach().float()
     if pair_mask is not None:
-        pair_mask = pair_mask[:, : predicted.shape[1]]
+        pair_mask = pair_mask[:, : predicted.shape[1]].bool()
         predicted, wanted = predicted[pair_mask], wanted[pair_mask]
     predicted, wanted = predicted.flatten(0, -2), wanted.flatten(0, -2)
     if predicted.shape[0] == 0:

@@ -1,11 +1,13 @@
-"""The cache of a Block Transformer: keys and values of whole blocks, the last context, and the tokens not yet
-in one.
+"""The cache of a Block Transformer: keys and values of whole blocks, and the tokens that no block has yet.
 
-Every row has a block count of its own, because in a batch of unequal prompts blocks fill up at different
-steps: row b keeps its blocks in places 0 .. n_b - 1 of each layer, and what lies beyond is masked. Token ids
-    are kept as well (8
-bytes a token), so that `crop` can take a closed block apart again.
+Every row has a block count of its own, because blocks of unequal prompts fill up at different steps: row b
+keeps its blocks in places 0 .. n_b - 1 of each layer, and what lies beyond is masked. Token ids are kept as
+well (8 bytes a token), so that `crop` can take a closed block apart again.
 """
+
+# The tensors of a cache are None until the first tokens come.
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalSubscript=false, reportReturnType=false
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +24,11 @@ GROWTH = 64
 
 @dataclass
 class BlockWrite:
-    """Where the keys of one block step go: `rows` (None: all) write `starts` .. `starts + count` and read
-    `length`.
-    """
+    """Where the keys of one block step go: `rows` write `starts` .. `starts + count` and read `length`."""
 
     starts: torch.Tensor  # (R,) on the CPU, in key positions
     count: int
-    rows: torch.Tensor | None = None  # (R,) on the CPU
+    rows: torch.Tensor | None = None  # (R,) on the CPU; None: all
 
     @property
     def length(self) -> int:

@@ -2,6 +2,10 @@
 parts.
 """
 
+# Fields of the configuration that default to None are filled in by it, which a type checker cannot see.
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportReturnType=false
+
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict

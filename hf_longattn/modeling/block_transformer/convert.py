@@ -2,6 +2,10 @@
 transformers.
 """
 
+# Fields of the configuration that default to None are filled in by it, which a type checker cannot see.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import logging
 import shutil
@@ -45,8 +49,7 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> BlockTransformerConfig:
-    """Converts a checkpoint of the official code (arXiv 2406.02657) into a folder that `from_pretrained`
-    reads.
+    """Converts a checkpoint of the official code (arXiv 2406.02657) into one that `from_pretrained` reads.
 
     The configuration comes from `config.json` in `src` if it describes the three parts, else from the shapes
     of the tensors and the arguments.
@@ -66,8 +69,7 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: if `src` holds no safetensors.
-        ValueError: if a tensor is missing, left over or of the wrong shape, or the configuration cannot be
-            told.
+        ValueError: if a tensor is missing, left over or misshapen, or the configuration cannot be told.
     """
     src, dst = Path(src), Path(dst)
     state = _load_state(src)
@@ -315,8 +317,7 @@ def convert_from_vanilla(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> BlockTransformerConfig:
-    """Starts a Block Transformer from a vanilla language model, to be trained further (the paper's
-    uptraining).
+    """Starts a Block Transformer from a vanilla language model (what the paper calls uptraining).
 
     The first layers become the block decoder, the others the token decoder; the embedder averages the vanilla
     embeddings of a block; every prefix vector starts as the context itself; table, final norm and head are

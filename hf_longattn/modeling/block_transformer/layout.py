@@ -40,13 +40,15 @@ class BlockLayout:
         return replace(self, dense=whole, **{name: getattr(self, name)[:, -count:] for name in names})
 
     def label_mask(self, batch: int, held: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """(B, T) bool: tokens that some row predicts; `held[1]` (B,) says where block 0 has a context from
-        before.
+        """(B, T + 1): tokens that some row predicts, the token to come included; 1 or 0.
+
+        `held[1]` (B,) says which rows of the batch have a context from before for block 0.
         """
-        mask = self.predictable
+        mask = torch.cat([self.predictable, self.has_context[:, -1:]], dim=1)
         if held is not None:
-            mask = mask | self.leading & held[1].to(mask.device)[:, None]
-        return mask.expand(batch, -1)
+            leading = torch.cat([self.leading, self.target_block[:, -1:] == 0], dim=1)
+            mask = mask | leading & held[1].to(mask.device)[:, None]
+        return mask.expand(batch, -1).long()
 
     @property
     def num_blocks(self) -> int:
@@ -157,6 +159,29 @@ def lay_out(
         # A block of tokens holds at least one.
         layout.block_mask = None
     return layout.last_columns(input_ids.shape[1])
+
+
+def column_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The part of `attention_mask` (B, >= T) that belongs to `input_ids` (B, T), as booleans."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"`attention_mask` must be of shape (B, T), got {shape}; blocks are cut from it.")
+    return attention_mask[:, -input_ids.shape[1] :].to(input_ids.device, torch.bool)
+
+
+def prompt_offset(mask: torch.Tensor, block_length: int, by_column: bool) -> torch.Tensor | None:
+    """How many pads a prompt gets in its first block: (B,), or None if no row needs any.
+
+    By column every prompt is filled to a multiple of L; by token only those shorter than a block, which would
+    have no context otherwise.
+    """
+    if by_column:
+        offset = mask.new_full(mask.shape[:1], -mask.shape[1] % block_length)
+    else:
+        offset = (block_length - mask.sum(dim=1)).clamp(0, block_length - 1)
+    return offset if bool((offset > 0).any()) else None
 
 
 def document_starts(
@@ -272,4 +297,5 @@ def _leave_out_empty_blocks(layout: BlockLayout, token_mask: torch.Tensor, block
     valid = F.pad(layout.block_mask, (1, 1), value=False)
     layout.has_context = layout.has_context & valid.gather(1, layout.target_block)
     layout.predictable = layout.predictable & valid.gather(1, block.clamp(min=0))
+    assert layout.pair_mask is not None
     layout.pair_mask = layout.pair_mask & layout.block_mask[:, :-1] & layout.block_mask[:, 1:]

@@ -7,6 +7,10 @@
 Both decoders are models of transformers (GPT-NeoX, Llama, Qwen2, Qwen3, T5); this file is what joins them.
 """
 
+# Fields of the configuration that default to None are filled in by it, which a type checker cannot see.
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -26,7 +30,15 @@ from .blocks import (
 )
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
-from .layout import BlockLayout, TokenWindow, document_starts, lay_out, offset_pads
+from .layout import (
+    BlockLayout,
+    TokenWindow,
+    column_mask,
+    document_starts,
+    lay_out,
+    offset_pads,
+    prompt_offset,
+)
 
 
 class BlockTransformerPreTrainedModel(PreTrainedModel):
@@ -156,9 +168,8 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
                 "`input_ids` is needed, got None; a Block Transformer embeds them twice and takes no "
                 "`inputs_embeds`."
             )
-        mask = self._mask_of(input_ids, attention_mask)
-        every = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        starts = self._packed_starts(every, position_ids, past_key_values, kwargs)
+        mask = column_mask(input_ids, attention_mask)
+        starts = self._packed_starts(input_ids, mask, position_ids, past_key_values, kwargs)
         cache = self._cache_to_use(past_key_values, use_cache, starts)
         layout = self._layout_of(input_ids, mask, starts, cache, block_offset)
         held = None if cache is None or cache.context is None else (cache.context, cache.context_valid)
@@ -169,38 +180,29 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         if keep == 1 and cache is not None:
             length = int((cache.num_slots % length).max()) + 1
         hidden_wanted = self._wanted("hidden_states", kwargs)
-        states = self._decode_tokens(layout.last_columns(keep), contexts, held, length, hidden_wanted)
+        hidden, others = self._decode_tokens(layout.last_columns(keep), contexts, held, length, hidden_wanted)
         return BlockTransformerModelOutput(
-            last_hidden_state=states[-1],
+            last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=tuple(states) if hidden_wanted else None,
+            hidden_states=others,
             attentions=attentions,
             label_mask=layout.label_mask(input_ids.shape[0], held),
             block_embeds=embeds,
             context_embeds=contexts,
-            block_pair_mask=layout.pair_mask,
+            block_pair_mask=None if layout.pair_mask is None else layout.pair_mask.long(),
         )
 
-    def _wanted(self, name: str, kwargs: dict) -> bool:
+    def _wanted(self, name: str, kwargs: dict) -> Any:
         value = kwargs.get(f"output_{name}")
-        return bool(getattr(self.config, f"output_{name}") if value is None else value)
-
-    def _mask_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        if attention_mask is None:
-            return None
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"`attention_mask` must be of shape (B, T), got {tuple(attention_mask.shape)}; blocks are "
-                "cut from it."
-            )
-        return attention_mask[:, -input_ids.shape[1] :].to(input_ids.device, torch.bool)
+        return getattr(self.config, f"output_{name}") if value is None else value
 
     def _packed_starts(
-        self, mask: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None, kwargs: dict
+        self, input_ids: Any, mask: Any, position_ids: Any, cache: Cache | None, kwargs: dict
     ) -> torch.Tensor | None:
         """(B, T) bool, where packed documents after the first start; None if there is one a row."""
         if cache is not None and cache.get_seq_length() > 0:
             return None
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
         starts = document_starts(position_ids, mask, kwargs.get("cu_seq_lens_q"))
         if starts is not None and self.config.block_alignment == "columns":
             raise ValueError(
@@ -262,11 +264,9 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         )
 
     def _decode_blocks(
-        self, layout: BlockLayout, cache: BlockTransformerCache | None, output_attentions: bool
+        self, layout: BlockLayout, cache: BlockTransformerCache | None, output_attentions: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
-        """Embeds and decodes the complete blocks: e, h (B, N, n_e, D) and attentions; None without such a
-        block.
-        """
+        """Embeds and decodes complete blocks: e and h (B, N, n_e, D), or None, and attentions."""
         counts = None if cache is None else cache.complete_blocks
         number = layout.num_blocks if counts is None else int(counts.max())
         if number == 0:
@@ -293,7 +293,7 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         embeds: torch.Tensor,
         layout: BlockLayout,
         cache: BlockTransformerCache | None,
-        output_attentions: bool,
+        output_attentions: Any,
         write: BlockWrite | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """Runs the block decoder on (R, N, n_e, D); positions count from the first of a document."""
@@ -324,9 +324,9 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         contexts: torch.Tensor | None,
         held: tuple[torch.Tensor, torch.Tensor] | None,
         length: int,
-        output_hidden_states: bool,
-    ) -> list[torch.Tensor]:
-        """Token decoder states of the columns of `layout`, (B, T, D_tok) each, the last layer's last.
+        output_hidden_states: Any,
+    ) -> tuple[torch.Tensor, tuple | None]:
+        """Token decoder states of the columns of `layout`, (B, T, D_tok), and those of the layers asked for.
 
         `contexts` (B, N, n_e, D) stand before blocks 1 .. N, `held` (context, valid) before block 0; `length`
         rows of each block are needed.
@@ -339,22 +339,21 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
             )
             first = 0
         if contexts is None:
-            shape = (*layout.target_block.shape[1:], self.config.token_hidden_size)
-            return [self.get_input_embeddings().weight.new_zeros((layout.token_ids.shape[0], *shape))]
+            shape = (layout.token_ids.shape[0], layout.target_block.shape[1], self.config.token_hidden_size)
+            return self.get_input_embeddings().weight.new_zeros(shape), None
         window = TokenWindow.over(layout, first, first + contexts.shape[1] - 1, length)
-        token_ids = window.take(layout.token_ids, 0)[:, : length - 1]
-        mask = None
+        token_ids, mask = window.take(layout.token_ids, 0)[:, : length - 1], None
         if layout.block_mask is not None:
             mask = window.take(layout.token_mask, 0)[:, : length - 1]
-        states = self.token_decoder(window.take(contexts, first), token_ids, mask, output_hidden_states)
-        return [window.rows(state, valid) for state in states]
+        hidden, others = self.token_decoder(
+            window.take(contexts, first), token_ids, mask, output_hidden_states
+        )
+        others = tuple(None if state is None else window.rows(state, valid) for state in others)
+        return window.rows(hidden, valid), others or None
 
 
 class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMixin):
     """A Block Transformer with a language modelling head: `logits[:, i]` (B, T, V) predicts token i + 1.
-
-    Args:
-        config: the configuration.
 
     Example:
         ```python
@@ -397,16 +396,14 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
             attention_mask: (B, T), 0 at pads.
             position_ids: (B, T), read only to find packed documents.
             past_key_values: a `BlockTransformerCache`, changed in place.
-            labels: (B, T), `input_ids` with -100 where nothing is to be scored. Tokens of a document's first
-                block, which no context predicts, are never scored.
+            labels: (B, T), -100 where nothing is to be scored. A document's first block is never scored.
             use_cache: whether to return a cache.
             logits_to_keep: how many of the last rows to compute (0: all), or the indices of the rows.
             block_offset: (B,), pads that stand in the first block before the first token.
-            **kwargs: `num_items_in_batch` divides the summed loss; others go to the model.
+            **kwargs: `num_items_in_batch`, by which the summed loss is divided, and `shift_labels`.
 
         Returns:
-            loss, logits (B, T or `logits_to_keep`, V), zeros (uniform) where no block stands before the
-            token, and the cache.
+            loss, logits (B, T or `logits_to_keep`, V), zeros where no block stands before, and the cache.
         """
         outputs = self.model(
             input_ids,
@@ -433,13 +430,21 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, outputs: BlockTransformerModelOutput, kwargs: dict
     ) -> torch.Tensor:
-        labels = labels.masked_fill(~outputs.label_mask.to(labels.device), -100)
+        shifted, mask = kwargs.get("shift_labels"), outputs.label_mask
+        assert mask is not None
+        labels = labels.masked_fill(mask[:, :-1] == 0, -100)
+        if shifted is not None:
+            shifted = shifted.masked_fill(mask[:, 1:] == 0, -100)
         count = kwargs.get("num_items_in_batch")
         if count is None:
             # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
-            count = (labels[:, 1:] != -100).sum().clamp(min=1)
+            count = ((labels[:, 1:] if shifted is None else shifted) != -100).sum().clamp(min=1)
         loss = self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=count
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=count,
+            shift_labels=shifted,
         )
         if self.config.block_decoding_loss is None or outputs.context_embeds is None:
             return loss
@@ -478,12 +483,8 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
         mask = model_kwargs.get("attention_mask")
         if mask is None or (cache is not None and cache.get_seq_length() > 0):
             return
-        length = self.config.block_length
-        if self.config.block_alignment == "columns":
-            offset = mask.new_full(mask.shape[:1], -mask.shape[1] % length)
-        else:
-            offset = (length - mask.sum(dim=1)).clamp(0, length - 1)
-        if bool((offset > 0).any()):
+        offset = prompt_offset(mask, self.config.block_length, self.config.block_alignment == "columns")
+        if offset is not None:
             model_kwargs["block_offset"] = offset
 
     @classmethod

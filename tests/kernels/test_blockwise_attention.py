@@ -233,7 +233,8 @@ def test_strided_inputs(impl):
 
 @st.composite
 def problems(draw):
-    T, S = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    longest = 40 if interpreting() else 70
+    T, S = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     batch = draw(st.integers(1, 2))
     bounds = st.lists(st.integers(-3, S + 3), min_size=T, max_size=T)
     lower = draw(st.none() | bounds)
@@ -250,7 +251,7 @@ def problems(draw):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(
-    max_examples=8 if interpreting() else 40,
+    max_examples=6 if interpreting() else 40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -25,7 +25,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from hf_longattn.kernels.lightning_attention import triton as kernels
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
-from hf_longattn.kernels.lightning_attention.triton import Tiling
+from hf_longattn.kernels.lightning_attention.tiling import Tiling
 
 START = time.time()
 # (B, H, T, D), target in milliseconds.

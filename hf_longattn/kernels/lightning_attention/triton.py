@@ -20,8 +20,6 @@ Packed documents restart the state inside the walk, and chunks never cross a bou
 positive.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from hf_longattn.kernels.common import offset
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
+from hf_longattn.kernels.lightning_attention.tiling import Tiling, choose_segments, choose_tiling
 
 REACH = tl.constexpr(25.0)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -291,76 +290,6 @@ def _block_state_kernel(
     tl.store(ptrs, state, mask=mask)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How a scan is cut: chunk length, value columns a program, warps, pipeline stages, and what is not
-    rounded.
-
-    `split` adds up 1 (scores), 2 (state) and 4 (decayed values): each is then multiplied as a sum of two bf16
-    numbers.
-    """
-
-    chunk: int
-    block_v: int
-    num_warps: int
-    num_stages: int
-    split: int = 7
-
-
-def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int, num_programs: int) -> Tiling:
-    """The tiling for a problem of `num_programs` (batch x heads) sequences of `length` tokens.
-
-    Args:
-        key_dim: K.
-        value_dim: V.
-        dtype: of the inputs.
-        length: T.
-        num_programs: batch x heads.
-
-    Returns:
-        The tiling; the state takes K x block_v fp32 registers over the warps.
-    """
-    wide = max(16, triton.next_power_of_2(key_dim))
-    if dtype == torch.float32:
-        # Products of three TF32 terms hold their operands in registers.
-        return Tiling(32, 32, 4, 2) if wide <= 64 else Tiling(16, 32, 8, 2)
-    block_v = min(64 if wide <= 128 else 32, max(16, triton.next_power_of_2(value_dim)))
-    # Too short to be cut into segments: narrower tiles occupy the GPU instead.
-    while length <= SHORT and block_v > 16 and num_programs * triton.cdiv(value_dim, block_v) < 128:
-        block_v //= 2
-    return Tiling(64, block_v, 4, 3 if wide > 128 else 4)
-
-
-# Sequences up to this long are not cut into segments, and no segment is shorter: summing what enters costs
-# two launches.
-SHORT = 2048
-# Tokens a block at least: short, since a block is walked by one program while the segments wait for it.
-BLOCK = 512
-
-
-def choose_segments(length: int, num_programs: int, num_slots: int) -> tuple[int, int]:
-    """(segment length, block length) in tokens: the cut under which the last wave of programs wastes least.
-
-    Args:
-        length: T.
-        num_programs: programs that one segment takes.
-        num_slots: programs that the GPU runs at once.
-
-    Returns:
-        Both are multiples of 64, and the segment of the block. One segment holds everything if nothing is to
-        be won.
-    """
-
-    def cost(count: int) -> float:
-        # Waves of the whole length, and for every cut the tokens before it that are summed again.
-        return -(-num_programs * count // num_slots) / count * (1 + 0.005 * (count - 1))
-
-    count = min(range(1, max(1, min(length // SHORT, 64)) + 1), key=cost)
-    tokens = triton.cdiv(length, count)
-    block = max(BLOCK, 64 * triton.cdiv(tokens, 64 * 32))
-    return block * max(1, triton.cdiv(tokens, block)), block
-
-
 def _num_slots(device: torch.device) -> int:
     """Programs that run at once: two a multiprocessor."""
     return (
@@ -368,8 +297,10 @@ def _num_slots(device: torch.device) -> int:
     )
 
 
-def _ranges(cu_seqlens: Tensor, length: int, segment_length: int) -> Tensor:
-    """(segments, 2) int64: the first document that meets a segment, and one past the last."""
+def _ranges(cu_seqlens: Tensor | None, length: int, segment_length: int) -> Tensor | None:
+    """(segments, 2) int64: the first document that meets a segment, and one past the last, or None."""
+    if cu_seqlens is None:
+        return None
     begin = torch.arange(0, length, segment_length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     first = torch.searchsorted(cu_seqlens[1:].contiguous(), begin, right=True)
     stop = torch.searchsorted(cu_seqlens[:-1].contiguous(), begin + segment_length)
@@ -454,7 +385,7 @@ def scan(
     Args:
         inputs: what is read.
         output: (B, H, T, V), written.
-        final_state: (B or documents, H, K, V) fp32, written where it is given.
+        final_state: (B or documents, H, K, V) fp32, or None. Filled first: empty documents meet no program.
         scale: factor on the output.
         reverse: whether time runs backwards.
         strict: whether a token's own key and value are left out of its output.
@@ -463,15 +394,14 @@ def scan(
     """
     query, key, value, slopes, state, cu_seqlens = inputs
     batch, _, length, key_dim = query.shape
-    num_heads, value_dim = slopes.shape[0], value.shape[3]
+    value_dim, sequences = value.shape[3], batch * slopes.shape[0]
     if final_state is not None and (cu_seqlens is not None or length == 0):
-        # Documents without tokens meet no program.
         final_state.copy_(state) if state is not None else final_state.zero_()
     if output.numel() == 0:
         return
-    tiling = tiling or choose_tiling(key_dim, value_dim, query.dtype, length, batch * num_heads)
+    tiling = tiling or choose_tiling(key_dim, value_dim, query.dtype, length, sequences)
     options = _options(inputs, tiling, reverse)
-    num_programs = triton.cdiv(value_dim, tiling.block_v) * num_heads * batch
+    num_programs = triton.cdiv(value_dim, tiling.block_v) * sequences
     segment, block = segments or choose_segments(length, num_programs, _num_slots(query.device))
     num_segments = triton.cdiv(length, segment)
     blocks = _block_states(inputs, segment, block, options) if num_segments > 1 else None
@@ -483,7 +413,7 @@ def scan(
         state_ptr=state,
         block_ptr=blocks,
         bounds_ptr=cu_seqlens,
-        ranges_ptr=None if cu_seqlens is None else _ranges(cu_seqlens, length, segment),
+        ranges_ptr=_ranges(cu_seqlens, length, segment),
         o_ptr=output,
         left_ptr=final_state,
         x_strides=query.stride(),

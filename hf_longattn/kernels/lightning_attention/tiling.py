@@ -1,0 +1,86 @@
+"""How the Triton scan of lightning attention is cut: tiles, warps and stages by head dim, segments by length.
+
+A table rather than autotuning: no call times anything, so the first one is fast and a graph can capture it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Sequences up to this long are not cut into segments, and no segment is shorter: summing what enters costs
+# two launches.
+SHORT = 2048
+# Tokens a block at least: short, since a block is walked by one program while the segments wait for it.
+BLOCK = 512
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(size: int) -> int:
+    """The next one, `size` included."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a scan is cut: chunk length, value columns a program, warps, pipeline stages, and what is not
+    rounded.
+
+    `split` adds up 1 (scores), 2 (state) and 4 (decayed values): each is then multiplied as a sum of two bf16
+    numbers.
+    """
+
+    chunk: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    split: int = 7
+
+
+def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int, num_programs: int) -> Tiling:
+    """The tiling for a problem of `num_programs` (batch x heads) sequences of `length` tokens.
+
+    Args:
+        key_dim: K.
+        value_dim: V.
+        dtype: of the inputs.
+        length: T.
+        num_programs: batch x heads.
+
+    Returns:
+        The tiling; the state takes K x block_v fp32 registers over the warps.
+    """
+    wide = max(16, _power_of_2(key_dim))
+    if dtype == torch.float32:
+        # Products of three TF32 terms hold their operands in registers.
+        return Tiling(32, 32, 4, 2) if wide <= 64 else Tiling(16, 32, 8, 2)
+    block_v = min(64 if wide <= 128 else 32, max(16, _power_of_2(value_dim)))
+    # Too short to be cut into segments: narrower tiles occupy the GPU instead.
+    while length <= SHORT and block_v > 16 and num_programs * _cdiv(value_dim, block_v) < 128:
+        block_v //= 2
+    return Tiling(64, block_v, 4, 3 if wide > 128 else 4)
+
+
+def choose_segments(length: int, num_programs: int, num_slots: int) -> tuple[int, int]:
+    """(segment length, block length) in tokens: the cut under which the last wave of programs wastes least.
+
+    Args:
+        length: T.
+        num_programs: programs that one segment takes.
+        num_slots: programs that the GPU runs at once.
+
+    Returns:
+        Both are multiples of 64, and the segment of the block. One segment holds everything if nothing is to
+        be won.
+    """
+
+    def cost(count: int) -> float:
+        # Waves of the whole length, and for every cut the tokens before it that are summed again.
+        return -(-num_programs * count // num_slots) / count * (1 + 0.005 * (count - 1))
+
+    count = min(range(1, max(1, min(length // SHORT, 64)) + 1), key=cost)
+    tokens = _cdiv(length, count)
+    block = max(BLOCK, 64 * _cdiv(tokens, 64 * 32))
+    return block * max(1, _cdiv(tokens, block)), block

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -89,10 +89,11 @@ def _read(function: MaskFunction, pattern: Pattern) -> bool:
         return True
     if function is masking_utils.bidirectional_mask_function:
         return True
+    # Dynamo cannot look into a closure made inside the traced region: it is evaluated by tiles there.
+    if torch.compiler.is_compiling():
+        return False
     reader = _READERS.get(getattr(function, "__code__", None))
-    # Dynamo cannot look into a closure made inside the traced region: those masks are evaluated by tiles
-    # there.
-    if reader is None or torch.compiler.is_compiling():
+    if reader is None:
         return False
     return reader(pattern, _closure(function))
 
@@ -151,7 +152,6 @@ def _is_tracing(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or masking_utils.is_tracing(tensor)
 
 
-@dataclass(eq=False)
 class LazyMask:
     """What transformers' `create_*_mask` would have spelled out as a (B, 1, T, S) tensor.
 
@@ -164,22 +164,30 @@ class LazyMask:
         mask_function: transformers' `(batch, head, query, key) -> bool`, on positions.
         padding: (B, S) bool, True where a key exists, or None.
         device: where the tensors of the mask live.
+        pattern: `mask_function` in words, where it is known.
     """
-
-    batch_size: int
-    q_length: int
-    kv_length: int
-    q_offset: int | Tensor
-    kv_offset: int | Tensor
-    mask_function: MaskFunction
-    padding: Tensor | None
-    device: torch.device
-    pattern: Pattern | None = None
-    _ranges: dict[torch.device, KeyRange] = field(default_factory=dict)
-    _memo: dict[str, Tensor | None] = field(default_factory=dict)
 
     ndim = 4
     dtype = torch.bool
+
+    def __init__(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor,
+        kv_offset: int | Tensor,
+        mask_function: MaskFunction,
+        padding: Tensor | None,
+        device: torch.device,
+        pattern: Pattern | None = None,
+    ) -> None:
+        self.batch_size, self.q_length, self.kv_length = batch_size, q_length, kv_length
+        self.q_offset, self.kv_offset = q_offset, kv_offset
+        self.mask_function, self.pattern = mask_function, pattern
+        self.padding, self.device = padding, device
+        self._ranges: dict[torch.device, KeyRange] = {}
+        self._packed: dict[str, Tensor | None] = {}
 
     @property
     def shape(self) -> torch.Size:
@@ -222,11 +230,11 @@ class LazyMask:
         """
         if position_ids.ndim != 2 or self.pattern is None or self.pattern.documents is not None:
             return limits
-        if "packed" not in self._memo:
+        if "lower" not in self._packed:
             starts = position_ids == 0
             single = _is_tracing(position_ids) or not bool(starts[:, 1:].any())
-            self._memo["packed"] = None if single else document_bounds(starts.cumsum(-1))[0]
-        lower = self._memo["packed"]
+            self._packed["lower"] = None if single else document_bounds(starts.cumsum(-1))[0]
+        lower = self._packed["lower"]
         return limits if lower is None else limits.narrowed(lower=lower.to(position_ids.device))
 
     def tile(self, rows: slice) -> Tensor:
@@ -371,7 +379,7 @@ def lazy_mask(
     """
     if isinstance(attention_mask, LazyMask):
         return attention_mask
-    if config is not None:
+    if config is not None and not torch.compiler.is_compiling():
         check_config(config)
     device = torch.device(device)
     q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)

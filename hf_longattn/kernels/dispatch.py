@@ -13,6 +13,9 @@ import torch
 
 logger = logging.getLogger("hf_longattn")
 
+# Asked once, here: Dynamo traces through `functools.cache` and warns about it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 @functools.cache
 def log_once(level: int, message: str) -> None:
@@ -20,10 +23,9 @@ def log_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether the `triton` package is installed (it is not imported by the question)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

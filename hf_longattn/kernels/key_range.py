@@ -7,12 +7,10 @@ interval of keys, and the intersection of intervals is an interval. So one descr
                                       and, where `causal`, s <= t + S - T
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-_TENSORS = ("lower", "upper", "key_mask")
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,19 @@ class KeyRange:
         if upper is not None:
             upper = upper.to(torch.int32)
             upper = upper if self.upper is None else torch.minimum(self.upper, upper)
-        keep_lower, keep_upper = lower is None, upper is None
-        return replace(
-            self, lower=self.lower if keep_lower else lower, upper=self.upper if keep_upper else upper
-        )
+        lower = self.lower if lower is None else lower
+        upper = self.upper if upper is None else upper
+        return KeyRange(self.causal, lower, upper, self.key_mask)
 
     def masked(self, key_mask: Tensor) -> "KeyRange":
         """The intersection with a (B or 1, S) bool mask of existing keys."""
-        return replace(self, key_mask=key_mask if self.key_mask is None else self.key_mask & key_mask)
+        both = key_mask if self.key_mask is None else self.key_mask & key_mask
+        return KeyRange(self.causal, self.lower, self.upper, both)
 
     def to(self, device: torch.device) -> "KeyRange":
         """The same range with its tensors on `device`."""
-        moved = {name: None if (t := getattr(self, name)) is None else t.to(device) for name in _TENSORS}
-        return replace(self, **moved)
+        tensors = (self.lower, self.upper, self.key_mask)
+        return KeyRange(self.causal, *(None if tensor is None else tensor.to(device) for tensor in tensors))
 
     def tile(
         self, rows: slice, columns: slice, num_queries: int, num_keys: int, device: torch.device

@@ -1,0 +1,60 @@
+"""Whole models under `torch.compile(fullgraph=True)`."""
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+import hf_longattn  # noqa: F401  registers the implementations
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["tree_attention", "blockwise_attention"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_forward_compiles_in_one_graph(family, implementation, padded):
+    ids = tiny.tokens(2, 14)
+    mask = tiny.padding([14, 9], 14, "left") if padded else None
+    model = tiny.build(family, implementation)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        result = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    real = slice(None) if mask is None else mask.bool()
+    assert tiny.relative_error(result[real], expected[real]) <= 2e-6
+
+
+@pytest.mark.slow
+def test_training_step_compiles_in_one_graph():
+    ids, gradients = tiny.tokens(2, 14), []
+    for compile_it in (False, True):
+        model = tiny.build("llama", "blockwise_attention")
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
+        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert tiny.relative_error(gradients[1], gradients[0]) <= 2e-6
+
+
+@pytest.mark.slow
+def test_decoding_on_a_static_cache_compiles_once():
+    model, ids = tiny.build("llama", "tree_attention"), tiny.tokens(1, 20)
+    cache = tf.StaticCache(config=model.config, max_cache_len=32)
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model(input_ids=ids[:, :10], past_key_values=cache)
+        for index in range(10, 20):
+            positions = torch.tensor([[index]])
+            logits = step(
+                input_ids=ids[:, index : index + 1], position_ids=positions, past_key_values=cache
+            ).logits
+            assert tiny.relative_error(logits[:, 0], expected[:, index]) <= 2e-5
+    assert counter.frame_count == 1

@@ -121,7 +121,8 @@ def _lightning_blocks(head_dim):
     kernel = "hf_longattn.kernels.lightning_attention.triton:_block_state_kernel"
     names = ("DIMS", "REVERSE", "CHUNK", "BLOCK_K", "BLOCK_V", "SPLIT", "PRECISION")
     constexprs = {name: case.constexprs[name] for name in names}
-    return Case(f"lightning_blocks-K{head_dim}", kernel, signature, constexprs, num_stages=case.num_stages)
+    id = f"lightning_blocks-K{head_dim}"
+    return Case(id, kernel, signature, constexprs, num_stages=case.num_stages, max_spills=16)
 
 
 def _lightning_step(head_dim):

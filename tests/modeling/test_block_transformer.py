@@ -255,6 +255,50 @@ def test_short_prompt_fills_its_block_with_pads():
     assert torch.equal(after, model.generate(filled, max_new_tokens=6, do_sample=False)[:, 4:])
 
 
+@pytest.mark.parametrize("alignment", ["tokens", "columns"])
+@torch.no_grad()
+def test_generation_goes_on_from_a_cache(alignment):
+    model = make(block_alignment=alignment)
+    ids, mask = padded([tokens(1, length, length)[0] for length in (12, 9)], 12, "left")
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 60}
+    first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    assert first.past_key_values.get_seq_length() == 18
+    longer = torch.cat([first.sequences, tokens(2, 3)], dim=1)
+    seen = F.pad(mask, (0, 10), value=1)
+    # By column, 22 columns would be filled to 24 anew; the cache was begun with 12, which need no filling.
+    wanted = model.generate(longer, attention_mask=seen, block_offset=torch.zeros(2).long(), **options)
+    again = model.generate(longer, attention_mask=seen, past_key_values=first.past_key_values, **options)
+    assert torch.equal(again, wanted)
+
+
+@torch.no_grad()
+def test_streamed_tokens_are_the_generated_ones():
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append(None)
+
+    model, streamer, ids = make(), Streamer(), tokens(1, 6)
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert streamer.tokens == [*out[0].tolist(), None]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "tree_attention"])
+def test_loading_with_an_implementation(implementation, tmp_path):
+    import hf_longattn  # noqa: F401  registers the names
+
+    make().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    local = "eager" if implementation == "eager" else "sdpa"
+    assert model.model.block_decoder.config._attn_implementation == implementation
+    assert model.model.token_decoder.decoder.config._attn_implementation == local
+
+
 @torch.no_grad()
 def test_sampling_is_the_same_with_and_without_cache():
     model, ids, drawn = make(), tokens(2, 7), []

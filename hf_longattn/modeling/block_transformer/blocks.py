@@ -132,11 +132,13 @@ class TokenDecoder(nn.Module):
             # Pads inside a block are not attended to; what stands before the tokens is.
             options["attention_mask"] = F.pad(mask, (inputs.shape[1] - mask.shape[1], 0), value=True)
         outputs = self.decoder(inputs_embeds=inputs, **options)
-        # A T5 head is tied to the table, which is scaled.
-        scale = config.token_hidden_size**-0.5 if config.decoding_strategy == "cross_attention" else 1
         rows = slice(inputs.shape[1] - token_ids.shape[1] - 1, None)
         others = [None if state is None else state[:, rows] for state in outputs.hidden_states or ()]
-        return outputs.last_hidden_state[:, rows] * scale, others
+        states = outputs.last_hidden_state[:, rows]
+        if config.decoding_strategy == "cross_attention":
+            # A T5 head is tied to the table, which is scaled.
+            states = states * config.token_hidden_size**-0.5
+        return states, others
 
 
 def without_table(config: Any) -> PreTrainedModel:

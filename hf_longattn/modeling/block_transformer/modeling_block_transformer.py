@@ -206,8 +206,7 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         starts = document_starts(position_ids, mask, kwargs.get("cu_seq_lens_q"))
         if starts is not None and self.config.block_alignment == "columns":
             raise ValueError(
-                "Packed documents need `block_alignment='tokens'`, got 'columns'; set it in the "
-                "configuration."
+                "Packed documents need `block_alignment='tokens'`, got 'columns'; set it in the config."
             )
         return starts
 
@@ -243,8 +242,9 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
     ) -> BlockLayout:
         """Lays the new tokens out behind those that no block has yet."""
         config, pending = self.config, None
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
         if cache is not None:
-            mask = None if mask is None or bool(mask.all()) else mask
             if cache.get_seq_length() == 0:
                 cache.start(input_ids, block_offset)
             pending = cache.pending()
@@ -464,14 +464,11 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Makes the cache, and fills the first block of short prompts (or all, by column) with pads on the
-        left.
-        """
+        """Makes the cache, and says how many pads fill the first block of each prompt."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "`cache_implementation` must be None or 'dynamic' for a Block Transformer, got "
-                f"{generation_config.cache_implementation!r}; it keeps whole blocks in a "
-                "BlockTransformerCache."
+                f"{generation_config.cache_implementation!r}; it has a BlockTransformerCache of its own."
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
@@ -481,11 +478,11 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
         elif cache is not None:
             cache._is_user_defined = True
         mask = model_kwargs.get("attention_mask")
-        if mask is None or (cache is not None and cache.get_seq_length() > 0):
+        given = model_kwargs.get("block_offset") is not None
+        if mask is None or given or (cache is not None and cache.get_seq_length() > 0):
             return
-        offset = prompt_offset(mask, self.config.block_length, self.config.block_alignment == "columns")
-        if offset is not None:
-            model_kwargs["block_offset"] = offset
+        by_column = self.config.block_alignment == "columns"
+        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

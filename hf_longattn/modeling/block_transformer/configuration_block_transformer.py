@@ -1,6 +1,4 @@
-"""Configuration of the Block Transformer (Ho et al., arXiv 2406.02657): one flat list of fields for three
-parts.
-"""
+"""Configuration of the Block Transformer (Ho et al., arXiv 2406.02657): one flat list for its three parts."""
 
 # Fields of the configuration that default to None are filled in by it, which a type checker cannot see.
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
@@ -49,8 +47,7 @@ class BlockTransformerConfig(PreTrainedConfig):
             linear map of the concatenated vectors).
         n_embedding_tokens: vectors that stand for one block, n_e.
         n_cls_tokens: leading ids of `"roberta_cls"`.
-        embedder_hidden_size: width of the embedder's token vectors (`None`: D n_e / L for `"concat"`, else
-            D).
+        embedder_hidden_size: width of the embedder's token vectors (`None`: D n_e / L if `"concat"`, or D).
         embedder_num_hidden_layers: layers of a RoBERTa embedder.
         embedder_num_attention_heads: heads of a RoBERTa embedder.
         embedder_intermediate_size: MLP width of a RoBERTa embedder.

@@ -1,9 +1,8 @@
-"""Where each token stands: which block, which slot of it, and which row of the token decoder predicts what
-follows.
+"""Where each token stands: in which slot of which block, and which row of the token decoder predicts the next.
 
-A row of the batch is cut into blocks of L slots. A token with rank r in its document stands in slot r mod L
-of block r div L, and every document starts a new block. What follows a token of rank r is predicted by row (r
-+ 1) mod L of the token decoder on block (r + 1) div L, whose context is the block before that one.
+A row of the batch is cut into blocks of L slots. A token with rank r in its document stands in slot r mod L of
+block r div L, and every document starts a new block. The token after it is predicted by row (r + 1) mod L of
+the token decoder on block (r + 1) div L, whose context is the block before that one.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +21,7 @@ class BlockLayout:
     token_ids: torch.Tensor  # (B, N + 1, L) ids, filled where there is no token
     target_block: torch.Tensor  # (B, T) the block of which a column predicts a token
     target_slot: torch.Tensor  # (B, T) which of its L tokens
-    has_context: (
-        torch.Tensor
-    )  # (B, T) bool: whether a block of the same document stands before `target_block`
+    has_context: torch.Tensor  # (B, T) bool: whether a block of its document stands before `target_block`
     predictable: torch.Tensor  # (B, T) bool: whether the column's own token was predicted from a context
     leading: torch.Tensor  # (B, T) bool: attended tokens of block 0, which has a context only in a cache
     token_mask: torch.Tensor | None = None  # (B, N + 1, L) bool: slots that hold attended tokens; None: all
@@ -58,9 +55,7 @@ class BlockLayout:
 
 @dataclass
 class TokenWindow:
-    """The blocks that some columns predict: `count` of each row from block `start` on, `length` tokens of
-    each.
-    """
+    """The blocks that some columns predict: `count` a row from `start` on, `length` tokens of each."""
 
     layout: BlockLayout
     start: torch.Tensor | int  # (B, 1), or the same for all rows
@@ -145,15 +140,13 @@ def lay_out(
     if all(part is None for part in (pending.slotted, pending.attended, mask, starts)):
         return dense_layout(ids, block_length, fill_id).last_columns(input_ids.shape[1])
     every = torch.ones_like(ids, dtype=torch.bool)
-    before, own = every[:, : pending.token_ids.shape[1]], every[:, pending.token_ids.shape[1] :]
-    slotted = torch.cat([
-        before if pending.slotted is None else pending.slotted, own if by_column or mask is None else mask
-    ], dim=1)  # fmt: skip
-    attended = None
+    before, new = every[:, : pending.token_ids.shape[1]], every[:, pending.token_ids.shape[1] :]
+    own = new if mask is None else mask
+    held = before if pending.slotted is None else pending.slotted
+    slotted, attended = torch.cat([held, new if by_column else own], dim=1), None
     if by_column or pending.attended is not pending.slotted:
-        attended = torch.cat([
-            before if pending.attended is None else pending.attended, own if mask is None else mask
-        ], dim=1)  # fmt: skip
+        held = before if pending.attended is None else pending.attended
+        attended = torch.cat([held, own], dim=1)
     layout = block_layout(ids, slotted, attended, starts, block_length=block_length, fill_id=fill_id)
     if not by_column:
         # A block of tokens holds at least one.

@@ -310,9 +310,9 @@ def test_sampling_is_the_same_with_and_without_cache():
 
 @torch.no_grad()
 def test_assisted_decoding_changes_nothing():
-    model, helper, ids = make(), make(seed=5, num_hidden_layers=1), tokens(1, 10)
+    model, small, ids = make(), make(seed=5, num_hidden_layers=1), tokens(1, 10)
     plain = model.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(plain, model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=helper))
+    assert torch.equal(plain, model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=small))
     looked_up = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(plain, looked_up)
 

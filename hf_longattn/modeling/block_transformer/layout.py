@@ -1,8 +1,8 @@
 """Where each token stands: which slot of which block, and which row of the token decoder predicts the next.
 
 A row of the batch is cut into blocks of L slots. A token with rank r in its document stands in slot r mod L
-of block r div L, and every document starts a new block. The token after it is predicted by row (r + 1) mod L of
-the token decoder on block (r + 1) div L, whose context is the block before that one.
+of block r div L, and every document starts a new block. The token after it is predicted by row (r + 1) mod L
+of the token decoder on block (r + 1) div L, whose context is the block before that one.
 """
 
 from dataclasses import dataclass, replace

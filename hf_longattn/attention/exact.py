@@ -24,8 +24,9 @@ _MAX_DECODE_QUERIES = 16
 
 # Arguments that reach attention functions and say nothing about the result.
 _WITHOUT_EFFECT = frozenset(
-    "cache_position deterministic layer_idx logits_to_keep max_length_k max_length_q num_items_in_batch "
-    "output_hidden_states output_router_logits position_embeddings return_dict use_cache".split()
+    "cache_position deterministic ignore_index layer_idx logits_to_keep max_length_k max_length_q "
+    "num_items_in_batch output_hidden_states output_router_logits position_embeddings return_dict "
+    "shift_labels use_cache".split()
 )
 
 

@@ -246,7 +246,7 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
     is_sliding = True
 
     def __init__(self, window: int, capacity: int = 0) -> None:
-        super().__init__(min(capacity, 2 * window + _UNDO) if capacity else 0)
+        super().__init__(min(capacity, 2 * (window + _UNDO)))
         self.sliding_window = window
         self.cumulative_length = 0
         self.record_past = False
@@ -281,8 +281,8 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
         if kept <= self.start and kept + count <= self.capacity:
             self._move_to_front(kept)
             return
-        # Room for another window: the move to the front is paid once in `window` tokens.
-        self.capacity = max(self.capacity, kept + count + min(self.sliding_window, kept + _SMALLEST_GROWTH))
+        # Room for as much again: the next move to the front needs no new buffer.
+        self.capacity = max(self.capacity, kept + count, min(2 * kept, 2 * (self.sliding_window + _UNDO)))
         self._replace_buffers(lambda filled: filled)
 
     def _move_to_front(self, kept: int) -> None:

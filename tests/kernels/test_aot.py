@@ -200,7 +200,8 @@ CASES: list[Case] = [
     _lightning_step(128),
     *(_blockwise(name, 128, ranged=True) for name in ("forward", "dq")),
     # Two accumulators of 128 x 128 fill the registers; a narrower tile would read the queries more often.
-    _blockwise("dkdv", 128, ranged=True, max_spills=128),
+    # Three stages spill twice what two do and were 12 % faster on an H100 (6.87 against 7.77 ms).
+    _blockwise("dkdv", 128, ranged=True, max_spills=256),
     *(_blockwise(name, 64, ranged=True, slow=True) for name in ("forward", "dkdv", "dq")),
     *(_blockwise(name, 256, slow=True) for name in ("forward", "dq")),
     _blockwise("dkdv", 256, max_spills=192, slow=True),

@@ -1,0 +1,497 @@
+"""Makes the tables and figures of the documentation from the result files of the benchmarks.
+
+    python benchmarks/plot.py            write docs/benchmarks/*.md, docs/images/*.png and the README's blocks
+    python benchmarks/plot.py --check    change nothing; fail if any of them is stale
+
+Every file in benchmarks/results becomes a page. A row is a dict that carries the facts of its machine (see
+`_report.py`). A figure carries a digest of the rows it was drawn from, so that a stale one is told without
+drawing it again.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FACTS = ("gpu", "cuda", "torch", "triton", "python", "commit", "date", "command")
+PEERS = {
+    "prepared": "`prepare_generation`",
+    "eager-prepared": "`prepare_generation(cuda_graph=False)`",
+    "sdpa": "transformers, `sdpa`",
+    "sdpa-static": "transformers, `sdpa`, static cache",
+}
+COLOURS = {"prepared": "#1f6fb4", "eager-prepared": "#7fb0d8", "sdpa": "#d1622b", "sdpa-static": "#e8b18f"}
+DECODE_CASE = re.compile(r"(decode|sdpa)-(.+)-B(\d+)-S(\d+)")
+SDPA_NAMES = {
+    "flash_attention": "SDPA, flash",
+    "cudnn_attention": "SDPA, cuDNN",
+    "masked": "SDPA with a mask",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The rows of one result file."""
+
+    name: str
+    rows: list[dict]
+
+    def where(self, **wanted) -> "Result":
+        """Only the rows whose fields have these values."""
+        return Result(self.name, [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())])
+
+    @property
+    def digest(self) -> str:
+        """What tells these rows from others."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def load(path: Path) -> Result:
+    """Rows with the machine's facts in each, whichever way the file keeps them."""
+    data = json.loads(path.read_text())
+    rows = data if isinstance(data, list) else [{**data["machine"], **row} for row in data["rows"]]
+    return Result(path.stem, rows)
+
+
+# ---- text
+
+
+def values(rows: list[dict], field: str) -> list[str]:
+    """The different values of a field, in the order they come."""
+    return list(dict.fromkeys(str(row[field]) for row in rows if row.get(field) is not None))
+
+
+def command_line(command: str) -> str:
+    """The command as a reader types it at the root of the repository."""
+    words = command.split()
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return " ".join(["python", f"benchmarks/{Path(words[script]).name}", *words[script + 1 :]])
+
+
+def conditions(rows: list[dict], short: bool = False) -> str:
+    """GPU, versions, commit, date and command, in one sentence."""
+    parts = [", ".join(values(rows, "gpu"))]
+    for field, label in (("torch", "torch"), ("triton", "Triton"), ("cuda", "CUDA"), ("python", "Python")):
+        if found := values(rows, field):
+            parts.append(f"{label} {', '.join(found)}")
+    dates = list(dict.fromkeys(date[:10] for date in values(rows, "date")))
+    parts += [f"commit {', '.join(values(rows, 'commit'))}", ", ".join(dates)]
+    if short:
+        return ", ".join(parts)
+    commands = [f"`{command}`" for command in dict.fromkeys(map(command_line, values(rows, "command")))]
+    return f"{', '.join(parts)}; command: {', '.join(commands)}."
+
+
+def number(value) -> str:
+    """Three significant digits, thousands apart."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, (list, tuple)):
+        return ", ".join(number(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *[[number(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def length_name(tokens: int) -> str:
+    """64K for 65536."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
+
+
+def decode_cases(result: Result) -> list[tuple[str, str, int, int, dict]]:
+    """(ours or sdpa, kind, batch, keys, row) of every timed case of the decode benchmark."""
+    found = [(DECODE_CASE.fullmatch(str(row.get("case"))), row) for row in result.rows if "us" in row]
+    return [(m[1], m[2], int(m[3]), int(m[4]), row) for m, row in found if m]
+
+
+def case_name(ours: str, kind: str) -> str:
+    """The label of a case in tables and figures."""
+    return f"`decode_attention`, {kind}" if ours == "decode" else SDPA_NAMES.get(kind, f"SDPA, {kind}")
+
+
+# ---- pages
+
+
+def generation_text(result: Result) -> str:
+    """Time to the first token, time a token and peak memory of `generate()`."""
+    columns = [
+        "prompt",
+        "batch",
+        "padding",
+        "peer",
+        "first token, s",
+        "a token, ms",
+        "floor, ms",
+        "peak, GiB",
+    ]
+    rows = []
+    for row in result.rows:
+        cells = [
+            length_name(row["prompt"]),
+            row["batch"],
+            row.get("pad", 0),
+            PEERS.get(row["peer"], row["peer"]),
+        ]
+        if "error" in row:
+            rows.append([*cells, "out of memory", "", row["floor_ms"], ""])
+        else:
+            rows.append([*cells, row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]])
+    return "\n\n".join(
+        [
+            f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
+            "The floor is the time to move weights and cache once at the copy rate measured in the same run.",
+            table(columns, rows),
+            agreement(result.rows),
+        ]
+    )
+
+
+def model_shape(rows: list[dict]) -> str:
+    """The model of the generation benchmark, in words."""
+    layers = ", ".join(values(rows, "layers"))
+    return "the shape of Llama-3.1-8B" + ("" if layers == "32" else f" with {layers} layers")
+
+
+def agreement(rows: list[dict]) -> str:
+    """How many runs gave the tokens of the first peer that ran the same prompt."""
+    firsts, compared = set(), []
+    for row in rows:
+        prompt = row["prompt"], *setting(row)
+        if prompt in firsts and "same_tokens_as_first_peer" in row:
+            compared.append(row["same_tokens_as_first_peer"])
+        if "error" not in row:
+            firsts.add(prompt)
+    return (
+        f"Runs whose greedy tokens equal those of the first peer on the same prompt: {sum(compared)} of "
+        f"{len(compared)}. In bf16 a tie between two logits may fall either way."
+    )
+
+
+def decode_text(result: Result) -> str:
+    """Time of one decoding step over a cache, and the share of the bandwidth."""
+    columns = ["case", "batch", "keys", "eager, us", "graph, us", "GB/s", "share of 3.35 TB/s"]
+    rows = [
+        [
+            case_name(o, kind),
+            b,
+            length_name(s),
+            r["us"],
+            r.get("graph_us"),
+            r["gb_per_s"],
+            f"{r['share']:.0%}",
+        ]
+        for o, kind, b, s, r in decode_cases(result)
+    ]
+    return "\n\n".join(
+        [
+            "One query on a cache of keys: 32 query heads, 8 key heads, head dim 128, bf16. The bytes "
+            "counted are those of the keys and values that the mask leaves visible. The script checks errors "
+            "against fp64 first and times nothing if a kernel is wrong.",
+            table(columns, rows),
+        ]
+    )
+
+
+def blockwise_text(result: Result) -> str:
+    """Speed forward and backward on the visible pairs, and memory a token."""
+    columns = ["case", "kernel", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s"]
+    fields = ("case", "impl", "forward_ms", "forward_tflops", "backward_ms", "backward_tflops")
+    parts = [
+        "32 query heads, 8 key heads, 32K tokens, bf16. TFLOP/s count 4 operations a visible pair and head "
+        "dim forward, 10 backward. The script checks outputs and gradients against fp64 first and times "
+        "nothing if a kernel is wrong.",
+        table(columns, [[row[f] for f in fields] for row in result.where(section="time").rows]),
+    ]
+    if memory := result.where(section="memory").rows:
+        parts += [
+            "Peak memory a token above the inputs, forward and backward with a window of 1024:",
+            table(["length", "bytes a token"], [[row["case"], row["bytes_per_token"]] for row in memory]),
+        ]
+    return "\n\n".join(parts)
+
+
+def plain_text(result: Result) -> str:
+    """All rows as they are, a table a section."""
+    parts = []
+    for section in values(result.rows, "section") or [None]:
+        rows = result.where(section=section).rows if section else result.rows
+        hidden = {*FACTS, "section", "target"}
+        fields = [f for f in dict.fromkeys(key for row in rows for key in row) if f not in hidden]
+        parts += [f"## {section}"] if section else []
+        parts.append(table(fields, [[row.get(field) for field in fields] for row in rows]))
+    return "\n\n".join(parts)
+
+
+def page(result: Result, text: str, has_figure: bool) -> str:
+    """One page: title, figure, tables, conditions."""
+    parts = [f"# {result.name.replace('_', ' ').capitalize()}", conditions(result.rows)]
+    parts += [f"![{result.name}](../images/{result.name}.png)"] if has_figure else []
+    return "\n\n".join([*parts, text]) + "\n"
+
+
+# ---- figures
+
+
+def new_figure(panels: int):
+    """A figure with panels side by side; matplotlib is imported only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(4.6 * panels, 3.6), squeeze=False, layout="constrained"
+    )
+    return figure, list(axes[0])
+
+
+def save(figure, path: Path, rows: list[dict], digest: str) -> None:
+    """Writes the figure with its conditions below and its digest inside."""
+    figure.supxlabel(conditions(rows, short=True), fontsize=6, color="#555555")
+    figure.savefig(path, dpi=150, metadata={"Description": digest, "Software": None})
+
+
+def one_setting(result: Result) -> list[dict]:
+    """The rows of batch 1 without padding, or of whatever single setting there is."""
+    rows = [row for row in result.rows if row["batch"] == 1 and not row.get("pad")]
+    return rows or [r for r in result.rows if (r["batch"], r.get("pad")) == setting(result.rows[0])]
+
+
+def setting(row: dict) -> tuple:
+    """What a line of the figure keeps fixed: the batch and the padding."""
+    return row["batch"], row.get("pad")
+
+
+def draw_lines(axis, rows: list[dict], field: str, label: str) -> None:
+    """One field against the prompt length, a line a peer; runs out of memory are crosses at the top."""
+    for peer in values(rows, "peer"):
+        mine = [row for row in rows if row["peer"] == peer]
+        good = sorted((row["prompt"], row[field]) for row in mine if field in row)
+        colour = COLOURS.get(peer)
+        axis.plot(
+            *zip(*good, strict=True), marker="o", label=PEERS.get(peer, peer).replace("`", ""), color=colour
+        )
+        for row in mine:
+            if "error" in row:
+                axis.plot(row["prompt"], 0.97, "x", color=colour, transform=axis.get_xaxis_transform())
+                axis.annotate(
+                    "out of memory", (row["prompt"], 0.93), xycoords=axis.get_xaxis_transform(),
+                    ha="right", va="top", fontsize=7, color=colour,
+                )  # fmt: skip
+    lengths = sorted({row["prompt"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [length_name(length) for length in lengths])
+    axis.set(xlabel="prompt, tokens", title=label, ylim=(0, None))
+
+
+def draw_generation(result: Result, axes: list) -> None:
+    """Time a token beside its floor, and peak memory."""
+    rows = one_setting(result)
+    draw_lines(axes[0], rows, "token_ms", "time a token, ms")
+    floor = sorted({(row["prompt"], row["floor_ms"]) for row in rows})
+    axes[0].plot(*zip(*floor, strict=True), "--", color="#555555", label="floor: bytes over copy rate")
+    axes[0].set_ylim(0, 1.15 * axes[0].get_ylim()[1])
+    axes[0].legend(frameon=False, fontsize=7)
+    draw_lines(axes[1], rows, "peak_gib", "peak memory, GiB")
+
+
+def draw_decode(result: Result, axes: list) -> None:
+    """Share of the bandwidth by case, at the longest cache of batch 1 at which SDPA was timed with a mask."""
+    cases = [case for case in decode_cases(result) if case[2] == 1] or decode_cases(result)
+    masked = [case for case in cases if case[:2] == ("sdpa", "masked")]
+    keys = max(case[3] for case in (masked or cases))
+    shown = [case for case in cases if case[3] == keys][::-1]
+    names = [case_name(*case[:2]).replace("`", "") for case in shown]
+    colours = [COLOURS["prepared" if case[0] == "decode" else "sdpa"] for case in shown]
+    bars = axes[0].barh(names, [100 * case[4]["share"] for case in shown], color=colours)
+    axes[0].bar_label(bars, fmt="%.0f %%", fontsize=7, padding=2)
+    axes[0].set(title=f"decoding, {length_name(keys)} keys: % of 3.35 TB/s", xlim=(0, 108))
+    axes[0].tick_params(axis="y", labelsize=7)
+
+
+def draw_blockwise(result: Result, axes: list) -> None:
+    """TFLOP/s forward and backward of every case."""
+    rows = result.where(section="time").rows[::-1]
+    names = [f"{row['case']}, {row['impl']}" for row in rows]
+    colours = [COLOURS["prepared" if row["impl"] == "triton" else "sdpa"] for row in rows]
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        bars = axis.barh(names, [row[f"{way}_tflops"] for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+        axis.set(title=f"{way}, TFLOP/s on visible pairs")
+        axis.tick_params(axis="y", labelsize=7)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the results of one benchmark become text and a figure."""
+
+    text: Callable[[Result], str]
+    draw: Callable[[Result, list], None] | None = None
+    panels: int = 1
+
+
+KINDS = {
+    "generation": Kind(generation_text, draw_generation, 2),
+    "decode_attention": Kind(decode_text, draw_decode, 1),
+    "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2),
+}
+
+
+def kind_of(result: Result) -> Kind:
+    """The kind of a result file, by its name: "generation_b8" is one of generation; sweeps have no figure."""
+    if not result.name.endswith("_tune"):
+        for name, kind in KINDS.items():
+            if result.name.startswith(name):
+                return kind
+    return Kind(plain_text)
+
+
+# ---- the whole
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One image: how to draw it, and the rows it shows."""
+
+    name: str
+    draw: Callable[[list], None]
+    panels: int
+    rows: list[dict]
+
+    @property
+    def digest(self) -> str:
+        """What the image must carry to be up to date."""
+        return Result(self.name, self.rows).digest
+
+
+def headline(results: dict[str, Result]) -> Figure | None:
+    """Time a token, memory and decoding bandwidth in one figure, from what there is."""
+    parts = [(results[n], KINDS[n]) for n in ("generation", "decode_attention") if n in results]
+    if not parts:
+        return None
+
+    def draw(axes: list) -> None:
+        for result, kind in parts:
+            kind.draw(result, [axes.pop(0) for _ in range(kind.panels)])
+
+    rows = [row for result, _ in parts for row in result.rows]
+    return Figure("headline", draw, sum(kind.panels for _, kind in parts), rows)
+
+
+def figures(results: dict[str, Result]) -> list[Figure]:
+    """Every image there should be."""
+    found = [headline(results)]
+    for result in results.values():
+        kind = kind_of(result)
+        if kind.draw is not None:
+            draw = lambda axes, r=result, k=kind: k.draw(r, axes)  # noqa: E731
+            found.append(Figure(result.name, draw, kind.panels, result.rows))
+    return [figure for figure in found if figure is not None]
+
+
+def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
+    """What stands between the README's markers."""
+    first = headline(results)
+    if first is None:
+        return {"headline": "", "benchmarks": "This checkout holds no measurements yet."}
+    image = "![Time a token, peak memory and decoding bandwidth](docs/images/headline.png)"
+    lines = [f"- [{name.replace('_', ' ')}](docs/benchmarks/{name}.md)" for name in results]
+    if "generation" not in results:
+        return {"headline": f"{image}\n\n{conditions(first.rows)}", "benchmarks": "\n".join(lines)}
+    shape = model_shape(results["generation"].rows)
+    caption = f"`generate()` on one GPU, {shape}, bf16, batch 1. {conditions(first.rows)}"
+    text = [generation_text(results["generation"]), conditions(results["generation"].rows), "\n".join(lines)]
+    return {"headline": f"{image}\n\n{caption}", "benchmarks": "\n\n".join(text)}
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """The text with each marked block replaced."""
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no block between <!-- {name} --> and <!-- /{name} -->.")
+        text = pattern.sub(
+            lambda match, b=block: f"{match[1]}{b}\n{match[2]}" if b else match[1] + match[2], text
+        )
+    return text
+
+
+def texts(root: Path, results: dict[str, Result]) -> dict[Path, str]:
+    """Every text file there should be, by path."""
+    folder, readme = root / "docs" / "benchmarks", root / "README.md"
+    lines = [f"- [{name.replace('_', ' ')}]({name}.md)" for name in results] or ["No result file yet."]
+    intro = (
+        "# Benchmarks\n\nEach page is made by `python benchmarks/plot.py` from a result file in "
+        "`benchmarks/results`, which a script of the same name in `benchmarks/` wrote on a GPU. Every row of "
+        "such a file names the GPU, the versions, the commit, the date and the command.\n\n"
+    )
+    found = {folder / "index.md": intro + "\n".join(lines) + "\n"}
+    for name, result in results.items():
+        kind = kind_of(result)
+        found[folder / f"{name}.md"] = page(result, kind.text(result), kind.draw is not None)
+    found[readme] = with_blocks(readme.read_text(), readme_blocks(results))
+    return found
+
+
+def stale(root: Path, wanted: dict[Path, str], images: list[Figure]) -> list[Path]:
+    """Files that are missing, out of date, or made from a result that is gone."""
+    folder = root / "docs" / "images"
+    paths = {folder / f"{image.name}.png": image.digest.encode() for image in images}
+    wrong = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    wrong += [path for path, digest in paths.items() if not path.exists() or digest not in path.read_bytes()]
+    there = {*(root / "docs" / "benchmarks").glob("*.md"), *folder.glob("*.png")}
+    return wrong + sorted(there - wanted.keys() - paths.keys())
+
+
+def write(root: Path, wanted: dict[Path, str], images: list[Figure]) -> None:
+    """Writes what is out of date and removes what belongs to no result."""
+    for path in stale(root, wanted, images):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path in wanted:
+            path.write_text(wanted[path])
+        elif not any(path.stem == image.name and path.suffix == ".png" for image in images):
+            path.unlink()
+        else:
+            image = next(image for image in images if image.name == path.stem)
+            figure, axes = new_figure(image.panels)
+            image.draw(axes)
+            save(figure, path, image.rows, image.digest)
+        print(path.relative_to(root))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="of the repository")
+    options = parser.parse_args(arguments)
+    paths = sorted((options.root / "benchmarks" / "results").glob("*.json"))
+    results = {path.stem: load(path) for path in paths}
+    wanted, images = texts(options.root, results), figures(results)
+    if not options.check:
+        write(options.root, wanted, images)
+        return 0
+    wrong = stale(options.root, wanted, images)
+    for path in wrong:
+        print(f"stale: {path.relative_to(options.root)}; run `python benchmarks/plot.py`", file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The documentation against the code: snippets run, links lead somewhere, tables name what is refused."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CHECKPOINT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REFUSING = ["attention", "masking.py", "generation", "cache", "instance.py"]
+FACTS = {
+    "gpu": "A GPU", "cuda": "12.8", "torch": "2.11.0", "triton": "3.6.0", "python": "3.12.0",
+    "commit": "abc1234", "date": "2026-01-02T03:04:05+00:00",
+}  # fmt: skip
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, heading=""):
+    """The Python blocks of a page, from a heading on to the next of its rank."""
+    text = path.read_text()
+    if heading:
+        text = text.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+pages = pytest.mark.parametrize("path", PAGES, ids=page_name)
+
+
+@pages
+def test_python_blocks_compile(path):
+    for block in blocks(path):
+        # A line of doctest is read as its source.
+        compile(re.sub(r"^(>>>|\.\.\.) ?", "", block, flags=re.MULTILINE), page_name(path), "exec")
+
+
+@pages
+def test_links_to_files_resolve(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny random Llama and a tokenizer, to stand in for the real checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = ["The grass is green. The pass key is 71432. the sky is blue."]
+    special = ["<pad>", "<end>"]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(words, trainer)
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.save_pretrained(folder)
+    config = tf.LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run_blocks(found, checkpoint, names):
+    for block in found:
+        exec(compile(block.replace(CHECKPOINT, str(checkpoint)), "snippet", "exec"), names)
+    return names
+
+
+def test_quick_start_is_short_and_runs(checkpoint, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    quick, kept = blocks(ROOT / "README.md", "## Quick start"), blocks(ROOT / "README.md", "## Long prompts")
+    assert len(quick) == 1 and len(quick[0].splitlines()) <= 12
+    assert CHECKPOINT in quick[0]
+    names = run_blocks(quick, checkpoint, {})
+    assert names["model"].config._attn_implementation == "tree_attention"
+    assert names["output"].shape[1] == names["inputs"].input_ids.shape[1] + 8
+    assert capsys.readouterr().out.strip()
+    names = run_blocks(kept, checkpoint, names)
+    assert names["three"].layers[0].batch_size == 3
+    assert names["three"].get_seq_length() == names["inputs"].input_ids.shape[1]
+
+
+def test_fine_tuning_runs_and_moves_the_weights(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(blocks(ROOT / "README.md", "## Fine-tuning"), checkpoint, {})
+    assert names["model"].config._attn_implementation == "blockwise_attention"
+    before = tf.AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in names["model"].state_dict().items())
+
+
+def test_guide_to_long_prompts_runs(checkpoint, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(blocks(ROOT / "docs/guides/long_prompts.md"), checkpoint, {})
+    # Every token but the last of the conversation has been through the model.
+    assert names["cache"].get_seq_length() == names["conversation"].shape[1] - 1
+    assert names["model"].config._attn_implementation.endswith("tree_attention")
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def refusals():
+    """(exception, first name in backticks of its message) of every error that a user can cause."""
+    files = [p for name in REFUSING for p in sorted((ROOT / "hf_longattn").glob(f"{name}/*.py"))]
+    files += [ROOT / "hf_longattn" / name for name in REFUSING if name.endswith(".py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                parts = [n.value for n in ast.walk(node.exc) if isinstance(n, ast.Constant)]
+                message = " ".join(part for part in parts if isinstance(part, str))
+                name = re.search(r"`(\w+)", message)
+                yield node.exc.func.id, name[1] if name else "", path.name
+
+
+def test_every_refusal_is_documented():
+    found = set(refusals())
+    assert len(found) >= 15
+    lines = (ROOT / "docs/reference/refused.md").read_text().splitlines()
+    for error, name, file in sorted(found):
+        assert any(error in line and name in line for line in lines), f"{file}: {error} about {name!r}"
+
+
+def test_support_table_names_every_family_of_the_tests():
+    text = (ROOT / "docs/reference/support.md").read_text()
+    rows = re.findall(
+        r"^\| ([^|]+) \|(?: [^|]+ \|){7}$", text.split("## `prepare_generation`")[0], re.MULTILINE
+    )
+    families = {
+        re.sub(r"[^a-z0-9]", "", row.split("(")[0].lower().replace("windows", "window").replace("with", ""))
+        for row in rows[1:]
+    }
+    assert {family.replace("-", "") for family in tiny.CAUSAL} == families - {""}
+
+
+def plot(root, *arguments):
+    script = ROOT / "benchmarks" / "plot.py"
+    command = [sys.executable, str(script), "--root", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_tables_and_figures_are_up_to_date():
+    result = plot(ROOT, "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def write_results(root):
+    results = root / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    shape = {"prompt": 8192, "batch": 1, "pad": 0, "layers": 32, "floor_ms": 5.0}
+    rows = [
+        {"peer": "prepared", **shape, "first_token_s": 0.25, "token_ms": 6.5, "peak_gib": 17.125},
+        {"peer": "sdpa", **shape, "error": "CUDA out of memory"},
+    ]
+    rows[0]["same_tokens_as_first_peer"] = True
+    facts = {**FACTS, "command": "bench_generation.py --lengths 8192"}
+    (results / "generation.json").write_text(json.dumps([{**row, **facts} for row in rows]))
+    other = {"machine": facts, "rows": [{"section": "forward", "case": "T8", "ms": 1.25}]}
+    (results / "other.json").write_text(json.dumps(other))
+    shutil.copy(ROOT / "README.md", root)
+
+
+def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
+    write_results(tmp_path)
+    assert plot(tmp_path, "--check").returncode == 1
+    result = plot(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert plot(tmp_path, "--check").returncode == 0
+    page = (tmp_path / "docs/benchmarks/generation.md").read_text()
+    assert "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in page
+    assert "| 8K | 1 | 0 | transformers, `sdpa` | out of memory |  | 5 |  |" in page
+    for fact in (
+        "A GPU",
+        "torch 2.11.0",
+        "2026-01-02",
+        "python benchmarks/bench_generation.py --lengths 8192",
+    ):
+        assert fact in page and fact in (tmp_path / "README.md").read_text()
+    assert "| T8 | 1.25 |" in (tmp_path / "docs/benchmarks/other.md").read_text()
+    rows = json.loads((tmp_path / "benchmarks/results/generation.json").read_text())
+    rows[0]["token_ms"] = 7.0
+    (tmp_path / "benchmarks/results/generation.json").write_text(json.dumps(rows))
+    (tmp_path / "benchmarks/results/other.json").unlink()
+    stale = plot(tmp_path, "--check")
+    assert stale.returncode == 1
+    for name in ("docs/benchmarks/generation.md", "docs/images/headline.png", "docs/benchmarks/other.md"):
+        assert f"stale: {name}" in stale.stderr
+    assert plot(tmp_path).returncode == 0
+    assert plot(tmp_path, "--check").returncode == 0
+    assert not (tmp_path / "docs/benchmarks/other.md").exists()

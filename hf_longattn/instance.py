@@ -54,15 +54,15 @@ class Setup:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of one instance and remembers what the instance itself had."""
         self._changes.append((owner, name, vars(owner).get(name, _MISSING)))
-        object.__setattr__(owner, name, value)
+        setattr(owner, name, value)
 
     def undo(self) -> None:
         """Puts every attribute back, last change first."""
         for owner, name, before in reversed(self._changes):
             if before is _MISSING:
-                object.__delattr__(owner, name)
+                delattr(owner, name)
             else:
-                object.__setattr__(owner, name, before)
+                setattr(owner, name, before)
         self._changes.clear()
 
     def use_attention(self, implementation: str) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
+from hf_longattn.generation.fusion import fused
 from hf_longattn.kernels.dispatch import warn_slow
 
 logger = logging.getLogger("hf_longattn")
@@ -161,7 +162,7 @@ class GraphDecoder:
     ) -> Step:
         inputs = _make_inputs(kwargs)
         call = {**kwargs, **inputs}
-        with device_lengths(cache, graphs.clocks, count):
+        with device_lengths(cache, graphs.clocks, count), fused(self.model):
             layers: list[Any] = cache.layers
             clocks = list({id(layer.clock): layer.clock for layer in layers}.values())
             self._warm_up(call, clocks, count)

@@ -16,7 +16,8 @@ def test_requests_of_different_lengths_get_the_tokens_they_get_alone(family, nam
     alone = []
     for prompt in prompts:
         mask = torch.ones(1, len(prompt))
-        result = plain.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=6, do_sample=False)
+        call = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        result = plain.generate(torch.tensor([prompt]), **call)
         alone.append(result[0, len(prompt) :].tolist())
     model = tiny.build(family, "tree_attention")
     model.set_attn_implementation(name)

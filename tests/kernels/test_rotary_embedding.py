@@ -1,0 +1,83 @@
+"""Rotary embedding against its definition in fp64, strided inputs and the interpreted kernel included."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_longattn.kernels.rotary_embedding import rotary_embedding
+
+SHAPES = [(2, 4, 2, 1, 64), (1, 3, 1, 5, 48), (2, 2, 2, 3, 16), (0, 2, 1, 4, 32)]
+IDS = [f"B{b}-H{h}-G{g}-T{t}-K{k}" for b, h, g, t, k in SHAPES]
+
+
+def inputs(b, h, g, t, k, dtype, device="cpu"):
+    # Heads behind tokens, as projections leave them.
+    query = torch.randn(b, t, h, k, device=device).to(dtype).transpose(1, 2)
+    key = torch.randn(b, t, g, k, device=device).to(dtype).transpose(1, 2)
+    angle = torch.randn(b, t, k // 2, device=device).repeat(1, 1, 2)
+    return query, key, angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def definition(states, cos, sin):
+    """The rotation as a product of complex numbers."""
+    half = states.shape[-1] // 2
+    turned = torch.complex(states[..., :half].double(), states[..., half:].double())
+    turned = turned * torch.complex(cos[:, None, :, :half].double(), sin[:, None, :, :half].double())
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def check(impl, dtype, shape, device="cpu"):
+    query, key, cos, sin = inputs(*shape, dtype, device)
+    for result, states in zip(rotary_embedding(query, key, cos, sin, impl=impl), (query, key), strict=True):
+        exact = definition(states, cos, sin)
+        plain = (
+            states * cos[:, None]
+            + torch.cat((-states[..., shape[4] // 2 :], states[..., : shape[4] // 2]), -1) * sin[:, None]
+        )
+        allowed = (plain.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+        assert (result.double() - exact).norm() <= 1.5 * allowed
+        assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_reference_is_a_rotation(shape, dtype):
+    check("reference", dtype, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_kernel_under_the_interpreter(shape):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        check("triton", torch.float32, shape)
+        return
+    if shape is not SHAPES[0]:
+        pytest.skip("the first shape starts the interpreter for all of them")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernel_on_a_gpu(shape, dtype):
+    check("triton", dtype, shape, "cuda")
+
+
+def test_gradients_take_the_plain_path():
+    query, key, cos, sin = inputs(1, 2, 1, 3, 8, torch.float64)
+    query.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: rotary_embedding(q, key, cos, sin)[0], (query,))
+
+
+def test_what_does_not_fit_is_refused():
+    query, key, cos, sin = inputs(1, 2, 1, 3, 8, torch.float32)
+    with pytest.raises(ValueError, match="`cos`"):
+        rotary_embedding(query, key, cos[..., :4], sin[..., :4])
+    with pytest.raises(ValueError, match="`impl`"):
+        rotary_embedding(query, key, cos, sin, impl="fast")

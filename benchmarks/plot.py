@@ -276,15 +276,15 @@ def setting(row: dict) -> tuple:
     return row["batch"], row.get("pad")
 
 
-def draw_lines(axis, rows: list[dict], field: str, label: str) -> None:
+def draw_lines(axis, rows: list[dict], field: str, title: str) -> None:
     """One field against the prompt length, a line a peer; runs out of memory are crosses at the top."""
     for peer in values(rows, "peer"):
         mine = [row for row in rows if row["peer"] == peer]
         good = sorted((row["prompt"], row[field]) for row in mine if field in row)
         colour = COLOURS.get(peer)
-        axis.plot(
-            *zip(*good, strict=True), marker="o", label=PEERS.get(peer, peer).replace("`", ""), color=colour
-        )
+        lengths, heights = zip(*good, strict=True) if good else ((), ())
+        label = PEERS.get(peer, peer).replace("`", "")
+        axis.plot(lengths, heights, marker="o", label=label, color=colour)
         for row in mine:
             if "error" in row:
                 axis.plot(row["prompt"], 0.97, "x", color=colour, transform=axis.get_xaxis_transform())
@@ -295,7 +295,7 @@ def draw_lines(axis, rows: list[dict], field: str, label: str) -> None:
     lengths = sorted({row["prompt"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [length_name(length) for length in lengths])
-    axis.set(xlabel="prompt, tokens", title=label, ylim=(0, None))
+    axis.set(xlabel="prompt, tokens", title=title, ylim=(0, None))
 
 
 def draw_generation(result: Result, axes: list) -> None:
@@ -342,12 +342,14 @@ class Kind:
     text: Callable[[Result], str]
     draw: Callable[[Result, list], None] | None = None
     panels: int = 1
+    # A field of every timed row: a file without one holds checks alone.
+    timed: str = ""
 
 
 KINDS = {
-    "generation": Kind(generation_text, draw_generation, 2),
-    "decode_attention": Kind(decode_text, draw_decode, 1),
-    "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2),
+    "generation": Kind(generation_text, draw_generation, 2, "floor_ms"),
+    "decode_attention": Kind(decode_text, draw_decode, 1, "us"),
+    "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2, "forward_ms"),
 }
 
 
@@ -355,7 +357,7 @@ def kind_of(result: Result) -> Kind:
     """The kind of a result file, by its name: "generation_b8" is one of generation; sweeps have no figure."""
     if not result.name.endswith("_tune"):
         for name, kind in KINDS.items():
-            if result.name.startswith(name):
+            if result.name.startswith(name) and any(kind.timed in row for row in result.rows):
                 return kind
     return Kind(plain_text)
 
@@ -380,7 +382,8 @@ class Figure:
 
 def headline(results: dict[str, Result]) -> Figure | None:
     """Time a token, memory and decoding bandwidth in one figure, from what there is."""
-    parts = [(results[n], KINDS[n]) for n in ("generation", "decode_attention") if n in results]
+    found = [(results[n], kind_of(results[n])) for n in ("generation", "decode_attention") if n in results]
+    parts = [(result, kind) for result, kind in found if kind.draw is not None]
     if not parts:
         return None
 

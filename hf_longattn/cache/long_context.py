@@ -13,13 +13,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
 
 _FORMAT = "hf_longattn.cache.1"
 
 
 class LongContextCache(Cache):
     """A KV cache with preallocated, growing layers: full attention, and windows that keep only what they can
-    see.
+    see. Layers of lightning attention have a state of constant size in the place of keys and values.
 
     Layers of other kinds (state-space, convolution) are transformers' own.
 
@@ -55,7 +56,7 @@ class LongContextCache(Cache):
         """
         tensors, lengths = {}, []
         for index, layer in enumerate(self.layers):
-            if not isinstance(layer, PreallocatedLayer):
+            if not isinstance(layer, (PreallocatedLayer, RecurrentLayer)):
                 raise ValueError(
                     f"`save` knows attention layers, but layer {index} is a {type(layer).__name__}."
                 )
@@ -108,15 +109,18 @@ class LongContextCache(Cache):
 
 
 def _layer_state(file: Any, names: set[str], index: int) -> dict[str, Tensor]:
-    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values")}
+    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values", "recurrent_state")}
     return {name: file.get_tensor(key) for name, key in keys.items() if key in names}
 
 
 def _make_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
     kinds, keywords = get_layer_types_and_kwargs(config)
+    recurrent = lightning_layers(config)
     layers = []
-    for kind in kinds:
-        if kind == "full_attention":
+    for index, kind in enumerate(kinds):
+        if index in recurrent:
+            layers.append(RecurrentLayer())
+        elif kind == "full_attention":
             layers.append(PreallocatedLayer(capacity))
         elif kind in ("sliding_attention", "chunked_attention"):
             layers.append(PreallocatedSlidingLayer(keywords["sliding_window"], capacity))

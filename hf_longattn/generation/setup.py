@@ -14,7 +14,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import prefill
 
-_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
+_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention", "lightning_attention")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from _report import Report
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from hf_longattn.kernels.blockwise_attention import blockwise_attention, sdpa, triton_backward, triton_forward
@@ -205,6 +206,21 @@ class FlashKernels:
             return sdpa.backward(*args)
 
 
+class PlainTorch:
+    """`scaled_dot_product_attention` as a user of torch calls it, by cuDNN, with its autograd."""
+
+    __name__ = "torch-cudnn"
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return (F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),)
+
+    @staticmethod
+    def backward(grad: Tensor, _: None, tensors: list[Tensor], results: tuple, terms: Terms) -> None:
+        torch.autograd.grad(results[0], tensors, grad, retain_graph=True)
+
+
 class without_cudnn:
     """Makes `sdpa` take the flash kernel."""
 
@@ -227,6 +243,8 @@ def time_all(report: Report) -> None:
             if name == "causal":
                 for module in (sdpa, FlashKernels):
                     time_case(report, f"D{head_dim}-{name}", tensors, terms, module)
+                leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+                time_case(report, f"D{head_dim}-{name}", leaves, terms, PlainTorch)
             time_case(report, f"D{head_dim}-{name}", tensors, terms, TritonKernels())
 
 

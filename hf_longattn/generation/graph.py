@@ -64,7 +64,7 @@ class Step:
     inputs: dict[str, Tensor]
     output_type: Any
     tensors: dict[str, Tensor]
-    clocks: list[Clock]
+    leaders: list[tuple[Clock, Any]]
     buffers: tuple[int, ...]
 
 
@@ -146,10 +146,10 @@ class GraphDecoder:
             except RuntimeError as error:
                 self._give_up(str(error))
                 return self.original(**kwargs)
-        for layer in layers:
-            layer.set_clock(graphs.clocks[layer.group])
+        for clock, layer in step.leaders:
+            layer.set_clock(clock)
         step.graph.replay()
-        for clock in step.clocks:
+        for clock, _ in step.leaders:
             clock.advanced(count)
         for layer in layers:
             layer.advanced(count)
@@ -164,7 +164,9 @@ class GraphDecoder:
         call = {**kwargs, **inputs}
         with device_lengths(cache, graphs.clocks, count), fused(self.model):
             layers: list[Any] = cache.layers
-            clocks = list({id(layer.clock): layer.clock for layer in layers}.values())
+            # One layer of a group speaks for all of it.
+            leaders = list({id(layer.clock): (layer.clock, layer) for layer in layers}.values())
+            clocks = [clock for clock, _ in leaders]
             self._warm_up(call, clocks, count)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -174,7 +176,7 @@ class GraphDecoder:
                 for clock in clocks:
                     clock.advance(count)
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
-        return Step(graph, inputs, type(output), tensors, clocks, _buffers(cache))
+        return Step(graph, inputs, type(output), tensors, leaders, _buffers(cache))
 
     def _warm_up(self, call: dict[str, Any], clocks: list[Clock], count: int) -> None:
         """Runs the step once, so that everything is compiled; it writes what the replay will write again."""

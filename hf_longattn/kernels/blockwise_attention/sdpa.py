@@ -1,10 +1,10 @@
 """Blockwise attention by torch's own kernels, the ATen operators that hand out the log-sum-exp.
 
 On CUDA they cover dense attention: full in one call, causal with T = S in one call, causal with T < S as a
-full prefix and a square diagonal, merged by their lse. On the CPU a block of queries and the keys it may
-see make one call with a mask tile, so any mask goes. A sink enters afterwards: with l' = log(exp l + exp
-sink) the output shrinks by exp(l - l'). The backward of every part runs with the lse and output of the
-whole row, which makes its probabilities the global ones, and its gradients add up.
+full prefix (in a few pieces) and a square diagonal, merged by their lse. On the CPU a block of queries and
+the keys it may see make one call with a mask tile, so any mask goes. A sink enters afterwards: with l' =
+log(exp l + exp sink) the output shrinks by exp(l - l'). The backward of every part runs with the lse and
+output of the whole row, which makes its probabilities the global ones, and its gradients add up.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hf_longattn.kernels.merge_partials import merge_partials
 
 from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
 
@@ -61,11 +63,27 @@ def _parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
         yield _Part(slice(0, num_queries), slice(0, num_keys))
     else:
         prefix = max(0, num_keys - num_queries)
-        if prefix:
-            yield _Part(slice(0, num_queries), slice(0, prefix))
+        for columns in _prefix_pieces(prefix, num_queries):
+            yield _Part(slice(0, num_queries), columns)
         yield _Part(
             slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
         )
+
+
+def _prefix_pieces(prefix: int, unit: int) -> Iterator[slice]:
+    """The keys before the diagonal, cut so that a prompt read in chunks meets few different shapes.
+
+    cuDNN builds a plan for every shape it has not seen, some 50 ms each. Behind k chunks of `unit` queries
+    lie k times `unit` keys: the binary digits of k give pieces whose lengths come back at every chunk.
+    """
+    if unit == 0 or prefix % unit:
+        yield from [slice(0, prefix)] if prefix else []
+        return
+    chunks, start = prefix // unit, 0
+    for digit in reversed(range(chunks.bit_length())):
+        if chunks >> digit & 1:
+            yield slice(start, start + (unit << digit))
+            start += unit << digit
 
 
 def _masked_parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
@@ -129,12 +147,6 @@ def _attend_cpu(
     return output, lse
 
 
-def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(first[1], second[1])
-    weights = [torch.exp(part - lse)[..., None] for _, part in (first, second)]
-    return (first[0] * weights[0] + second[0] * weights[1]).to(first[0].dtype), lse
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """Attention as a merge of kernel calls.
 
@@ -148,6 +160,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
         output (B, H, T, K) in the query's dtype and lse (B, H, T) in fp32.
     """
     results: tuple[Tensor, Tensor] | None = None
+    whole: list[tuple[Tensor, Tensor]] = []
     for part in _parts(query, key, terms):
         q, (k, v) = query[:, :, part.rows], _slots(key, value, part)
         if query.device.type == "cpu":
@@ -155,15 +168,22 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
         else:
             rows = _attend_cuda(q, k, v, part.is_causal, terms.scale)
         if part.visible is None and q.shape == query.shape:
-            results = rows if results is None else _merge(results, rows)
+            whole.append(rows)
             continue
         results = _empty_results(query) if results is None else results
         results[0][:, :, part.rows], results[1][:, :, part.rows] = rows
-    output, lse = _empty_results(query) if results is None else results
+    output, lse = _joined(whole) if whole else _empty_results(query) if results is None else results
     if terms.sinks is None:
         return output, lse
     total = torch.logaddexp(lse, terms.sinks.float()[:, None])
     return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    outputs, lse = zip(*parts, strict=True)
+    return merge_partials(torch.stack(outputs), torch.stack(lse))
 
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:

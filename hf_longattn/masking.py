@@ -188,6 +188,8 @@ class LazyMask:
         self.padding, self.device = padding, device
         self._ranges: dict[torch.device, KeyRange] = {}
         self._packed: dict[str, Tensor | None] = {}
+        # What attention works out of this mask, once a forward for all layers.
+        self.derived: dict[str, Any] = {}
 
     @property
     def shape(self) -> torch.Size:

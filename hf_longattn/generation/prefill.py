@@ -19,13 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_longattn.cache.sharded import ShardedCache
+
 if TYPE_CHECKING:
     from hf_longattn.generation.graph import GraphDecoder
     from hf_longattn.generation.setup import GenerationSetup
 
 # Tokens (all rows of the batch together) a chunk. On a GPU a chunk this long keeps matrix products at full
 # rate; on a CPU it keeps the progress bar moving.
-_GPU_CHUNK_TOKENS = 8192
+GPU_CHUNK_TOKENS = 8192
 _CPU_CHUNK_TOKENS = 512
 
 
@@ -67,7 +69,8 @@ def prefill(
     whole = mask is not None and mask.shape[1] == input_ids.shape[1]
     first = past if whole else 0
     total = input_ids.shape[1] - first
-    chunk = asked or _pick_chunk(input_ids)
+    ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
+    chunk = asked or ranks * _pick_chunk(input_ids)
     forward: Any = model
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:
@@ -109,7 +112,7 @@ def _chunk_kwargs(model_kwargs: dict[str, Any], end: int) -> dict[str, Any]:
 
 
 def _pick_chunk(input_ids: Tensor) -> int:
-    tokens = _CPU_CHUNK_TOKENS if input_ids.device.type == "cpu" else _GPU_CHUNK_TOKENS
+    tokens = _CPU_CHUNK_TOKENS if input_ids.device.type == "cpu" else GPU_CHUNK_TOKENS
     return max(tokens // input_ids.shape[0], 64)
 
 

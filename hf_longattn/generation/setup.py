@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import prefill
+from hf_longattn.generation.several import share_generation
+from hf_longattn.parallel.group import SequenceGroup
+from hf_longattn.parallel.prefill import ShardedForward
 
 _IMPLEMENTATIONS = ("tree_attention", "blockwise_attention", "lightning_attention")
 
@@ -27,17 +32,21 @@ class GenerationSetup:
         cache_dtype: dtype of cached keys and values; None keeps the model's.
         cuda_graph: "auto" captures the decoding step in a CUDA graph where it can be, and says once why where
             not; True refuses what "auto" would run eagerly; False never captures.
-        progress: show a progress bar while the prompt is read.
+        progress: show a progress bar while the prompt is read; over several processes, rank 0 shows it.
+        timeout: seconds that a process waits for the others, where several share one prompt.
     """
 
     prefill_chunk_size: int | None = None
     cache_dtype: torch.dtype | None = None
     cuda_graph: Literal["auto"] | bool = "auto"
     progress: bool = False
+    timeout: float = 120.0
 
     def __post_init__(self) -> None:
         if self.prefill_chunk_size is not None and self.prefill_chunk_size < 1:
             raise ValueError(f"`prefill_chunk_size` must be positive or None, got {self.prefill_chunk_size}.")
+        if not self.timeout > 0:
+            raise ValueError(f"`timeout` must be a positive number of seconds, got {self.timeout}.")
         if self.cache_dtype is not None:
             raise ValueError(f"`cache_dtype` must be None in this version, got {self.cache_dtype}.")
         if self.cuda_graph not in ("auto", True, False):
@@ -59,8 +68,10 @@ def prepare_generation(
 
     Args:
         model: a decoder of transformers, perhaps wrapped by PEFT, accelerate or DDP.
-        accelerator: an `accelerate.Accelerator` of one process.
-        device_mesh: must be None in this version.
+        accelerator: an `accelerate.Accelerator`; all its processes share one prompt, each with the whole
+            model: every process makes the same call of `generate` and gets the same tokens.
+        device_mesh: a `torch.distributed.DeviceMesh` in the place of it, whose dimension "cp" (or "cp_inter"
+            and "cp_intra") shares the prompt; dimension "tp" is left to transformers' tensor parallelism.
         config: the settings.
         fields: fields of `GenerationSetup`, given straight.
 
@@ -73,34 +84,48 @@ def prepare_generation(
     """
     setup = dataclasses.replace(config or GenerationSetup(), **fields)
     inner = instance.unwrap(model)
-    if device_mesh is not None or getattr(accelerator, "num_processes", 1) > 1:
-        raise ValueError(
-            "`accelerator`/`device_mesh`: one prompt over several processes is not supported in this "
-            "version; run one process, or one model a process."
-        )
     if setup.cuda_graph is True and inner.device.type != "cuda":
         raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(inner.device)!r}.")
     if not inner.can_generate():
         raise ValueError(
             f"`model` must have a language-modelling head to generate, got {type(inner).__name__}."
         )
+    group = _make_group(accelerator, device_mesh, setup)
+    if group is not None:
+        # Names a layer that cannot be cut, before anything is changed.
+        ShardedCache(inner.config, group)
+        setup = dataclasses.replace(setup, progress=setup.progress and group.rank == 0)
     changes = instance.begin(inner, "generation")
-    if inner.config._attn_implementation not in _IMPLEMENTATIONS:
+    if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else ("tree_attention",)):
         changes.use_attention("tree_attention")
     original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
-    if setup.cuda_graph:
+    if group is not None:
+        changes.set(inner, "forward", ShardedForward(inner.forward, inner.forward).forward())
+        share_generation(inner, group, changes)
+    elif setup.cuda_graph:
         changes.set(inner, "forward", decoder.forward())
-    changes.set(
-        inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache, inner, original_cache)
-    )
+    prepare_cache = functools.partial(_prepare_cache, inner, group, original_cache)
+    changes.set(inner, "_prepare_cache_for_generation", prepare_cache)
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
     instance.setups(inner)["generation"] = changes
     return model
 
 
+def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> SequenceGroup | None:
+    """The processes that share a prompt, or None for this one alone."""
+    if device_mesh is not None:
+        group = SequenceGroup.from_mesh(device_mesh, setup.timeout)
+    elif getattr(accelerator, "num_processes", 1) > 1:
+        group = SequenceGroup(dist.group.WORLD, timeout=setup.timeout)
+    else:
+        return None
+    return group if group.world_size > 1 else None
+
+
 def _prepare_cache(
     model: PreTrainedModel,
+    group: SequenceGroup | None,
     original: Any,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -113,8 +138,13 @@ def _prepare_cache(
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")
-    if before is not None or made is None or not wanted or model.config.is_encoder_decoder:
+    # A model with a cache of its own kind keeps it.
+    if before is not None or not wanted or type(made) is not DynamicCache:
         return
-    model_kwargs["past_key_values"] = LongContextCache(model.config, capacity=max_cache_length)
+    if group is None:
+        cache = LongContextCache(model.config, capacity=max_cache_length)
+    else:
+        cache = ShardedCache(model.config, group, capacity=max_cache_length)
+    model_kwargs["past_key_values"] = cache
     if generation_config.is_assistant:
         model_kwargs["past_key_values"].activate_past_recording()

@@ -1,0 +1,171 @@
+"""Attention on a cache that is cut along the sequence over the ranks of a group.
+
+A few new tokens are the same on every rank: each attends its own keys, and one reduction joins the results.
+A run of the prompt is cut among the ranks: the queries of all are gathered, every rank attends them to the
+keys it holds, and each gets the partial results of its own queries back. Keys never travel, but for layers
+with a window, which keep a short one everywhere.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_longattn.attention.exact import Options
+from hf_longattn.cache.placement import Slices
+from hf_longattn.cache.sharded import Shard, ShardedLayer, ShardedSlidingLayer
+from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.kernels.decode_attention import decode_attention
+from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.masking import LazyMask
+from hf_longattn.parallel.reduction import exchange_merge, gather_merge
+
+# Queries that one read of the cache serves in the split-KV kernel.
+_MAX_DECODE_QUERIES = 16
+
+
+def sharded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask | Tensor | None, options: Options, shard: Shard
+) -> Tensor:
+    """Softmax attention over the keys of all ranks.
+
+    Args:
+        query: (B, H, T, K), the same on every rank, or this rank's slices of a run.
+        key: (B, G, S, K), this rank's share, in the order of its positions.
+        value: (B, G, S, V).
+        mask: the `LazyMask` of the whole sequence.
+        options: what the call asks beyond query, key and value.
+        shard: what the cache tagged `key` with.
+
+    Returns:
+        (B, T, H, V), contiguous, in the dtype of `query`.
+
+    Raises:
+        ValueError: a mask or an option that is not supported over several processes.
+    """
+    run = _run_mask(mask, options, shard)
+    if isinstance(shard.layer, ShardedSlidingLayer):
+        assert shard.slices is not None
+        output = _attend_window(query, key, value, run, options, shard, shard.slices)
+    elif shard.slices is not None:
+        output = _attend_run(query, key, value, run, options, shard, shard.slices)
+    else:
+        output = _attend_few(query, key, value, run, options, shard)
+    return output.transpose(1, 2).contiguous()
+
+
+def _run_mask(mask: LazyMask | Tensor | None, options: Options, shard: Shard) -> LazyMask:
+    """The mask of the queries of all ranks, worked out once a forward from that of this rank's."""
+    refused = {
+        "dropout": options.dropout > 0,
+        "position_bias": options.bias is not None,
+        "cu_seq_lens_q": options.cu_seqlens is not None,
+        "seq_idx": options.documents is not None,
+        "attention_mask": not isinstance(mask, LazyMask) or mask.pattern is None,
+    }
+    if names := [name for name, present in refused.items() if present]:
+        raise ValueError(
+            f"`{names[0]}`: this kind of attention is not supported over several processes; masks must be "
+            "made of causal order, windows, chunks and padding. Generate in one process."
+        )
+    assert isinstance(mask, LazyMask)
+    if shard.slices is None:
+        return mask
+    if "run" not in mask.derived:
+        mask.derived["run"] = LazyMask(
+            mask.batch_size,
+            shard.slices.count,
+            mask.kv_length,
+            mask.q_offset,
+            mask.kv_offset,
+            mask.mask_function,
+            mask.padding,
+            mask.device,
+            mask.pattern,
+        )
+    return mask.derived["run"]
+
+
+def _attend_few(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, options: Options, shard: Shard
+) -> Tensor:
+    held = _held(mask, shard, query.device)
+    attend = decode_attention if query.shape[2] <= _MAX_DECODE_QUERIES else blockwise_attention
+    output, lse = attend(query, key, value, mask=held, **_terms(options, shard))
+    return gather_merge(shard.group, output, lse)[0]
+
+
+def _attend_run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: LazyMask,
+    options: Options,
+    shard: Shard,
+    slices: Slices,
+) -> Tensor:
+    queries = slices.in_order(shard.group.gather(query))
+    held = _held(mask, shard, query.device)
+    output, lse = blockwise_attention(queries, key, value, mask=held, **_terms(options, shard))
+    lse = slices.by_rank(lse.unsqueeze(-1)).squeeze(-1)
+    return exchange_merge(shard.group, slices.by_rank(output), lse)[0]
+
+
+def _attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: LazyMask,
+    options: Options,
+    shard: Shard,
+    slices: Slices,
+) -> Tensor:
+    states = slices.in_order(shard.group.gather(torch.cat([key, value], -1)))
+    key, value = shard.layer.append_run(*states.split([key.shape[-1], value.shape[-1]], -1))
+    rows = _bounded(mask, query.device)
+    own = KeyRange(
+        lower=None if rows.lower is None else slices.take(rows.lower, 1),
+        upper=None if rows.upper is None else slices.take(rows.upper, 1),
+        key_mask=rows.key_mask,
+    )
+    terms = {"scale": options.scale, "softcap": options.softcap, "sinks": options.sinks}
+    return blockwise_attention(query, key, value, mask=own, **terms)[0]
+
+
+def _terms(options: Options, shard: Shard) -> dict[str, Any]:
+    # A sink is one more logit of the row: it is counted once, by rank 0.
+    sinks = options.sinks if shard.group.rank == 0 else None
+    return {"scale": options.scale, "softcap": options.softcap, "sinks": sinks}
+
+
+def _bounded(mask: LazyMask, device: torch.device) -> KeyRange:
+    """The range of a mask with causal order spelled out as an upper bound."""
+    limits = mask.key_range(device)
+    assert limits is not None
+    if not limits.causal:
+        return limits
+    last = torch.arange(mask.q_length, device=device)[None] + (mask.kv_length - mask.q_length)
+    bounded = limits.narrowed(upper=last + 1)
+    return KeyRange(False, bounded.lower, bounded.upper, bounded.key_mask)
+
+
+def _held(mask: LazyMask, shard: Shard, device: torch.device) -> KeyRange:
+    """The range of a mask in the places of the keys that this rank holds, worked out once a forward."""
+    if "held" not in mask.derived:
+        mask.derived["held"] = _place(mask, shard.layer, device)
+    return mask.derived["held"]
+
+
+def _place(mask: LazyMask, layer: ShardedLayer, device: torch.device) -> KeyRange:
+    limits = mask.key_range(device)
+    assert limits is not None
+    if limits.is_dense and mask.q_length == 1:
+        return KeyRange()
+    limits = _bounded(mask, device)
+    positions = layer.placement.positions(layer.end, device)
+    lower, upper = (
+        None if bound is None else torch.searchsorted(positions, bound.long(), out_int32=True)
+        for bound in (limits.lower, limits.upper)
+    )
+    key_mask = None if limits.key_mask is None else limits.key_mask[:, positions]
+    return KeyRange(lower=lower, upper=upper, key_mask=key_mask)

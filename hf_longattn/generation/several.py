@@ -1,0 +1,124 @@
+"""`generate()` of one prompt by several processes: the same call, the same tokens, one streamer."""
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.instance import Setup
+from hf_longattn.kernels.dispatch import warn_slow
+from hf_longattn.parallel.checks import check_same, digest
+from hf_longattn.parallel.group import SequenceGroup
+
+# These look at the tokens alone, which are the same on every rank.
+_DETERMINISTIC = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+
+
+class _Silent(BaseStreamer):
+    """The streamer of every rank but the first."""
+
+    def put(self, value: Tensor) -> None:
+        """Drops the tokens."""
+
+    def end(self) -> None:
+        """Does nothing."""
+
+
+class GroupStopping(StoppingCriteriaList):
+    """Stopping criteria decided by rank 0: clocks and states of their own differ from rank to rank.
+
+    Args:
+        criteria: those of this rank.
+        group: the ranks.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, group: SequenceGroup) -> None:
+        super().__init__(criteria)
+        self.group = group
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """(B,) bool, where generation ends, as rank 0 has it."""
+        self.group.watch.check()
+        done = super().__call__(cast(Any, input_ids), scores, **kwargs)
+        if all(isinstance(criterion, _DETERMINISTIC) for criterion in self):
+            return done
+        return self.group.broadcast(done.to(torch.uint8)).bool()
+
+
+def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setup) -> None:
+    """Makes `generate` of a model check, watch and stop as one over a group.
+
+    Args:
+        model: the transformers model.
+        group: the ranks.
+        changes: where the changes are noted, to be undone.
+    """
+    original_generate: Any = model.generate
+    original_criteria: Any = model._get_stopping_criteria
+
+    @functools.wraps(original_generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with group.watch:
+            check_same(group, _fields(model, args, kwargs), model.device)
+            _warn_of_whole_cache(kwargs.get("past_key_values"))
+            if kwargs.get("streamer") is not None and group.rank > 0:
+                kwargs["streamer"] = _Silent()
+            return original_generate(*args, **kwargs)
+
+    def get_stopping_criteria(*args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        return GroupStopping(original_criteria(*args, **kwargs), group)
+
+    changes.set(model, "generate", generate)
+    changes.set(model, "_get_stopping_criteria", get_stopping_criteria)
+
+
+def _warn_of_whole_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, ShardedCache):
+        warn_slow(
+            "generate", f"`past_key_values` is a {type(cache).__name__}, which every process holds whole"
+        )
+
+
+def _fields(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same on every rank, by the name that an error gives it."""
+    kwargs = dict(kwargs)
+    ids = args[0] if args else kwargs.pop("inputs", None)
+    ids = kwargs.pop("input_ids", None) if ids is None else ids
+    cache, mask = kwargs.pop("past_key_values", None), kwargs.pop("attention_mask", None)
+    config = kwargs.pop("generation_config", None) or (args[1] if len(args) > 1 else None)
+    config = (config or model.generation_config).to_dict()
+    config |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(model.generation_config, name)}
+    kwargs.pop("streamer", None)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "generation_config": _described(config),
+        "past_key_values": None if cache is None else [type(cache).__name__, int(cache.get_seq_length())],
+        "arguments": _described(kwargs),
+        "model config": model.config.to_dict(),
+        "model dtype": str(model.dtype),
+        "seed": _random_state(model) if config.get("do_sample") else None,
+    }
+
+
+def _described(value: Any) -> Any:
+    """The value without addresses and states, which differ from process to process: objects by their type."""
+    if isinstance(value, dict):
+        return {str(name): _described(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(entry) for entry in value]
+    if isinstance(value, Tensor):
+        return digest(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def _random_state(model: PreTrainedModel) -> list[int]:
+    states = [torch.get_rng_state()]
+    if model.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(model.device))
+    return [digest(state) for state in states]

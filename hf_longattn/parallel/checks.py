@@ -1,0 +1,54 @@
+"""Before the first token: every rank must have been asked for the same thing."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_longattn.parallel.group import SequenceGroup
+
+_ADVICE = {
+    "seed": "call `accelerate.utils.set_seed(n)` with the same number on every process before sampling",
+    "model config": "load the same checkpoint on every process",
+    "model dtype": "load the model in the same dtype on every process",
+    "past_key_values": "continue from caches that the same calls have filled",
+}
+
+
+def digest(value: Any) -> int:
+    """63 bits that equal values share and different ones do not.
+
+    Args:
+        value: a tensor, or anything that JSON or `repr` tells apart.
+    """
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        text = (
+            f"{data.dtype} {tuple(data.shape)} ".encode() + data.view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    else:
+        text = json.dumps(value, sort_keys=True, default=repr).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def check_same(group: SequenceGroup, fields: dict[str, Any], device: torch.device) -> None:
+    """Compares what every rank was given.
+
+    Args:
+        group: the ranks.
+        fields: name to value; the names must be the same on every rank.
+        device: for the message between the ranks.
+
+    Raises:
+        ValueError: on every rank, naming the first field that differs and the ranks that differ from rank 0.
+    """
+    digests = torch.tensor([digest(value) for value in fields.values()], device=device)
+    everyone = group.gather(digests).tolist()
+    for index, name in enumerate(fields):
+        odd = [rank for rank, row in enumerate(everyone) if row[index] != everyone[0][index]]
+        if odd:
+            ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {odd} differ"
+            advice = _ADVICE.get(name, "pass the same arguments to `generate` on every process")
+            raise ValueError(f"`{name}`: {ranks} from rank 0 in one prompt over several processes; {advice}.")

@@ -1,0 +1,150 @@
+"""The ranks that share one sequence, and every operation they do together."""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_longattn.parallel.watch import Watch
+
+# `all_gather_into_tensor` has this name from torch 2.12 on.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class SequenceGroup:
+    """The ranks that share one sequence; all communication of sequence sharding goes through here.
+
+    Without a process group it is a group of one, in which every operation is the identity.
+
+    Args:
+        group: the process group, or None for this process alone.
+        levels: process groups of a hierarchy, innermost first: each rank is in one of each, and joining over
+            one after the other reaches everyone. None for one level, `group` itself.
+        timeout: seconds that a rank waits for the others.
+
+    Raises:
+        ValueError: `timeout` is not positive.
+    """
+
+    def __init__(
+        self, group: Any = None, levels: Sequence[Any] | None = None, timeout: float = 120.0
+    ) -> None:
+        if not timeout > 0:
+            raise ValueError(f"`timeout` must be a positive number of seconds, got {timeout}.")
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
+        self._levels = [self._group] if levels is None else list(levels)
+        self.watch = Watch(self.rank, self.ranks, timeout)
+
+    @classmethod
+    def from_mesh(cls, mesh: Any, timeout: float = 120.0) -> "SequenceGroup":
+        """The group of a device mesh's dimension "cp", or of "cp_inter" and "cp_intra" together.
+
+        Args:
+            mesh: a `torch.distributed.DeviceMesh`; other dimensions ("tp") are left to others.
+            timeout: seconds that a rank waits for the others.
+
+        Raises:
+            ValueError: the mesh names no such dimension.
+        """
+        names = getattr(mesh, "mesh_dim_names", None) or ()
+        if "cp" in names:
+            return cls(mesh.get_group("cp"), timeout=timeout)
+        if not {"cp_inter", "cp_intra"} <= set(names):
+            raise ValueError(
+                f"`device_mesh` must name a dimension 'cp', or 'cp_inter' and 'cp_intra', got {names}; build "
+                "it with `init_device_mesh(device, shape, mesh_dim_names=('cp',))`."
+            )
+        both = mesh["cp_inter", "cp_intra"]
+        members = both.mesh.flatten().tolist()
+        flat = dist.new_group(members, use_local_synchronization=True)
+        return cls(flat, [both.get_group("cp_intra"), both.get_group("cp_inter")], timeout)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The members, as ranks of the whole job."""
+        return [0] if self._group is None else dist.get_process_group_ranks(self._group)
+
+    @property
+    def levels(self) -> int:
+        """Steps of a join: 1, or 2 for nodes and GPUs inside them."""
+        return len(self._levels)
+
+    def gather(self, tensor: Tensor, level: int | None = None) -> Tensor:
+        """What every rank holds.
+
+        Args:
+            tensor: of the same shape and dtype on every rank.
+            level: of the hierarchy, 0 innermost; None for the whole group.
+
+        Returns:
+            (ranks, *shape), in the order of the ranks, the same bits everywhere.
+        """
+        group = self._group if level is None else self._levels[level]
+        if group is None:
+            return tensor[None]
+        sent = tensor.contiguous()
+        received = sent.new_empty((dist.get_world_size(group), *sent.shape))
+        self._run(_all_gather, _bytes(received), _bytes(sent), group=group)
+        return received
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """Sends part r to rank r, and returns what every rank sent here.
+
+        Args:
+            parts: (P, ...).
+
+        Returns:
+            (P, ...), part r from rank r.
+        """
+        if self._group is None:
+            return parts
+        sent = parts.contiguous()
+        received = torch.empty_like(sent)
+        self._run(dist.all_to_all_single, _bytes(received), _bytes(sent), group=self._group)
+        return received
+
+    def reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        """All-reduces a copy of a tensor.
+
+        Args:
+            tensor: of the same shape and dtype on every rank.
+            op: a `torch.distributed.ReduceOp`.
+        """
+        result = tensor.clone(memory_format=torch.contiguous_format)
+        if self._group is not None:
+            self._run(dist.all_reduce, result, op, group=self._group)
+        return result
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, in the place of everyone's own."""
+        if self._group is not None:
+            self._run(dist.broadcast, tensor, group=self._group, group_src=0)
+        return tensor
+
+    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.watch.check()
+        try:
+            operation(*args, **kwargs)
+        except RuntimeError as error:
+            raise self.watch.diagnosis(error) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceGroup":
+        return self
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: every backend moves those, whatever the dtype."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _with_timeout(group: Any, timeout: float) -> Any:
+    """A gloo group of our own, whose operations end after `timeout`; others keep the timeout they have."""
+    if dist.get_backend(group) != "gloo":
+        return group
+    members = dist.get_process_group_ranks(group)
+    return dist.new_group(members, timedelta(seconds=timeout), "gloo", use_local_synchronization=True)

@@ -1,0 +1,86 @@
+"""Reading a prompt together: each rank carries its slices of the tokens through the model.
+
+The forward of the model is replaced by one that cuts what can be cut. The last tokens, whose logits are
+wanted, and a remainder that does not divide by 2P go through every rank alike, as decoded tokens do: so the
+logits are the same bits on every rank, and nothing needs to be sent afterwards.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_longattn.cache.placement import Slices
+from hf_longattn.cache.sharded import ShardedCache
+
+# Keywords of a prompt that can be cut: along the tokens, along the sequence seen so far, or not at all.
+_KNOWN = frozenset(
+    "input_ids position_ids attention_mask past_key_values use_cache return_dict logits_to_keep".split()
+)
+
+
+class ShardedForward:
+    """Stands in for the forward of a model: the ranks share the tokens of a prompt on a `ShardedCache`.
+
+    Args:
+        run: the model's forward, for slices of a run.
+        step: the forward for tokens that every rank computes; `run`, or one that replays graphs.
+    """
+
+    def __init__(self, run: Callable[..., Any], step: Callable[..., Any]) -> None:
+        self.run, self.step = run, step
+
+    def forward(self) -> Callable[..., Any]:
+        """A function with the signature of the model's forward."""
+
+        @functools.wraps(self.run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            count = 0 if args else shared_tokens(kwargs)
+            if count:
+                kwargs = self._run_shared(kwargs, count)
+            return self.step(*args, **kwargs)
+
+        return forward
+
+    def _run_shared(self, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+        """Computes the first `count` tokens together; returns the keywords of the rest."""
+        cache: ShardedCache = kwargs["past_key_values"]
+        past = cache.get_seq_length()
+        slices = Slices(past, count, cache.group.rank, cache.group.world_size)
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        mask = kwargs.get("attention_mask")
+        shared = {
+            **kwargs,
+            "input_ids": slices.take(ids, 1),
+            "position_ids": slices.take(positions, positions.ndim - 1),
+            "attention_mask": None if mask is None else mask[:, : past + count],
+            # The logits of these tokens are not wanted; 0 would mean all.
+            "logits_to_keep": 1,
+        }
+        with cache.computing(slices):
+            self.run(**shared)
+        return {**kwargs, "input_ids": ids[:, count:], "position_ids": positions[..., count:]}
+
+
+def shared_tokens(kwargs: dict[str, Any]) -> int:
+    """How many of the first tokens of a forward the ranks compute together.
+
+    Args:
+        kwargs: keywords of the forward.
+
+    Returns:
+        a multiple of 2P, 0 where every rank computes all.
+    """
+    ids, cache, keep = (kwargs.get(name) for name in ("input_ids", "past_key_values", "logits_to_keep"))
+    if not isinstance(cache, ShardedCache) or ids is None or not isinstance(keep, int) or keep < 1:
+        return 0
+    mask = kwargs.get("attention_mask")
+    unknown = any(value is not None for name, value in kwargs.items() if name not in _KNOWN)
+    if unknown or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        return 0
+    pieces = 2 * cache.group.world_size
+    return max(ids.shape[1] - keep, 0) // pieces * pieces

@@ -1,0 +1,102 @@
+"""Joining the partial attention results of the ranks: the tree reduction, in several forms.
+
+Every rank holds (output, lse) of its own keys. The forms differ in what travels; each leaves the same bits on
+every rank, since each rank merges the same numbers in the same order. Tree Attention, arXiv 2408.04093,
+section 4.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.parallel.group import SequenceGroup
+
+
+def pack(output: Tensor, lse: Tensor) -> Tensor:
+    """Puts (..., V) outputs and (...) lse in one tensor, (..., V + a few), in the dtype of `output`.
+
+    lse travels as its bits, so that nothing is rounded.
+
+    Args:
+        output: (..., V).
+        lse: (...), fp32 or fp64.
+    """
+    width, per_lse = output.shape[-1], lse.element_size() // output.element_size()
+    room = -(-width // per_lse) * per_lse + per_lse
+    packed = output.new_zeros((*output.shape[:-1], room))
+    packed[..., :width] = output
+    packed.view(lse.dtype)[..., -1] = lse
+    return packed
+
+
+def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Views of the output and the lse in what `pack` made.
+
+    Args:
+        packed: (..., V + a few).
+        width: V.
+        dtype: of lse.
+
+    Returns:
+        output (..., V) and lse (...).
+    """
+    return packed[..., :width], packed.view(dtype)[..., -1]
+
+
+def gather_merge(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One packed all-gather and a local merge a level of the group: inside the node first, then across.
+
+    Args:
+        group: the ranks.
+        output: (B, H, T, V), this rank's.
+        lse: (B, H, T), -inf where the rank has no key.
+
+    Returns:
+        output (B, H, T, V) and lse (B, H, T) over the keys of all ranks.
+    """
+    if group.world_size == 1:
+        return output, lse
+    for level in range(group.levels):
+        parts = group.gather(pack(output, lse), level)
+        output, lse = merge_partials(*unpack(parts, output.shape[-1], lse.dtype))
+    return output, lse
+
+
+def three_reductions(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The three all-reduces of the paper's Algorithm 3: the maximum, the denominator, the numerator.
+
+    Slower than `gather_merge`; kept as the reference.
+
+    Args:
+        group: the ranks.
+        output: (B, H, T, V), this rank's.
+        lse: (B, H, T), -inf where the rank has no key.
+
+    Returns:
+        output (B, H, T, V) and lse (B, H, T) over the keys of all ranks.
+    """
+    peak = group.reduce(lse, dist.ReduceOp.MAX)
+    # A row without a key anywhere has no peak; any finite stand-in gives it weights of zero.
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    weight = torch.exp(lse - peak)
+    held = output.to(lse.dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+    total = group.reduce(weight, dist.ReduceOp.SUM)
+    merged = group.reduce(held * weight.unsqueeze(-1), dist.ReduceOp.SUM)
+    merged = merged / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+    return merged.to(output.dtype), peak + torch.log(total)
+
+
+def exchange_merge(group: SequenceGroup, outputs: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sends each rank the partial results of its own queries, and merges those that come here.
+
+    Args:
+        group: the ranks.
+        outputs: (P, B, H, T, V), part r for the queries of rank r, over this rank's keys.
+        lse: (P, B, H, T), -inf where the rank has no key.
+
+    Returns:
+        output (B, H, T, V) and lse (B, H, T) of this rank's queries, over the keys of all ranks.
+    """
+    parts = group.exchange(pack(outputs, lse))
+    return merge_partials(*unpack(parts, outputs.shape[-1], lse.dtype))

@@ -1,0 +1,125 @@
+"""Finding out which rank is missing, so that an error can name it and nobody waits for ever.
+
+While a group works, a thread of every rank writes a sign of life and the number of operations that the rank
+has begun to the job's key-value store. When an operation fails, the ranks whose signs stand still, or whose
+count is behind, are named; what the first rank finds out or fails with is left in the store for the others.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+# Seconds between two signs of life.
+_BEAT = 0.5
+
+
+class Watch:
+    """Signs of life of the ranks of a group, given inside a `with` block, which every rank must enter alike.
+
+    Args:
+        rank: this rank, in the group.
+        ranks: the members, as ranks of the whole job.
+        timeout: seconds without a sign of life after which a rank counts as gone.
+    """
+
+    def __init__(self, rank: int, ranks: Sequence[int], timeout: float) -> None:
+        self.rank, self.ranks, self.timeout = rank, list(ranks), timeout
+        self._calls = self._operations = 0
+        self._fault: str | None = None
+        self._store: Any = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watch":
+        if len(self.ranks) > 1:
+            self._calls, self._operations, self._fault = self._calls + 1, 0, None
+            name = f"hf_longattn/{'-'.join(map(str, self.ranks))}/{self._calls}"
+            store: Any = dist.distributed_c10d._get_default_store()
+            # A connection of its own: the thread must not wait for what others wait for.
+            self._store = dist.PrefixStore(name, store.clone())
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        if error is not None and self._fault is None:
+            self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}")
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+
+    def check(self) -> None:
+        """Counts an operation.
+
+        Raises:
+            RuntimeError: another rank has stopped, and said why.
+        """
+        self._operations += 1
+        if self._fault is not None and self._thread is not None:
+            raise RuntimeError(f"one prompt over several processes: {self._fault}.")
+
+    def diagnosis(self, error: BaseException) -> RuntimeError:
+        """The error of an operation that failed, with the ranks that are to blame in it."""
+        if self._thread is None:
+            return RuntimeError(f"an operation over the ranks {self.ranks} failed: {error}")
+        if self._fault is None:
+            self._leave_note(self._find_missing() or f"an operation failed on rank {self.rank}: {error}")
+        return RuntimeError(f"one prompt over several processes: {self._fault}.")
+
+    def _find_missing(self) -> str | None:
+        try:
+            before = self._read()
+            time.sleep(4 * _BEAT)
+            after = self._read()
+        except RuntimeError:
+            return f"the store of the job is gone; it lives in rank {self.ranks[0]} or in the launcher"
+        gone = [rank for rank, signs in after.items() if signs is None or signs == before[rank]]
+        if gone:
+            return f"{_names(gone)} gone (no sign of life)"
+        counts = {rank: signs[1] for rank, signs in after.items() if signs is not None}
+        behind = [rank for rank, count in counts.items() if count == min(counts.values())]
+        if len(behind) == len(counts):
+            return None
+        return f"{_names(behind)} behind the others, who waited for {self.timeout:g} s"
+
+    def _read(self) -> dict[int, tuple[int, int] | None]:
+        signs: dict[int, tuple[int, int] | None] = {}
+        for rank in range(len(self.ranks)):
+            known = self._store.check([f"signs/{rank}"])
+            beat, count = self._store.get(f"signs/{rank}").decode().split() if known else (0, 0)
+            signs[rank] = (int(beat), int(count)) if known else None
+        return signs
+
+    def _beat(self) -> None:
+        beat = 0
+        try:
+            while not self._stop.is_set():
+                beat += 1
+                self._store.set(f"signs/{self.rank}", f"{beat} {self._operations}")
+                if self._fault is None and self._store.check(["note"]):
+                    self._fault = self._store.get("note").decode()
+                self._stop.wait(_BEAT)
+        except RuntimeError:
+            # The store went with the process that held it: the next operation says so.
+            return
+
+    def _leave_note(self, note: str) -> None:
+        try:
+            # The first note stays: later errors are consequences.
+            self._fault = self._store.compare_set("note", "", note).decode()
+        except RuntimeError:
+            self._fault = note
+
+
+def _names(ranks: list[int]) -> str:
+    listed = ", ".join(map(str, ranks))
+    return f"rank {listed} is" if len(ranks) == 1 else f"ranks {listed} are"

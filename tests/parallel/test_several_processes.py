@@ -1,0 +1,63 @@
+"""One prompt over several processes: tokens and logits of one, shares of the cache, faults by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_longattn.cache.placement import Placement, Slices
+
+CASES = Path(__file__).parent / "cases.py"
+FAST = ["models", "lengths", "turns", "memory", "operations", "control", "refusals"]
+
+
+def run(sizes, *topics):
+    command = [sys.executable, str(CASES), sizes, *topics]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+
+
+@pytest.mark.parametrize("sizes", ["1,2", "3", pytest.param("4", marks=pytest.mark.slow)], ids="P{}".format)
+def test_every_topic(sizes):
+    run(sizes, *FAST)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["dies", pytest.param("hangs", marks=pytest.mark.slow), pytest.param("fails", marks=pytest.mark.slow)],
+)
+def test_the_other_ranks_name_the_one_that(fault):
+    run("3", fault)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_token_is_held_once_and_counted(size):
+    ranks = [Placement(rank, size) for rank in range(size)]
+    steps = torch.randint(1, 90, (40,), generator=torch.Generator().manual_seed(size)).tolist()
+    for index, count in enumerate(steps):
+        for rank, placement in enumerate(ranks):
+            if index % 3 == 1:
+                placement.truncate(max(placement.length - count // 2, 0))
+            if shared := count // (2 * size) * 2 * size * (index % 2):
+                placement.place_slices(Slices(placement.length, shared, rank, size))
+            placement.place(count - shared)
+        held = [p.positions(p.held, torch.device("cpu")) for p in ranks]
+        assert all(torch.equal(positions, positions.sort().values) for positions in held)
+        assert torch.equal(torch.cat(held).sort().values, torch.arange(ranks[0].length))
+        for length in (0, 1, ranks[0].length // 2, ranks[0].length):
+            assert [p.count(length) for p in ranks] == [int((h < length).sum()) for h in held]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_run_goes_to_the_ranks_and_back(size):
+    tensor = torch.randn(2, 3, 12 * size, 5)
+    slices = [Slices(7, 12 * size, rank, size) for rank in range(size)]
+    parts = torch.stack([own.take(tensor, 2) for own in slices])
+    assert torch.equal(slices[0].in_order(parts), tensor)
+    assert torch.equal(slices[0].by_rank(tensor), parts)
+    work = [
+        sum(part.stop * (part.stop + 1) - part.start * (part.start + 1) for part in own.own) for own in slices
+    ]
+    assert len(set(work)) == 1, "causal work differs between ranks"

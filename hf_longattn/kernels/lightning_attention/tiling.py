@@ -3,7 +3,8 @@
 A table rather than autotuning: no call times anything, so the first one is fast and a graph can capture it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ import torch
 SHORT = 2048
 # Tokens a block at least: short, since a block is walked by one program while the segments wait for it.
 BLOCK = 512
+# Programs that a multiprocessor holds at once, for the number of segments.
+PROGRAMS_PER_SM = 2
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -39,6 +42,32 @@ class Tiling:
     split: int = 7
 
 
+# What is multiplied exactly, by name: everything, or all but the scores. Rounding the scores too little moves
+# the error of bf16 outputs from 1.66e-3 to 1.99e-3, and saves a product and the registers of its operand.
+EVERYTHING, ALL_BUT_SCORES = 7, 6
+# By the widest padded key dim that each serves: what runs where the sequences fill the GPU or can be cut,
+TILINGS = {
+    64: Tiling(64, 64, 4, 4, ALL_BUT_SCORES),
+    128: Tiling(64, 64, 4, 4, ALL_BUT_SCORES),
+    256: Tiling(64, 32, 4, 3, ALL_BUT_SCORES),
+}
+# and what runs where they are few and too short to be cut.
+FEW_TILINGS = {
+    64: Tiling(64, 32, 4, 4, ALL_BUT_SCORES),
+    128: Tiling(64, 32, 4, 4, ALL_BUT_SCORES),
+    256: Tiling(64, 16, 4, 3, ALL_BUT_SCORES),
+}
+# Programs below which short sequences are few.
+FULL = 128
+# Value columns a program and warps of a decoding step.
+STEP_TILINGS = {128: (32, 4), 256: (16, 4)}
+
+
+def _by_dim(table: dict, key_dim: int) -> Any:
+    """The entry of the smallest dim that is not below `key_dim`, or the last."""
+    return table[min((dim for dim in table if dim >= key_dim), default=max(table))]
+
+
 def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int, num_programs: int) -> Tiling:
     """The tiling for a problem of `num_programs` (batch x heads) sequences of `length` tokens.
 
@@ -56,11 +85,32 @@ def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int,
     if dtype == torch.float32:
         # Products of three TF32 terms hold their operands in registers.
         return Tiling(32, 32, 4, 2) if wide <= 64 else Tiling(16, 32, 8, 2)
-    block_v = min(64 if wide <= 128 else 32, max(16, _power_of_2(value_dim)))
-    # Too short to be cut into segments: narrower tiles occupy the GPU instead.
-    while length <= SHORT and block_v > 16 and num_programs * _cdiv(value_dim, block_v) < 128:
+    tiling = _by_dim(TILINGS, wide)
+    columns = max(16, _power_of_2(value_dim))
+    few = num_programs * _cdiv(value_dim, min(tiling.block_v, columns)) < FULL
+    if length <= SHORT and few:
+        # Too short to be cut into segments: narrower tiles occupy the GPU instead.
+        tiling = _by_dim(FEW_TILINGS, wide)
+    block_v = min(tiling.block_v, columns)
+    while length <= SHORT and block_v > 16 and num_programs * _cdiv(value_dim, block_v) < FULL:
         block_v //= 2
-    return Tiling(64, block_v, 4, 3 if wide > 128 else 4)
+    # Rounding a handful of scores may err by more than the average, and fp16 is asked for its precision.
+    exact = dtype == torch.float16 or length <= tiling.chunk
+    return replace(tiling, block_v=block_v, split=EVERYTHING if exact else tiling.split)
+
+
+def choose_step_tiling(key_dim: int, value_dim: int) -> tuple[int, int]:
+    """(value columns a program, warps) of a decoding step, whose state takes K x columns fp32 registers.
+
+    Args:
+        key_dim: K.
+        value_dim: V.
+
+    Returns:
+        Both are powers of two.
+    """
+    columns, warps = _by_dim(STEP_TILINGS, max(16, _power_of_2(key_dim)))
+    return min(_power_of_2(value_dim), columns), warps
 
 
 def choose_segments(length: int, num_programs: int, num_slots: int) -> tuple[int, int]:

@@ -27,7 +27,12 @@ from torch import Tensor
 
 from hf_longattn.kernels.common import offset
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
-from hf_longattn.kernels.lightning_attention.tiling import Tiling, choose_segments, choose_tiling
+from hf_longattn.kernels.lightning_attention.tiling import (
+    PROGRAMS_PER_SM,
+    Tiling,
+    choose_segments,
+    choose_tiling,
+)
 
 REACH = tl.constexpr(25.0)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -291,10 +296,10 @@ def _block_state_kernel(
 
 
 def _num_slots(device: torch.device) -> int:
-    """Programs that run at once: two a multiprocessor."""
-    return (
-        2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 256
-    )
+    """Programs that run at once."""
+    if device.type != "cuda":
+        return 256
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _ranges(cu_seqlens: Tensor | None, length: int, segment_length: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.lightning_attention.tiling import choose_step_tiling
 from hf_longattn.kernels.lightning_attention.triton import forgotten, locate, state_tile
 
 
@@ -48,7 +49,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tenso
     value_dim = value.shape[3]
     output = query.new_empty((batch, num_heads, length, value_dim))
     block_k = max(16, triton.next_power_of_2(key_dim))
-    block_v = min(triton.next_power_of_2(value_dim), 32 if block_k <= 128 else 16)
+    block_v, num_warps = choose_step_tiling(key_dim, value_dim)
     _step_kernel[(triton.cdiv(value_dim, block_v) * num_heads * batch,)](
         q_ptr=query,
         k_ptr=key,
@@ -68,6 +69,6 @@ def step(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tenso
         DIMS=(key_dim, value_dim),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return output

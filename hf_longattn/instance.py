@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,14 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+@dataclass
+class _Change:
+    owner: Any
+    name: str
+    before: Any
+    value: Any
+
+
 class Setup:
     """The changes that one `prepare_*` made to one model; `undo` takes all of them back.
 
@@ -49,21 +58,31 @@ class Setup:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._changes: list[tuple[Any, str, Any]] = []
+        self._changes: list[_Change] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of one instance and remembers what the instance itself had."""
-        self._changes.append((owner, name, vars(owner).get(name, _MISSING)))
+        self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
         setattr(owner, name, value)
 
     def undo(self) -> None:
-        """Puts every attribute back, last change first."""
-        for owner, name, before in reversed(self._changes):
-            if before is _MISSING:
-                delattr(owner, name)
+        """Puts every attribute back, last change first; what another set-up put on top of it stays."""
+        for change in reversed(self._changes):
+            later = self._later(change)
+            if later is not None:
+                later.before = change.before
+            elif change.before is _MISSING:
+                delattr(change.owner, change.name)
             else:
-                setattr(owner, name, before)
+                setattr(change.owner, change.name, change.before)
         self._changes.clear()
+
+    def _later(self, change: "_Change") -> "_Change | None":
+        """The change that another set-up made on top of one of ours."""
+        active = vars(self.model).get(_ATTRIBUTE, {}).values()
+        others = [other for setup in active if setup is not self for other in setup._changes]
+        same = [other for other in others if other.owner is change.owner and other.name == change.name]
+        return next((other for other in same if other.before is change.value), None)
 
     def use_attention(self, implementation: str) -> None:
         """Switches the model to an attention implementation, on a config of its own.

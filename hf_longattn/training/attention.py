@@ -1,0 +1,225 @@
+"""Attention of one block of queries to everything on its left, inside a layer that runs a block at a time.
+
+Forward, from left to right: the block's keys and values join those of the blocks before it, then its queries
+attend to all of them. Backward, from right to left: the gradient of every key and value on the left is added
+to an fp32 sum; what the sum holds for the block's own columns is complete by then, for all blocks on the
+right have been there.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_longattn.attention.exact import Options, read_options
+from hf_longattn.attention.tree import tree_attention_forward
+from hf_longattn.kernels.blockwise_attention import blockwise_attention, blockwise_attention_gradients
+from hf_longattn.masking import LazyMask, lazy_mask
+from hf_longattn.training.visibility import Visibility
+
+# What the attention modules inside prepared layers look up; the model's config keeps the public name.
+IMPLEMENTATION = "blockwise_layer_attention"
+
+
+class KeysKnownError(Exception):
+    """Leaves a layer once the block's keys and values are stored: the rest of it is not needed."""
+
+
+class PrefixAttention:
+    """The keys and values of one layer, and the block that is running.
+
+    Args:
+        visibility: what each block sees.
+        length: T.
+    """
+
+    def __init__(self, visibility: Visibility, length: int) -> None:
+        self.visibility, self.length = visibility, length
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.grad_keys: Tensor | None = None
+        self.grad_values: Tensor | None = None
+        self.index, self.rows = 0, slice(0, 0)
+        self.stores, self.stops, self.calls = True, False, 0
+        self.results: tuple[Tensor, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def block(
+        self,
+        index: int,
+        rows: slice,
+        stores: bool = True,
+        stops: bool = False,
+        results: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Inside, attention serves one block.
+
+        Args:
+            index: of the block.
+            rows: its tokens.
+            stores: keep its keys and values.
+            stops: leave the layer once they are kept.
+            results: output (B, H, rows, V) and lse (B, H, rows) of the forward, where they were saved.
+        """
+        self.index, self.rows, self.stores, self.stops = index, rows, stores, stops
+        self.results, self.calls = results, 0
+        token = _running.set(self)
+        try:
+            yield
+        except KeysKnownError:
+            pass
+        finally:
+            _running.reset(token)
+        if self.calls != 1:
+            raise ValueError(
+                "`prepare_training` needs layers that call transformers' attention interface once, got one "
+                f"that calls it {self.calls} times; train this model unprepared, with gradient checkpointing."
+            )
+
+    def store(self, key: Tensor, value: Tensor) -> None:
+        """Keeps the keys (B, G, rows, K) and values (B, G, rows, V) of the running block."""
+        if self.keys is None or self.values is None:
+            self.keys = key.new_empty(*key.shape[:2], self.length, key.shape[3])
+            self.values = value.new_empty(*value.shape[:2], self.length, value.shape[3])
+        self.keys[:, :, self.rows] = key
+        self.values[:, :, self.rows] = value
+
+    def attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Output, lse and the options that the backward needs, for the running block."""
+        window = self.visibility.window(self.index, self.rows)
+        options = {**options, "mask": window.limits, "bias": window.bias}
+        if self.results is None:
+            assert self.keys is not None and self.values is not None
+            keys, values = self.keys[:, :, window.keys], self.values[:, :, window.keys]
+            self.results = blockwise_attention(query, keys, values, **options)
+        return *self.results, options
+
+    def gradients(
+        self, grad: Tensor, query: Tensor, results: tuple[Tensor, Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of query, of the block's own keys and values, and of the sinks."""
+        assert self.keys is not None and self.values is not None
+        columns = self.visibility.window(self.index, self.rows).keys
+        keys, values = self.keys[:, :, columns], self.values[:, :, columns]
+        part = blockwise_attention_gradients(grad, (query, keys, values), results, **options)
+        if self.grad_keys is None or self.grad_values is None:
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            self.grad_keys = torch.zeros_like(self.keys, dtype=dtype)
+            self.grad_values = torch.zeros_like(self.values, dtype=dtype)
+        self.grad_keys[:, :, columns] += part.key
+        self.grad_values[:, :, columns] += part.value
+        own_key = self.grad_keys[:, :, self.rows].to(keys.dtype)
+        own_value = self.grad_values[:, :, self.rows].to(values.dtype)
+        return part.query, own_key, own_value, part.sinks
+
+
+_running: ContextVar[PrefixAttention | None] = ContextVar("hf_longattn_running_block", default=None)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention of one block, whose gradients for the keys on its left go to the layer's sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        layer: PrefixAttention,
+        options: dict[str, Any],
+    ) -> Tensor:
+        output, lse, ctx.options = layer.attend(query, {**options, "sinks": sinks})
+        ctx.layer = layer
+        ctx.save_for_backward(query, output, lse)
+        # A saved output lies in a buffer of the whole layer: autograd must not take it for this node's own.
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, output, lse = ctx.saved_tensors
+        return *ctx.layer.gradients(grad, query, (output, lse), ctx.options), None, None
+
+
+def _kernel_options(options: Options) -> dict[str, Any]:
+    if options.bias is not None:
+        raise ValueError(
+            "`position_bias` cannot be cut by blocks of queries; train this model unprepared, with gradient "
+            "checkpointing."
+        )
+    seed = int(torch.randint(2**62, ()).item()) if options.dropout else 0
+    return {
+        "scale": options.scale,
+        "softcap": options.softcap,
+        "dropout": (options.dropout, seed) if options.dropout else None,
+    }
+
+
+def _of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rotary embeddings promote queries and keys under autocast; torch's attention would cast them back."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def layer_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention in the signature that transformers calls; serves the running block, if there is one.
+
+    Args:
+        module: the attention module.
+        query: (B, H, T, K).
+        key: (B, G, S, K).
+        value: (B, G, S, V).
+        attention_mask: of the whole sequence.
+        dropout: probability of dropping an attention weight.
+        scaling: factor on query . key, K**-0.5 if None.
+        keywords: the rest of the interface.
+
+    Returns:
+        (B, T, H, V), contiguous, and None.
+
+    Raises:
+        ValueError: an option that a block cannot honour, or keys that are not the block's own.
+    """
+    query, key, value = _of_one_dtype(query, key, value)
+    layer = _running.get()
+    if layer is None:
+        return tree_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **keywords)
+    options = read_options(module, scaling, dropout, keywords)
+    layer.calls += 1
+    rows = layer.rows.stop - layer.rows.start
+    if not query.shape[2] == key.shape[2] == rows:
+        raise ValueError(
+            f"`prepare_training` needs layers that attend to their own input, got {query.shape[2]} queries "
+            f"and {key.shape[2]} keys for a block of {rows} tokens; train this model unprepared."
+        )
+    if layer.stores:
+        layer.store(key.detach(), value.detach())
+    if layer.stops:
+        raise KeysKnownError
+    output = _BlockAttention.apply(query, key, value, options.sinks, layer, _kernel_options(options))
+    return output.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def register() -> None:
+    """Makes the internal name known to transformers, with its mask function."""
+    AttentionInterface.register(IMPLEMENTATION, layer_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, lazy_mask)

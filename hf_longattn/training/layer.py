@@ -1,0 +1,427 @@
+"""A decoder layer a block of tokens at a time, forward and backward, through the layer's own code.
+
+    forward, left to right:    y_i = layer(x_i), its attention reading K, V of blocks 0 .. i
+    backward, right to left:   K, V again from x;   dx_i = one local backward of block i, with dK, dV of the
+                               blocks 0 .. i added to fp32 sums on the way (see `training/attention.py`)
+
+Only x is kept (and, where asked for, the output of attention and its lse, which spares its recomputation).
+Parameters are inputs of one autograd function, so that their summed gradients arrive once, and the hooks of
+DDP and FSDP run once. Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370, sections 3 and 4.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hf_longattn.training.attention import PrefixAttention
+from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
+from hf_longattn.training.visibility import PACKING, VisibilityCache, split_rows
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+# Arguments that run along the sequence, and the dimension in which they do.
+_ALONG = {"position_embeddings": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
+# Arguments of the length of the sequence that layers receive and hand on, without a use for them.
+_UNUSED = frozenset(("attention_mask", "labels", "shift_labels", *PACKING))
+
+
+@dataclass
+class Runtime:
+    """What the prepared layers of a model share.
+
+    Args:
+        block_size: tokens of a row in a block; None picks by device.
+        save_attention: keep the output of attention for the backward.
+        offloader: where inputs wait.
+    """
+
+    block_size: int | None
+    save_attention: bool
+    offloader: Offloader
+    visibility: VisibilityCache = field(default_factory=VisibilityCache)
+    active: bool = False
+
+    def is_active(self) -> bool:
+        """Whether the set-up that made it still holds."""
+        return self.active
+
+    def rows(self, hidden: Tensor) -> list[slice]:
+        """The blocks of (B, T, D) hidden states."""
+        # Large enough that matrix products run at full rate, small enough that their activations are little.
+        tokens = 16384 if hidden.device.type != "cpu" else 1024
+        size = self.block_size or max(tokens // max(hidden.shape[0], 1), 256)
+        return split_rows(hidden.shape[1], size)
+
+
+def named_arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, those of `**kwargs` among them.
+
+    Args:
+        signature: of the function.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    rest = next((name for name, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD), None)
+    more = arguments.pop(rest, {}) if rest else {}
+    return {**arguments, **more}
+
+
+def cut(name: str, value: Any, rows: slice, length: int) -> Any:
+    """The part of a layer's argument that belongs to some tokens.
+
+    Args:
+        name: of the argument.
+        value: tensors, perhaps in tuples; anything else is the same for every token.
+        rows: the tokens.
+        length: T.
+
+    Returns:
+        the part.
+
+    Raises:
+        ValueError: a tensor runs along the sequence in a way that is not known here.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(cut(name, part, rows, length) for part in value)
+    if not isinstance(value, Tensor) or name in _UNUSED:
+        return value
+    dim = _ALONG.get(name)
+    if dim == 1 and value.ndim == 2 and name == "position_embeddings":
+        dim = 0
+    if dim is not None and value.shape[dim] == length:
+        index = (slice(None),) * (dim % value.ndim)
+        return value[(*index, rows)]
+    if length > 1 and length in value.shape or value.requires_grad:
+        raise ValueError(
+            f"`{name}` of shape {tuple(value.shape)} reaches the layers, and `prepare_training` does not "
+            f"know how it runs along the {length} tokens; train this model unprepared, with gradient "
+            "checkpointing."
+        )
+    return value
+
+
+@dataclass
+class BlockRun:
+    """One call of a layer: everything but the hidden states and the parameters.
+
+    Args:
+        forward: the layer's own forward.
+        arguments: its other arguments, by name.
+        rows: the blocks.
+        attention: keys and values of the layer; None for a module that mixes no tokens.
+        seed: of the random numbers of the first block, or None outside training.
+        device: of the hidden states.
+    """
+
+    forward: Callable[..., Any]
+    arguments: dict[str, Any]
+    rows: list[slice]
+    attention: Callable[[], PrefixAttention] | None
+    seed: int | None
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        kind = self.device.type
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    @contextlib.contextmanager
+    def _as_then(self, index: int) -> Iterator[None]:
+        """The autocast of the forward, and random numbers that are the block's own."""
+        enabled, dtype = self.autocast
+        kind = self.device.type
+        with contextlib.ExitStack() as stack:
+            # Weights cast without gradient must not be found again by a pass with gradient.
+            stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+            if self.seed is not None:
+                devices = [self.device] if kind == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices=devices))
+                torch.manual_seed((self.seed + index) % 2**63)
+            yield
+
+    def block(self, index: int, hidden: Tensor, attention: PrefixAttention | None, **options: Any) -> Tensor:
+        """The layer on one block.
+
+        Args:
+            index: of the block.
+            hidden: (B, rows, D).
+            attention: keys and values of the layer.
+            options: of `PrefixAttention.block`.
+
+        Returns:
+            (B, rows, D); nothing useful where attention stops the layer.
+        """
+        rows, length = self.rows[index], self.rows[-1].stop
+        arguments = {name: cut(name, value, rows, length) for name, value in self.arguments.items()}
+        output: Any = hidden
+        scope = contextlib.nullcontext() if attention is None else attention.block(index, rows, **options)
+        with self._as_then(index), scope:
+            output = self.forward(hidden, **arguments)
+        return _only_tensor(output)
+
+
+def _only_tensor(output: Any) -> Tensor:
+    if isinstance(output, tuple):
+        if any(part is not None for part in output[1:]):
+            raise ValueError(
+                f"`prepare_training` needs layers that return hidden states alone, got {len(output)} "
+                "outputs; ask for no attention weights and no router logits."
+            )
+        output = output[0]
+    return output
+
+
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """An fp32 sum: in bf16, hundreds of blocks would cost a percent of the gradient."""
+    if part is None or total is not None:
+        return total if part is None or total is None else total.add_(part)
+    return part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+
+
+@dataclass
+class Saved:
+    """What the backward reads: the input, perhaps attention's output (B, T, H, V) and lse (B, T, H)."""
+
+    hidden: Blocks
+    output: Blocks | None = None
+    lse: Blocks | None = None
+
+    def all(self) -> list[Blocks]:
+        """Those that are there."""
+        return [blocks for blocks in (self.hidden, self.output, self.lse) if blocks is not None]
+
+    def on_device(self) -> list[DeviceBlocks]:
+        """Those that stay where they are."""
+        return [blocks for blocks in self.all() if isinstance(blocks, DeviceBlocks)]
+
+    def results(self, order: list[int]) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Output (B, H, rows, V) and lse (B, H, rows) of the blocks, or None for each."""
+        if self.output is None or self.lse is None:
+            yield from [None] * len(order)
+            return
+        for output, lse in zip(self.output.read(order), self.lse.read(order), strict=True):
+            yield output.transpose(1, 2), lse.transpose(1, 2).contiguous()
+
+
+def _layout(tensor: Tensor, rows: list[slice]) -> Layout:
+    return Layout((tensor.shape[0], rows[-1].stop, *tensor.shape[2:]), tensor.dtype, tensor.device, rows)
+
+
+def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple[Tensor, Saved | None]:
+    """All blocks from left to right, without gradient.
+
+    Args:
+        run: the call.
+        hidden: (B, T, D).
+        runtime: keeps what the backward needs; None keeps nothing.
+
+    Returns:
+        (B, T, D), and what was kept.
+    """
+    attention = run.attention() if run.attention is not None else None
+    saved = None if runtime is None else Saved(runtime.offloader.keep(_layout(hidden, run.rows), hidden))
+    whole: Tensor | None = None
+    for index, rows in enumerate(run.rows):
+        block = hidden[:, rows]
+        output = run.block(index, block, attention)
+        if whole is None:
+            whole = output.new_empty(output.shape[0], hidden.shape[1], *output.shape[2:])
+        whole[:, rows] = output
+        if runtime is not None and saved is not None:
+            saved.hidden.write(index, block)
+            if attention is not None and runtime.save_attention:
+                _save_results(saved, index, attention, runtime, run.rows)
+    assert whole is not None
+    return whole, saved
+
+
+def _save_results(
+    saved: Saved, index: int, attention: PrefixAttention, runtime: Runtime, rows: list[slice]
+) -> None:
+    assert attention.results is not None
+    output, lse = (result.transpose(1, 2) for result in attention.results)
+    if saved.output is None or saved.lse is None:
+        saved.output = runtime.offloader.keep(_layout(output, rows))
+        saved.lse = runtime.offloader.keep(_layout(lse, rows))
+    saved.output.write(index, output)
+    saved.lse.write(index, lse)
+
+
+def _refill(run: BlockRun, saved: Saved, attention: PrefixAttention) -> None:
+    """Keys and values of every block but the last, which brings its own in the pass from right to left."""
+    order = list(range(len(run.rows) - 1))
+    if not order:
+        return
+    with torch.no_grad():
+        for index, block in zip(order, saved.hidden.read(order), strict=True):
+            run.block(index, block, attention, stops=True)
+
+
+class _GradientSums:
+    """The gradients of one call: a row block of the input's at a time, and sums of the parameters'."""
+
+    def __init__(self, run: BlockRun, parameters: list[Tensor], needs_input: bool) -> None:
+        self.rows, self.parameters, self.needs_input = run.rows, parameters, needs_input
+        self.hidden: Tensor | None = None
+        self.sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, index: int, block: Tensor, output: Tensor, grad: Tensor) -> None:
+        """One local backward, from the gradient (B, rows, D) of one block's output."""
+        wanted = [block, *self.parameters] if self.needs_input else self.parameters
+        parts = list(torch.autograd.grad(output, wanted, grad, allow_unused=True))
+        if self.needs_input and (part := parts.pop(0)) is not None:
+            if self.hidden is None:
+                self.hidden = part.new_empty(part.shape[0], self.rows[-1].stop, *part.shape[2:])
+            self.hidden[:, self.rows[index]] = part
+        self.sums = [_add(total, part) for total, part in zip(self.sums, parts, strict=True)]
+
+    def results(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of the input, and of each parameter in its own dtype."""
+        pairs = zip(self.sums, self.parameters, strict=True)
+        return self.hidden, [None if total is None else total.to(p.dtype) for total, p in pairs]
+
+
+def run_backward(
+    run: BlockRun, saved: Saved, grad: Tensor, parameters: list[Tensor], needs_input: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """All blocks from right to left, each with one local backward.
+
+    Args:
+        run: the call.
+        saved: from `run_forward`.
+        grad: (B, T, D), the gradient of the output.
+        parameters: those that want a gradient.
+        needs_input: whether the hidden states want theirs.
+
+    Returns:
+        the gradients of hidden states and parameters.
+    """
+    attention = run.attention() if run.attention is not None else None
+    if attention is not None:
+        _refill(run, saved, attention)
+    last = len(run.rows) - 1
+    order = list(range(last, -1, -1))
+    sums = _GradientSums(run, parameters, needs_input)
+    for index, block, results in zip(order, saved.hidden.read(order), saved.results(order), strict=True):
+        block = block.detach().requires_grad_(needs_input)
+        options = {} if attention is None else {"results": results, "stores": index == last}
+        with torch.enable_grad():
+            output = run.block(index, block, attention, **options)
+        sums.add(index, block, output, grad[:, run.rows[index]])
+    return sums.results()
+
+
+class _BlockFunction(torch.autograd.Function):
+    """`run_forward` and `run_backward` as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: BlockRun, runtime: Runtime, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        output, saved = run_forward(run, hidden, runtime)
+        assert saved is not None
+        ctx.saved = saved
+        ctx.run, ctx.num_parameters = run, len(parameters)
+        # What stays on the device is autograd's to free and to guard against changes in place.
+        tensors = (blocks.hand_over() for blocks in saved.on_device())
+        ctx.save_for_backward(*parameters, *tensors)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Read once: checkpointing of the caller's recomputes at every look.
+        saved = ctx.saved_tensors
+        parameters, tensors = saved[: ctx.num_parameters], saved[ctx.num_parameters :]
+        for blocks, tensor in zip(ctx.saved.on_device(), tensors, strict=True):
+            blocks.tensor = tensor
+        grad_hidden, grads = run_backward(
+            ctx.run, ctx.saved, grad, list(parameters), needs_input=ctx.needs_input_grad[2]
+        )
+        for blocks in ctx.saved.all():
+            blocks.release()
+        return None, None, grad_hidden, *grads
+
+
+def run_blocks(run: BlockRun, runtime: Runtime, module: nn.Module, hidden: Tensor) -> Tensor:
+    """A module on (B, T, D) hidden states by blocks, differentiable.
+
+    Args:
+        run: the call.
+        runtime: settings.
+        module: whose parameters take part.
+        hidden: (B, T, D).
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        return _BlockFunction.apply(run, runtime, hidden, *parameters)
+    with torch.no_grad():
+        return run_forward(run, hidden, None)[0]
+
+
+def _new_seed(module: nn.Module) -> int | None:
+    # Drawn on the CPU, without a stall; dropout of every block follows from it.
+    return int(torch.randint(2**62, ()).item()) if module.training else None
+
+
+def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
+    """What stands in for the forward of a decoder layer.
+
+    Args:
+        layer: the layer, its forward still its own.
+        runtime: settings of the model.
+
+    Returns:
+        a function with the same signature.
+    """
+    original = layer.forward
+    signature = inspect.signature(original)
+    hidden_name = next(iter(signature.parameters))
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = named_arguments(signature, args, kwargs)
+        hidden = arguments.pop(hidden_name)
+        cached = any(arguments.get(name) is not None for name in _CACHES)
+        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (cached and not layer.training):
+            return original(*args, **kwargs)
+        # As gradient checkpointing does: a layer that trains fills no cache.
+        arguments = {name: value for name, value in arguments.items() if name not in _CACHES}
+        if arguments.get("use_cache"):
+            arguments["use_cache"] = False
+        rows = runtime.rows(hidden)
+        visibility = runtime.visibility.get(arguments.get("attention_mask"), arguments, rows, hidden.device)
+        arguments = {name: value for name, value in arguments.items() if name not in PACKING}
+        attention = functools.partial(PrefixAttention, visibility, hidden.shape[1])
+        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device)
+        return run_blocks(run, runtime, layer, hidden)
+
+    return forward
+
+
+def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """What stands in for the forward of a module that treats every token alone, as the final norm.
+
+    Args:
+        module: the module, its forward still its own.
+        runtime: settings of the model.
+    """
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(hidden: Tensor) -> Tensor:
+        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0:
+            return original(hidden)
+        rows = runtime.rows(hidden)
+        if len(rows) == 1:
+            return original(hidden)
+        run = BlockRun(original, {}, rows, None, None, hidden.device)
+        return run_blocks(run, runtime, module, hidden)
+
+    return forward

@@ -1,0 +1,256 @@
+"""The loss a chunk of tokens at a time, through the model's own head.
+
+A chunk of final hidden states goes through the model's own forward with its trunk swapped for a stub, so that
+scaling, soft caps and biases of the logits are the model's. The gradient of each chunk is taken at once,
+
+    dlogits = softmax(logits) - (1 - e) onehot(target) - e / V        e: label smoothing
+
+so that the logits of one chunk are all that is ever in memory, and scaled once the gradient of the loss is
+known. Tokens whose label is ignored are never projected.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from hf_longattn.training.layer import named_arguments
+
+# Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
+_GPU_LOGITS, _CPU_LOGITS = 1 << 28, 1 << 23
+
+
+class _Stub:
+    """Answers a call in place of the trunk, and is the trunk for everything else."""
+
+    def __init__(self, trunk: Any, answer: Callable[..., Any]) -> None:
+        self._trunk, self._answer = trunk, answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+
+@dataclass
+class Head:
+    """What lies between the final hidden states and the logits.
+
+    Args:
+        model: whose head it is.
+        trunk: the name of the child that makes the hidden states.
+        forward: the model's own forward.
+        output_type: what the trunk returns.
+    """
+
+    model: PreTrainedModel
+    trunk: str
+    forward: Callable[..., Any]
+    output_type: Any = None
+
+    @contextlib.contextmanager
+    def _stubbed(self, answer: Callable[..., Any]) -> Iterator[None]:
+        modules: dict[str, Any] = self.model._modules
+        trunk = modules[self.trunk]
+        modules[self.trunk] = _Stub(trunk, answer)
+        try:
+            yield
+        finally:
+            modules[self.trunk] = trunk
+
+    def run_trunk(self, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
+        """The model's output but for its logits, and the hidden states (B, T, D) behind them."""
+        trunk: Any = self.model._modules[self.trunk]
+        states: list[Any] = []
+
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            states.append(trunk(*args, **kwargs))
+            return states[-1]
+
+        # The last token's logits go unused: the price of leaving the model's forward as it is.
+        with self._stubbed(remember):
+            output = self.forward(**arguments, logits_to_keep=1, return_dict=True)
+        self.output_type = type(states[0])
+        output.logits = None
+        return output, states[0].last_hidden_state
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The logits (1, n, V) of (1, n, D) hidden states."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        output = self.output_type(last_hidden_state=hidden)
+        with self._stubbed(lambda *args, **kwargs: output):
+            return self.forward(input_ids=ids, use_cache=False, return_dict=True).logits
+
+    def parameters(self) -> list[Tensor]:
+        """Those that want a gradient, each once."""
+        model = self.model
+        heads = [child for name, child in model.named_children() if name != self.trunk]
+        found = [*model._parameters.values(), *(p for child in heads for p in child.parameters())]
+        unique = {id(parameter): parameter for parameter in found if parameter is not None}
+        return [parameter for parameter in unique.values() if parameter.requires_grad]
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, smoothing: float, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of (n, V) logits, and its gradient (or an empty tensor)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.detach().to(dtype, copy=True)
+    lse = scores.logsumexp(-1, keepdim=True)
+    loss = (lse - scores.gather(-1, targets[:, None])).sum() * (1 - smoothing)
+    if smoothing:
+        loss = loss + (lse[:, 0] - scores.mean(-1)).sum() * smoothing
+    if not needs_grad:
+        return loss, scores.new_empty(0)
+    grad = scores.sub_(lse).exp_().sub_(smoothing / scores.shape[-1])
+    grad.scatter_add_(-1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
+    return loss, grad.to(logits.dtype)
+
+
+@dataclass
+class LossOptions:
+    """How the loss is taken.
+
+    Args:
+        chunk_size: tokens a chunk, or None.
+        smoothing: of the labels.
+        ignore_index: label of tokens that do not count.
+    """
+
+    chunk_size: int | None
+    smoothing: float
+    ignore_index: int = -100
+
+    def chunk(self, hidden: Tensor, vocab_size: int) -> int:
+        """Tokens that go through the head at a time."""
+        budget = _CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS
+        return self.chunk_size or max(budget // vocab_size, 64)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropy over all tokens that count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head,
+        targets: Tensor,
+        counted: Tensor,
+        options: LossOptions,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        grad_hidden = torch.zeros_like(flat) if needs_grad else None
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        total = torch.zeros((), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+        for tokens in counted.split(options.chunk(flat, head.model.config.get_text_config().vocab_size)):
+            block = flat[tokens][None].detach().requires_grad_(needs_grad)
+            with torch.set_grad_enabled(needs_grad), _uncached_autocast(flat.device):
+                logits = head(block)
+            loss, grad = _cross_entropy(logits[0], targets[tokens], options.smoothing, needs_grad)
+            total += loss
+            if grad_hidden is not None:
+                part, *parts = torch.autograd.grad(
+                    logits, [block, *parameters], grad[None], allow_unused=True
+                )
+                grad_hidden[tokens] = part[0]
+                for into, part in zip(sums, parts, strict=True):
+                    into.add_(0 if part is None else part)
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden.view_as(hidden), *sums)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *sums = ctx.saved_tensors
+        grads = ((part * grad).to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True))
+        return None, None, None, None, hidden * grad.to(hidden.dtype), *grads
+
+
+def _uncached_autocast(device: torch.device) -> torch.autocast:
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+def chunked_loss(
+    head: Head, hidden: Tensor, shifted: Tensor, num_items: Tensor | int | None, options: LossOptions
+) -> Tensor:
+    """The loss of transformers' causal language models.
+
+    Args:
+        head: from hidden states to logits.
+        hidden: (B, T, D), after the final norm.
+        shifted: (B, T), the token that follows each token.
+        num_items: what the sum is divided by; the number of tokens that count if None.
+        options: chunk size, label smoothing, ignored label.
+
+    Returns:
+        a scalar in fp32.
+    """
+    targets = shifted.to(hidden.device).reshape(-1)
+    counted = (targets != options.ignore_index).nonzero()[:, 0]
+    parameters = head.parameters() if torch.is_grad_enabled() else []
+    total = _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    # Without a token that counts the mean is NaN, as in transformers.
+    return total / (counted.new_tensor(len(counted)) if num_items is None else num_items)
+
+
+def loss_forward(
+    model: PreTrainedModel,
+    trunk: str,
+    is_active: Callable[[], bool],
+    chunk_size: int | None,
+    smoothing: float,
+) -> Callable[..., Any]:
+    """What stands in for the forward of a causal language model.
+
+    Args:
+        model: the model, its forward still its own.
+        trunk: the name of its child that makes the hidden states.
+        is_active: whether the set-up still holds.
+        chunk_size: tokens a chunk, or None.
+        smoothing: of the labels.
+
+    Returns:
+        a function with the same signature; with labels it returns the loss and no logits.
+    """
+    original = model.forward
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = named_arguments(signature, args, kwargs)
+        asks_for_logits = isinstance(kept := arguments.get("logits_to_keep", 0), Tensor) or kept != 0
+        if not is_active() or arguments.get("labels") is None or asks_for_logits:
+            return original(*args, **kwargs)
+        labels = arguments.pop("labels")
+        shifted, num_items = arguments.pop("shift_labels", None), arguments.pop("num_items_in_batch", None)
+        options = LossOptions(chunk_size, smoothing, arguments.pop("ignore_index", -100))
+        returns_dict = arguments.pop("return_dict", None)
+        if arguments.get("use_cache") is None:
+            arguments["use_cache"] = False
+        head = Head(model, trunk, original)
+        output, hidden = head.run_trunk(arguments)
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=options.ignore_index)[..., 1:]
+        output.loss = chunked_loss(head, hidden, shifted, num_items, options)
+        is_dict = model.config.return_dict if returns_dict is None else returns_dict
+        return output if is_dict else output.to_tuple()
+
+    return forward

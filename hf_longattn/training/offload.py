@@ -1,0 +1,236 @@
+"""Where the inputs of the layers wait for the backward: where they are, or in pinned host memory.
+
+Host memory comes from one pool of slabs that are registered with CUDA at their exact size (torch's own pinned
+allocator rounds to powers of two), and are used again by later layers and steps. A slab holds one tensor
+block after block, so that every copy is contiguous; copies run on a stream of their own, writes behind the
+layer that computes, reads one block ahead of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Blocks(Protocol):
+    """A (B, T, ...) tensor that is written and read by blocks of T."""
+
+    def write(self, index: int, block: Tensor) -> None:
+        """Keeps one block."""
+        ...
+
+    def read(self, order: list[int]) -> Iterator[Tensor]:
+        """The blocks in some order, on the device."""
+        ...
+
+    def release(self) -> None:
+        """Gives the memory back; nothing can be read any more."""
+        ...
+
+
+class DeviceBlocks:
+    """A tensor that stays where it is.
+
+    Args:
+        tensor: (B, T, ...).
+        rows: the blocks of T.
+        filled: whether `tensor` already holds every block.
+    """
+
+    def __init__(self, tensor: Tensor, rows: list[slice], filled: bool) -> None:
+        self.tensor: Tensor | None = tensor
+        self.rows, self.filled = rows, filled
+
+    def hand_over(self) -> Tensor:
+        """The tensor, which is set again before it is read."""
+        assert self.tensor is not None
+        tensor, self.tensor = self.tensor, None
+        return tensor
+
+    def write(self, index: int, block: Tensor) -> None:
+        """Keeps one block, unless the tensor is there already."""
+        if not self.filled:
+            assert self.tensor is not None
+            self.tensor[:, self.rows[index]] = block
+
+    def read(self, order: list[int]) -> Iterator[Tensor]:
+        """Views of the blocks."""
+        assert self.tensor is not None
+        tensor = self.tensor
+        return (tensor[:, self.rows[index]] for index in order)
+
+    def release(self) -> None:
+        """Forgets the tensor; autograd frees what it saved."""
+        self.tensor = None
+
+
+class PinnedPool:
+    """Slabs of page-locked host memory, kept for the next tensor that fits."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """A slab of at least `size` bytes."""
+        fitting = [slab for slab in self._free if slab.numel() >= size]
+        if fitting:
+            best = min(fitting, key=torch.Tensor.numel)
+            self._free = [slab for slab in self._free if slab is not best]
+            return best
+        # Slabs that this length has outgrown make room for the new one.
+        self.clear()
+        slab = torch.empty(size, dtype=torch.uint8)
+        runtime: Any = torch.cuda.cudart()
+        _check_cuda(runtime.cudaHostRegister(slab.data_ptr(), size, 0))
+        return slab
+
+    def give(self, slab: Tensor) -> None:
+        """Takes a slab back."""
+        self._free.append(slab)
+
+    def clear(self) -> None:
+        """Frees the slabs that nobody uses."""
+        if not self._free:
+            return
+        torch.cuda.synchronize()
+        runtime: Any = torch.cuda.cudart()
+        for slab in self._free:
+            _check_cuda(runtime.cudaHostUnregister(slab.data_ptr()))
+        self._free.clear()
+
+    def __del__(self) -> None:
+        if self._free and torch.cuda.is_initialized():
+            self.clear()
+
+
+def _check_cuda(code: Any) -> None:
+    if int(code) != 0:
+        raise RuntimeError(
+            f"`offload`: pinning host memory failed with CUDA error {int(code)}; lower the length, or use "
+            "`offload=False`."
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and place of a (B, T, ...) tensor, and the blocks of T it is cut in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    rows: list[slice]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HostBlocks:
+    """A tensor in pinned host memory.
+
+    Args:
+        pool: where the memory comes from.
+        stream: on which copies run.
+        layout: of the tensor.
+    """
+
+    def __init__(self, pool: PinnedPool, stream: torch.cuda.Stream, layout: Layout) -> None:
+        self.pool, self.stream, self.device = pool, stream, layout.device
+        slab = pool.take(layout.num_bytes)
+        self.slab: Tensor | None = slab
+        flat = slab[: layout.num_bytes].view(layout.dtype)
+        self.parts, start = [], 0
+        for part in layout.rows:
+            shape = (layout.shape[0], part.stop - part.start, *layout.shape[2:])
+            self.parts.append(flat[start : start + math.prod(shape)].view(shape))
+            start += math.prod(shape)
+
+    def write(self, index: int, block: Tensor) -> None:
+        """Starts the copy of one block to the host."""
+        block = block.contiguous()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self.parts[index].copy_(block, non_blocking=True)
+        block.record_stream(self.stream)
+
+    def _fetch(self, index: int) -> tuple[Tensor, Any]:
+        # Behind the blocks that are queued already: else a host that runs ahead would fetch them all at once.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            block = torch.empty(self.parts[index].shape, dtype=self.parts[index].dtype, device=self.device)
+            block.copy_(self.parts[index], non_blocking=True)
+            return block, self.stream.record_event()
+
+    def read(self, order: list[int]) -> Iterator[Tensor]:
+        """The blocks, each copied to the device while the one before it is used."""
+        if self.slab is None:
+            raise RuntimeError(
+                "a second backward through the same graph needs layer inputs that the first one gave back; "
+                "use `prepare_training(offload=False)` with `retain_graph=True`."
+            )
+        current = torch.cuda.current_stream(self.device)
+        ahead = self._fetch(order[0])
+        for following in [*order[1:], None]:
+            block, event = ahead
+            if following is not None:
+                ahead = self._fetch(following)
+            current.wait_event(event)
+            block.record_stream(current)
+            yield block
+
+    def release(self) -> None:
+        """Gives the slab back to the pool."""
+        if self.slab is not None:
+            # Later writes run on the same stream, so they cannot overtake a read.
+            self.pool.give(self.slab)
+            self.slab, self.parts = None, []
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class Offloader:
+    """Decides where each tensor waits.
+
+    Args:
+        mode: True sends everything to the host, False nothing; "auto" sends what would not leave room on the
+            GPU for the layer that runs. Tensors of a CPU stay.
+        reserve: bytes that "auto" leaves free for the computation, given a tensor's layout.
+    """
+
+    def __init__(self, mode: bool | str, reserve: Callable[[Layout], int]) -> None:
+        self.mode, self.reserve = mode, reserve
+        self.pool = PinnedPool()
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def keep(self, layout: Layout, tensor: Tensor | None = None) -> Blocks:
+        """A place for a tensor.
+
+        Args:
+            layout: shape and blocks.
+            tensor: the tensor, where it is there already; else it is written block by block.
+
+        Returns:
+            where to write and read it.
+        """
+        if self._moves(layout):
+            if layout.device not in self.streams:
+                self.streams[layout.device] = torch.cuda.Stream(layout.device)
+            return HostBlocks(self.pool, self.streams[layout.device], layout)
+        if tensor is not None:
+            return DeviceBlocks(tensor, layout.rows, filled=True)
+        made = torch.empty(layout.shape, dtype=layout.dtype, device=layout.device)
+        return DeviceBlocks(made, layout.rows, filled=False)
+
+    def _moves(self, layout: Layout) -> bool:
+        if layout.device.type != "cuda" or not self.mode:
+            return False
+        if self.mode != "auto":
+            return True
+        free, _ = torch.cuda.mem_get_info(layout.device)
+        unused = torch.cuda.memory_reserved(layout.device) - torch.cuda.memory_allocated(layout.device)
+        return free + unused < layout.num_bytes + self.reserve(layout)

@@ -1,0 +1,208 @@
+"""`prepare_training`: any length under Trainer, on one instance of a model, undone by `restore`."""
+
+import copy
+import dataclasses
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_longattn import instance
+from hf_longattn.training.attention import IMPLEMENTATION, register
+from hf_longattn.training.layer import Runtime, blockwise_forward, tokenwise_forward
+from hf_longattn.training.loss import loss_forward
+from hf_longattn.training.offload import Layout, Offloader
+
+logger = logging.getLogger("hf_longattn")
+
+_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
+# Modules that mix tokens without attention: a block of tokens alone would lack their state.
+_MIXERS = re.compile(
+    r"Mamba|DeltaNet|ShortConv|Rwkv|RWKV|Recurrent|SSM|LinearAttention|Lightning|Conv1d$|Hyena"
+)
+# Room for the activations of a block and a chunk of logits.
+_ROOM = 4 << 30
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a prepared model trains.
+
+    Args:
+        block_size: tokens of a row that go through a layer at a time; None picks by device. The result does
+            not depend on it.
+        offload: where the inputs of the layers wait for the backward: True in pinned host memory, False on
+            the GPU, "auto" on the GPU as long as it leaves room for the layer that runs. No effect on a CPU.
+        loss: "chunked" takes the loss a chunk of tokens at a time and returns no logits; "model" leaves it to
+            the model.
+        loss_chunk_size: tokens a chunk; None picks by device and vocabulary.
+        label_smoothing: share of the target spread over all tokens, in [0, 1); with `loss="chunked"`. It
+            stands in for Trainer's `label_smoothing_factor`, which needs whole logits.
+        save_attention: keep the output of attention too (H * V values and H lse a token and layer), which
+            spares its recomputation in the backward. It waits where the layer inputs wait.
+    """
+
+    block_size: int | None = None
+    offload: Literal["auto"] | bool = "auto"
+    loss: Literal["chunked", "model"] = "chunked"
+    loss_chunk_size: int | None = None
+    label_smoothing: float = 0.0
+    save_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "loss_chunk_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive or None, got {value}.")
+        if self.offload not in ("auto", True, False):
+            raise ValueError(f"`offload` must be 'auto', True or False, got {self.offload!r}.")
+        if self.loss not in ("chunked", "model"):
+            raise ValueError(f"`loss` must be 'chunked' or 'model', got {self.loss!r}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}.")
+        if self.label_smoothing and self.loss == "model":
+            raise ValueError("`label_smoothing` needs `loss='chunked'`, got `loss='model'`.")
+
+
+def prepare_training(
+    model: nn.Module,
+    accelerator: Any = None,
+    device_mesh: Any = None,
+    config: TrainingSetup | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Makes one model train on sequences of any length: blockwise-parallel layers, chunked loss, offload.
+
+    Loss and gradients are those of the model as it was; with dropout, other random numbers of the same
+    distribution are drawn. Works under Trainer, DDP and PEFT. Evaluation without a cache takes the same path.
+    With labels the model returns the loss and no logits. Parameters, state dict and saved config are
+    untouched. Called again, it replaces the earlier set-up.
+
+    Args:
+        model: a decoder of transformers, perhaps wrapped by PEFT, accelerate or DDP.
+        accelerator: an `accelerate.Accelerator` of one process; leave it out for data parallelism.
+        device_mesh: must be None in this version.
+        config: the settings.
+        fields: fields of `TrainingSetup`, given straight.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: a setting or an architecture that cannot be honoured; the model is as it was.
+        TypeError: `model` has no transformers model inside, or a field is unknown.
+
+    Source: Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370.
+    """
+    setup = dataclasses.replace(config or TrainingSetup(), **fields)
+    inner = instance.unwrap(model)
+    if device_mesh is not None or getattr(accelerator, "num_processes", 1) > 1:
+        raise ValueError(
+            "`accelerator`/`device_mesh`: one sequence over several processes is not supported in this "
+            "version; leave both out to train data-parallel, each process on its own sequences."
+        )
+    decoder = _decoder(inner)
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    _check_model(inner, layers)
+    trunk = _trunk_of_loss(inner, decoder, setup)
+    changes = instance.begin(inner, "training")
+    if inner.config._attn_implementation not in _IMPLEMENTATIONS:
+        changes.use_attention("blockwise_attention")
+    runtime = Runtime(setup.block_size, setup.save_attention, Offloader(setup.offload, _reserve(inner)))
+    changes.set(runtime, "active", True)
+    _patch_layers(changes, decoder, layers, runtime)
+    for module in inner.modules():
+        if isinstance(module, PreTrainedModel):
+            changes.set(module, "gradient_checkpointing_enable", _no_checkpointing)
+    if trunk is not None:
+        numbers = (setup.loss_chunk_size, setup.label_smoothing)
+        changes.set(inner, "forward", loss_forward(inner, trunk, runtime.is_active, *numbers))
+    instance.setups(inner)["training"] = changes
+    return model
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the layers and the final norm."""
+    found = model.get_decoder() if model.can_generate() else model.base_model
+    if found is not model or model.get_output_embeddings() is None:
+        return found
+    # Some models name a child that they do not have.
+    holders = [
+        c for c in model.children() if any(isinstance(m, GradientCheckpointingLayer) for m in c.modules())
+    ]
+    return holders[0] if len(holders) == 1 else model
+
+
+def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> None:
+    """Refuses by name what a layer that runs by blocks cannot honour."""
+    config = model.config.get_text_config()
+    reasons = [
+        (not layers, "its layers are not transformers' `GradientCheckpointingLayer`"),
+        (bool(model.config.is_encoder_decoder), "it is an encoder-decoder"),
+        (getattr(config, "output_router_logits", False), "`output_router_logits=True` asks for the router's "
+         "auxiliary loss, which needs every token at once; set it to False"),
+        (getattr(config, "num_kv_shared_layers", 0), "its layers share keys and values"),
+        (config.model_type == "phimoe", "its router draws random numbers token by token"),
+    ]  # fmt: skip
+    mixers = {
+        type(m).__name__ for layer in layers for m in layer.modules() if _MIXERS.search(type(m).__name__)
+    }
+    reasons.append((bool(mixers), f"its layers mix tokens in {', '.join(sorted(mixers))}, not in attention"))
+    for fails, words in reasons:
+        if fails:
+            raise ValueError(f"`model`: {type(model).__name__} cannot be prepared for training: {words}.")
+
+
+def _trunk_of_loss(model: PreTrainedModel, decoder: nn.Module, setup: TrainingSetup) -> str | None:
+    """The child of a causal language model that ends in the final hidden states; None to leave the loss."""
+    children = model.named_children()
+    trunk = next((name for name, child in children if any(m is decoder for m in child.modules())), None)
+    if setup.loss != "chunked" or model.get_output_embeddings() is None:
+        return None
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"`loss='chunked'` knows the loss of causal language models, and {type(model).__name__} has "
+            "another; use `loss='model'`."
+        )
+    return trunk
+
+
+def _patch_layers(
+    changes: instance.Setup,
+    decoder: nn.Module,
+    layers: list[GradientCheckpointingLayer],
+    runtime: Runtime,
+) -> None:
+    register()
+    configs: dict[int, Any] = {}
+    for layer in layers:
+        for module in layer.modules():
+            if (config := vars(module).get("config")) is not None:
+                own = configs.setdefault(id(config), copy.deepcopy(config))
+                own._attn_implementation = IMPLEMENTATION
+                changes.set(module, "config", own)
+        changes.set(layer, "gradient_checkpointing", False)
+        changes.set(layer, "forward", blockwise_forward(layer, runtime))
+    for norm in decoder.children():
+        if "Norm" in type(norm).__name__:
+            changes.set(norm, "forward", tokenwise_forward(norm, runtime))
+
+
+def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `gradient_checkpointing_enable`: prepared layers recompute their own activations."""
+    logger.info("gradient checkpointing: left out, since prepared layers recompute their own activations")
+
+
+def _reserve(model: PreTrainedModel) -> Any:
+    def reserve(layout: Layout) -> int:
+        missing = sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None
+        )
+        # The layer that runs holds its input, two gradients, keys, values and their fp32 sums.
+        return _ROOM + 8 * layout.num_bytes + missing
+
+    return reserve

@@ -1,0 +1,158 @@
+"""What the queries of a block see: slices of the model's lazy mask, worked out once a forward."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.masking import LazyMask, document_bounds, packed_bounds
+
+# Arguments of a layer that say how documents are packed into a row.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
+
+
+def split_rows(length: int, block_size: int) -> list[slice]:
+    """The blocks of a sequence, from left to right; the last may be shorter."""
+    return [slice(start, min(start + block_size, length)) for start in range(0, length, block_size)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The keys that a block of queries needs, and which of them each query sees.
+
+    Args:
+        keys: columns of the whole sequence, ending with the block itself.
+        limits: the range inside `keys`, bottom-right causal.
+        bias: (B or 1, H or 1, rows, keys) of a dense mask that the caller made, or None.
+    """
+
+    keys: slice
+    limits: KeyRange
+    bias: Tensor | None = None
+
+
+class Visibility:
+    """The mask of one forward, cut by blocks of queries.
+
+    Args:
+        limits: the causal range of the whole sequence.
+        blocks: the blocks of queries.
+        dense: (B or 1, H or 1, T, T) mask of the caller's, or None.
+    """
+
+    def __init__(self, limits: KeyRange, blocks: list[slice], dense: Tensor | None = None) -> None:
+        self.limits, self.dense = limits, dense
+        self.starts = _first_keys(limits, blocks)
+
+    def window(self, index: int, rows: slice) -> Window:
+        """The keys of one block.
+
+        Args:
+            index: of the block.
+            rows: its queries.
+        """
+        keys = slice(self.starts[index], rows.stop)
+        whole = self.limits
+        lower, upper = (
+            None if bound is None else (bound[:, rows] - keys.start).clamp(0, keys.stop - keys.start)
+            for bound in (whole.lower, whole.upper)
+        )
+        key_mask = None if whole.key_mask is None else whole.key_mask[:, keys].contiguous()
+        limits = KeyRange(whole.causal, lower, upper, key_mask)
+        return Window(keys, limits, None if self.dense is None else self.dense[:, :, rows, keys])
+
+
+def _first_keys(limits: KeyRange, blocks: list[slice]) -> list[int]:
+    """The first key that any query of each block may see, at most the block's own first."""
+    if limits.lower is None:
+        return [0] * len(blocks)
+    size = blocks[0].stop - blocks[0].start
+    missing = len(blocks) * size - blocks[-1].stop
+    lower = F.pad(limits.lower, (0, missing), value=blocks[-1].stop).unflatten(1, (len(blocks), size))
+    # The only read of device memory on the host: once a mask, not once a layer.
+    first = lower.amin(dim=(0, 2)).clamp(min=0).tolist()
+    return [min(start, rows.start) for start, rows in zip(first, blocks, strict=True)]
+
+
+class VisibilityCache:
+    """Layers that share a mask share its blocks."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[LazyMask, tuple[Any, Visibility]] = weakref.WeakKeyDictionary()
+
+    def get(
+        self,
+        mask: LazyMask | Tensor | None,
+        arguments: dict[str, Any],
+        blocks: list[slice],
+        device: torch.device,
+    ) -> Visibility:
+        """The blocks of a layer's mask.
+
+        Args:
+            mask: what the model hands to its layers.
+            arguments: of the layer: positions, cumulative lengths or document ids.
+            blocks: of queries.
+            device: of the hidden states.
+
+        Returns:
+            the `Visibility`.
+
+        Raises:
+            ValueError: the mask is not causal, or does not cover every token with every token.
+        """
+        length = blocks[-1].stop
+        if not isinstance(mask, LazyMask):
+            return _dense_visibility(mask, arguments, blocks, device)
+        if mask.q_length != length or mask.kv_length != length:
+            raise ValueError(
+                f"`attention_mask` must cover {length} queries and as many keys, got {mask.q_length} and "
+                f"{mask.kv_length}; a prepared model trains without a cache."
+            )
+        key = (blocks[0].stop, device, *(arguments.get(name) is None for name in PACKING))
+        found = self._known.get(mask)
+        if found is None or found[0] != key:
+            found = (key, Visibility(_limits(mask, arguments, length, device), blocks))
+            self._known[mask] = found
+        return found[1]
+
+
+def _dense_visibility(
+    mask: Tensor | None, arguments: dict[str, Any], blocks: list[slice], device: torch.device
+) -> Visibility:
+    packed = [name for name in PACKING if isinstance(arguments.get(name), Tensor)]
+    length = blocks[-1].stop
+    if mask is not None and (packed or mask.ndim != 4 or mask.shape[-2:] != (length, length)):
+        raise ValueError(
+            f"`attention_mask` must be (batch, tokens), or (B, H, {length}, {length}) without packing, got "
+            f"shape {tuple(mask.shape)}{' and ' + ', '.join(packed) if packed else ''}."
+        )
+    limits = KeyRange(causal=True)
+    return Visibility(_pack(limits, arguments, length) if packed else limits, blocks, mask)
+
+
+def _limits(mask: LazyMask, arguments: dict[str, Any], length: int, device: torch.device) -> KeyRange:
+    limits = mask.key_range(device)
+    if limits is None or not limits.causal:
+        name = getattr(mask.mask_function, "__qualname__", repr(mask.mask_function))
+        raise ValueError(
+            "`prepare_training` needs causal layers whose mask leaves each query one interval of keys, got "
+            f"mask function {name!r}; train this model unprepared, with gradient checkpointing."
+        )
+    positions = arguments.get("position_ids")
+    if any(isinstance(arguments.get(name), Tensor) for name in PACKING):
+        return _pack(limits, arguments, length)
+    return limits if positions is None else mask.apart(limits, positions)
+
+
+def _pack(limits: KeyRange, arguments: dict[str, Any], length: int) -> KeyRange:
+    lengths, documents = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
+    if lengths is not None:
+        keys = arguments.get("cu_seq_lens_k")
+        lower, upper, diagonal = packed_bounds(lengths, lengths if keys is None else keys, length)
+        return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal))
+    return limits if documents is None else limits.narrowed(*document_bounds(documents))

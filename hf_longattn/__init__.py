@@ -8,9 +8,17 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.generation import GenerationSetup, prepare_generation
 from hf_longattn.instance import restore
 from hf_longattn.registration import register
+from hf_longattn.training import TrainingSetup, prepare_training
 
 __version__ = "0.1.0"
 
-__all__ = ["GenerationSetup", "LongContextCache", "prepare_generation", "restore"]
+__all__ = [
+    "GenerationSetup",
+    "LongContextCache",
+    "TrainingSetup",
+    "prepare_generation",
+    "prepare_training",
+    "restore",
+]
 
 register()

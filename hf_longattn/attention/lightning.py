@@ -149,19 +149,18 @@ def lightning_attention_forward(
     return normalised(output), None
 
 
-def normalised(output: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over all heads of a token: a norm without parameters takes the denominator's
-    place.
+def normalised(output: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) over all heads of a token: a norm without parameters takes the
+    denominator's place.
 
     Args:
         output: (B, T, H, V).
-        eps: added to the mean square.
 
     Returns:
-        (B, T, H, V), contiguous. Source: arXiv 2307.14995, equation 15.
+        (B, T, H, V), contiguous. Source: arXiv 2307.14995.
     """
     flat = output.flatten(2)
-    return F.rms_norm(flat, flat.shape[-1:], eps=eps).view(output.shape)
+    return F.rms_norm(flat, flat.shape[-1:], eps=NORM_EPS).view(output.shape)
 
 
 def _refuse(module: Any, mask: LazyMask | Tensor | None, options: Options) -> None:

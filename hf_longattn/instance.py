@@ -104,7 +104,7 @@ class Setup:
                 check_config(module.config)
         self._own_configs()
         self.model.set_attn_implementation(implementation)
-        if self.model.config._attn_implementation != implementation:
+        if any(config._attn_implementation != implementation for config in _used_configs(self.model)):
             self.undo()
             raise ValueError(
                 f"{type(self.model).__name__} cannot change its attention implementation once loaded; load "
@@ -120,6 +120,12 @@ class Setup:
                 self.set(module, "config", copy.deepcopy(config, memo))
 
 
+def _used_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs of the model's own kind; T5's stacks keep copies that the switch does not reach."""
+    configs = [vars(module).get("config") for module in model.modules()]
+    return [config for config in configs if type(config) is type(model.config)]
+
+
 def setups(model: PreTrainedModel) -> dict[str, Setup]:
     """The set-ups that are active on a model, by kind, in the order they were made."""
     return vars(model).setdefault(_ATTRIBUTE, {})
@@ -132,7 +138,7 @@ def begin(model: PreTrainedModel, kind: str) -> Setup:
         model: the transformers model.
         kind: "generation" or "training".
     """
-    active = setups(model)
+    active = vars(model).get(_ATTRIBUTE, {})
     if kind in active:
         active.pop(kind).undo()
     return Setup(model)

@@ -7,7 +7,7 @@ from hf_longattn.attention.lightning import lightning_attention_forward
 from hf_longattn.attention.paged import paged_attention_forward
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.masking import lazy_mask
-from hf_longattn.modeling import lightning
+from hf_longattn.modeling import block_transformer, lightning
 
 ATTENTION_FUNCTIONS = {
     "tree_attention": tree_attention_forward,
@@ -23,4 +23,5 @@ def register() -> None:
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, lazy_mask)
     AttentionInterface.register("paged|tree_attention", paged_attention_forward)
+    block_transformer.register()
     lightning.register()

@@ -246,7 +246,7 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
     is_sliding = True
 
     def __init__(self, window: int, capacity: int = 0) -> None:
-        super().__init__(min(capacity, 2 * (window + _UNDO)))
+        super().__init__(sliding_capacity(window, capacity))
         self.sliding_window = window
         self.cumulative_length = 0
         self.record_past = False
@@ -345,6 +345,11 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
         """Takes over what `state` gave; `length` is the number of tokens seen."""
         super().load_state(state, length)
         self.cumulative_length = length
+
+
+def sliding_capacity(window: int, tokens: int) -> int:
+    """Slots that a sliding layer makes for a sequence of `tokens`: two windows, so that it moves in place."""
+    return min(tokens, 2 * (window + _UNDO))
 
 
 def _sized(states: Tensor, capacity: int) -> tuple[int, int, int, int]:

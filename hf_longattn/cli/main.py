@@ -1,18 +1,22 @@
 """The commands of `hf-longattn`. What a command needs is imported inside it, so that `--help` stays quick."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
     name="hf-longattn",
-    help="Long context for Hugging Face Transformers: check this machine, check a model.",
+    help="Long context for Hugging Face Transformers: check this machine and a model, plan, generate.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+convert = typer.Typer(help="Convert checkpoints into folders for from_pretrained.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -56,13 +60,78 @@ def verify(
     from hf_longattn.cli.verify import show, verify_model
 
     logging.disable_progress_bar()
+    report = _or_exit(lambda: verify_model(Request(model, device, dtype, tokens, implementation)))
+    show(report, as_json=json)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or an id on the hub.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    memory: Annotated[float | None, typer.Option(help="GiB of the GPU; the one here, or an H100's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s; measured here, or an H100's.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a long prompt will cost on one GPU: memory, the longest that fits, and times.
+
+    Exit status 0: it fits; 1: it does not; 2: the model could not be planned for.
+    """
+    from hf_longattn.cli.plan import make_plan, show
+
+    result = _or_exit(lambda: make_plan(model, context, batch, dtype, memory, bandwidth))
+    show(result, as_json=json)
+    raise typer.Exit(0 if result.fits else 1)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or an id on the hub.")],
+    prompt_file: Annotated[str, typer.Option(help="A text file, or - for stdin.")] = "-",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
+    sample: Annotated[bool, typer.Option(help="Draw tokens in place of taking the likeliest.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a bar while the prompt is read.")] = True,
+) -> None:
+    """Answer one long prompt: the text goes to stdout as it comes, statistics to stderr."""
+    from transformers.utils import logging
+
+    from hf_longattn.cli.generate import generate as answer
+    from hf_longattn.cli.generate import read_prompt
+
+    logging.disable_progress_bar()
+    text = _or_exit(lambda: read_prompt(prompt_file))
+    statistics = _or_exit(lambda: answer(model, text, new_tokens, sample, progress))
+    for line in statistics.lines():
+        typer.echo(line, err=True)
+
+
+@convert.command("block-transformer")
+def convert_block_transformer(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Official checkpoint, or a vanilla model.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write.")],
+    from_vanilla: Annotated[
+        bool, typer.Option(help="Start a Block Transformer from a vanilla model.")
+    ] = False,
+    alignment: Annotated[str, typer.Option(help="tokens, or columns as the official code cuts.")] = "tokens",
+    block_length: Annotated[int, typer.Option(min=1, help="Where the checkpoint does not say it.")] = 4,
+) -> None:
+    """Convert an official Block Transformer checkpoint, or start one from a vanilla model."""
+    from hf_longattn.cli import convert as conversion
+
+    call = (src, dst, from_vanilla, alignment, block_length)
+    config = _or_exit(lambda: conversion.convert_block_transformer(*call))
+    typer.echo(f"{dst}: {config.model_type}, blocks of {config.block_length} tokens")
+
+
+def _or_exit(work: Callable[[], Any]) -> Any:
+    """The result of `work`, or one line on stderr and exit status 2 for what a caller can cause."""
     try:
-        report = verify_model(Request(model, device, dtype, tokens, implementation))
+        return work()
     except (ValueError, TypeError, OSError) as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(2) from None
-    show(report, as_json=json)
-    raise typer.Exit(0 if report.passed else 1)
 
 
 def main() -> None:

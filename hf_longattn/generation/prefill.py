@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -71,7 +71,7 @@ def prefill(
     total = input_ids.shape[1] - first
     ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
     chunk = asked or ranks * _pick_chunk(input_ids)
-    forward: Any = model
+    causal_model = cast(Any, model)
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:
             outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -80,13 +80,13 @@ def prefill(
         for start in range(0, total, chunk):
             length = min(chunk, total - start)
             inputs = _chunk_kwargs(model_kwargs, past + start + length)
-            inputs = model.prepare_inputs_for_generation(
+            inputs = causal_model.prepare_inputs_for_generation(
                 input_ids[:, : first + start + length],
                 next_sequence_length=length,
                 is_first_iteration=is_first_iteration and start == 0,
                 **inputs,
             )
-            outputs = forward(**inputs, return_dict=True)
+            outputs = causal_model(**inputs, return_dict=True)
             advance(length)
     return outputs
 

@@ -47,6 +47,15 @@ def test_prepare_refuses_them_and_changes_nothing(kind):
     assert (model.config._attn_implementation, set(vars(model))) == before
 
 
+def test_prepare_refuses_a_model_that_only_takes_the_name_at_load():
+    config = tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=97)
+    model = tf.T5ForConditionalGeneration(config)
+    before = model.config, set(vars(model)), model.encoder.config._attn_implementation
+    with pytest.raises(ValueError, match="from_pretrained"):
+        hf_longattn.prepare_generation(model)
+    assert (model.config, set(vars(model)), model.encoder.config._attn_implementation) == before
+
+
 def test_unknown_keyword():
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(TypeError, match="block_indices"):

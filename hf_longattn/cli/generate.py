@@ -1,0 +1,93 @@
+"""`hf-longattn generate`: a long prompt from a file or from stdin, the answer streamed to the terminal."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from hf_longattn import prepare_generation
+
+
+@dataclass
+class Statistics:
+    """What one answer cost: tokens, seconds and bytes."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token: float
+    per_token: float
+    peak: int | None
+
+    def lines(self) -> list[str]:
+        """The statistics in words, a line each."""
+        rate = self.prompt_tokens / self.first_token
+        lines = [
+            f"prompt          {self.prompt_tokens:,} tokens",
+            f"first token     {self.first_token:.2f} s ({rate:,.0f} tokens/s)",
+            f"answer          {self.new_tokens} tokens, {1e3 * self.per_token:.1f} ms a token",
+        ]
+        return lines if self.peak is None else [*lines, f"peak memory     {self.peak / 2**30:.2f} GiB"]
+
+
+class TimedStreamer(TextStreamer):
+    """Prints the answer as it comes and notes the time of every token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Takes the prompt, then token after token."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def read_prompt(path: str) -> str:
+    """The text of a file, or of stdin where the path is "-".
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
+    if path != "-" and not Path(path).is_file():
+        raise ValueError(f"`--prompt-file`: there is no file {path!r}; give a file, or - for stdin.")
+    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError("`--prompt-file` is empty; a prompt needs at least one word.")
+    return text
+
+
+def generate(model_name: str, prompt: str, new_tokens: int, sample: bool, progress: bool) -> Statistics:
+    """Loads a model, reads the prompt and streams the answer to stdout.
+
+    Args:
+        model_name: folder or hub id.
+        prompt: the text.
+        new_tokens: at most so many.
+        sample: draw tokens in place of taking the likeliest.
+        progress: show a bar on stderr while the prompt is read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_name, attn_implementation="tree_attention", dtype="auto"
+    )
+    model = model.to(device).eval()
+    prepare_generation(model, progress=progress)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    streamer = TimedStreamer(tokenizer)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    call = {"max_new_tokens": new_tokens, "do_sample": sample, "streamer": streamer}
+    model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **call)
+    first, last, count = streamer.times[1], streamer.times[-1], len(streamer.times) - 1
+    return Statistics(
+        prompt_tokens=inputs.input_ids.shape[1],
+        new_tokens=count,
+        first_token=first - streamer.times[0],
+        per_token=(last - first) / max(count - 1, 1),
+        peak=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    )

@@ -1,0 +1,102 @@
+"""`hf-longattn plan` and `generate`, from the command line down."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cli.main import app
+from hf_longattn.generation.planning import Hardware, cache_bytes, plan_generation
+
+
+@pytest.fixture
+def folder(tmp_path):
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<unk>").save_pretrained(tmp_path)
+    tiny.build("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(a) for a in arguments], **kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-window"])
+@pytest.mark.parametrize("tokens", [5, 40, 300])
+def test_cache_bytes_are_those_of_the_cache(family, tokens):
+    model = tiny.build(family, "tree_attention")
+    cache = LongContextCache(model.config, capacity=tokens)
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, min(tokens, 4)), past_key_values=cache)
+    held = sum(b.numel() * b.element_size() for layer in cache.layers for b in (layer._keys, layer._values))
+    assert held == cache_bytes(model.config, tokens, torch.float32)
+
+
+def test_the_longest_context_just_fits():
+    config = tiny.CONFIGS["llama"]()
+    hardware = Hardware(memory=(1 << 30) + (1 << 25))
+    longest = plan_generation(config, 4096, hardware=hardware).longest
+    assert plan_generation(config, longest, hardware=hardware, chunk=4096).fits
+    assert not plan_generation(config, longest + 1, hardware=hardware, chunk=4096).fits
+
+
+def test_weights_are_counted():
+    model = tiny.build("llama")
+    plan = plan_generation(model.config, 128, dtype=torch.float32)
+    assert plan.weights == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_plan_prints_and_tells_by_its_status(folder):
+    assert run("plan", folder, "--context", 1000).exit_code == 0
+    result = run("plan", folder, "--context", 10**9, "--json")
+    assert result.exit_code == 1
+    fields = json.loads(result.stdout)
+    assert fields["fits"] is False and 0 < fields["longest"] < 10**9
+    assert run("plan", folder, "--context", 10, "--dtype", "int8").exit_code == 2
+    assert run("plan", folder / "nothing", "--context", 10).exit_code == 2
+
+
+def test_generate_streams_the_answer_and_counts(folder):
+    prompt = " ".join(f"w{i}" for i in tiny.tokens(1, 30)[0].tolist())
+    (folder / "prompt.txt").write_text(prompt)
+    result = run(
+        "generate", folder, "--prompt-file", folder / "prompt.txt", "--new-tokens", 7, "--no-progress"
+    )
+    assert result.exit_code == 0, result.output
+    model = tiny.build("llama")
+    ids = torch.tensor([[int(word[1:]) for word in prompt.split()]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
+    assert result.stdout.split() == [f"w{i}" if i else "<unk>" for i in expected[0, 30:].tolist()]
+    assert "30 tokens" in result.stderr and "7 tokens" in result.stderr
+    assert run("generate", folder, "--new-tokens", 2, "--no-progress", input=prompt).exit_code == 0
+
+
+def test_generate_refuses_in_one_line(folder):
+    for arguments in (["--prompt-file", folder / "missing.txt"], []):
+        result = run("generate", folder, *arguments, input="")
+        assert result.exit_code == 2
+        assert "`--prompt-file`" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_convert_writes_a_model_that_loads_and_refuses_what_is_none(tmp_path):
+    fixture = Path(__file__).parents[1] / "fixtures" / "block_transformer" / "main_b4_p2"
+    result = run("convert", "block-transformer", fixture, tmp_path / "converted")
+    assert result.exit_code == 0, result.output
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    assert model.config.model_type == "block_transformer" and model.config.block_length == 4
+    assert run("convert", "block-transformer", tmp_path / "nothing", tmp_path / "again").exit_code == 2
+
+
+def test_convert_from_vanilla(folder, tmp_path):
+    result = run("convert", "block-transformer", "--from-vanilla", folder, tmp_path / "started")
+    assert result.exit_code == 0, result.output
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "started")
+    assert model(input_ids=tiny.tokens(1, 9)).logits.shape == (1, 9, 97)

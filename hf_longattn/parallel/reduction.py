@@ -23,11 +23,11 @@ def pack(output: Tensor, lse: Tensor) -> Tensor:
         lse: (...), fp32 or fp64.
     """
     width, per_lse = output.shape[-1], lse.element_size() // output.element_size()
-    room = -(-width // per_lse) * per_lse + per_lse
-    packed = output.new_zeros((*output.shape[:-1], room))
-    packed[..., :width] = output
-    packed.view(lse.dtype)[..., -1] = lse
-    return packed
+    parts = [output, lse.contiguous().unsqueeze(-1).view(output.dtype)]
+    if width % per_lse:
+        # The bits of lse start where a number of its size may.
+        parts.insert(1, output.new_zeros((*lse.shape, -width % per_lse)))
+    return torch.cat(parts, -1)
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -61,3 +61,23 @@ def test_a_run_goes_to_the_ranks_and_back(size):
         sum(part.stop * (part.stop + 1) - part.start * (part.start + 1) for part in own.own) for own in slices
     ]
     assert len(set(work)) == 1, "causal work differs between ranks"
+
+
+def launch(size, script, *arguments):
+    """Runs a script of the project under torch's launcher and returns what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [sys.executable, *launcher, str(CASES.parents[2] / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_answers_alike_on_one_and_two_processes():
+    answers = [launch(size, "recipes/generate_long.py", "--smoke").splitlines()[-1] for size in (1, 2)]
+    assert answers[0] == answers[1] and answers[0].startswith("tokens ")
+
+
+@pytest.mark.slow
+def test_every_form_that_the_benchmark_times_is_exact():
+    assert launch(3, "benchmarks/bench_tree_decode.py", "--check").startswith("errors")

@@ -1,0 +1,230 @@
+"""Times one decoding step of one attention layer over a cache cut along the sequence, on all GPUs of a host.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/bench_tree_decode.py
+    ... benchmarks/bench_tree_decode.py --check        correctness alone; gloo where there is no GPU
+
+32 query heads, 8 key heads, head dim 128, bf16, batch 1; 64K, 256K and 1M keys in all. Every form is first
+checked against fp64. `ours` is decode_attention, one packed all-gather and the merge; `paper` is the three
+all-reduces of arXiv 2408.04093; `ring` sends keys and values round (own key heads, K and V in one message,
+overlapped with attention); `local` is decode_attention on the shard alone, and `flash` is torch's own kernel
+on it. Eager times and times in a CUDA graph, the median over rounds of the slowest rank. `rate` is what the
+ring's messages alone reach. Rows go to `$OUT/tree_decode.json` (or benchmarks/results).
+"""
+
+import argparse
+import os
+import statistics
+import time
+from functools import partial
+
+# Multicast through the switch is never used; a ring gets the channels that its rate needs. Read at start.
+os.environ["NCCL_NVLS_ENABLE"] = "0"
+os.environ.setdefault("NCCL_MIN_P2P_NCHANNELS", "32")
+os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "32")
+
+import torch
+import torch.distributed as dist
+from _report import Report
+
+from hf_longattn.kernels.decode_attention import decode_attention
+from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.parallel.group import SequenceGroup
+from hf_longattn.parallel.reduction import gather_merge, three_reductions
+
+HEADS, KEY_HEADS, DIM = 32, 8, 128
+SIZES = (2**16, 2**18, 2**20)
+
+
+def attend(query, states):
+    """(output, lse) of the shard by our kernel; states (2, B, G, S, K) are keys and values."""
+    return decode_attention(query, states[0], states[1])
+
+
+def flash(query, states):
+    """(output, lse) of the shard by torch's flash kernel."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, states[0], states[1], 0.0, False)[:2]
+
+
+class Ring:
+    """Ring attention for one query: every shard visits every rank, the next arrives during the current."""
+
+    def __init__(self, group, states):
+        self.group, self.states = group, states
+        self.buffers = [torch.empty_like(states) for _ in range(min(2, group.world_size - 1))]
+
+    def send(self, states, buffer):
+        """Starts to pass `states` on and to receive the next shard; returns what to wait for."""
+        size, rank = self.group.world_size, self.group.rank
+        sent = dist.P2POp(dist.isend, states, (rank + 1) % size)
+        received = dist.P2POp(dist.irecv, buffer, (rank - 1) % size)
+        # One order for all would deadlock a backend that blocks.
+        return dist.batch_isend_irecv([sent, received] if rank % 2 == 0 else [received, sent])
+
+    def __call__(self, query):
+        states, parts = self.states, []
+        for step in range(self.group.world_size):
+            last = step + 1 == self.group.world_size
+            buffer = None if last else self.buffers[step % len(self.buffers)]
+            pending = [] if last else self.send(states, buffer)
+            parts.append(attend(query, states))
+            for work in pending:
+                work.wait()
+            states = buffer
+        return merge_partials(*(torch.stack(part) for part in zip(*parts, strict=True)))
+
+    def move(self):
+        """One message alone, for the rate."""
+        for work in self.send(self.states, self.buffers[0]):
+            work.wait()
+
+
+def make_case(group, num_keys, device, dtype):
+    """(query, states): the same query everywhere, this rank's share of the keys and values."""
+    generator = torch.Generator(device).manual_seed(7)
+    query = torch.randn(1, HEADS, 1, DIM, device=device, dtype=dtype, generator=generator)
+    generator.manual_seed(100 + group.rank)
+    share = num_keys // group.world_size
+    states = torch.randn(2, 1, KEY_HEADS, share, DIM, device=device, dtype=dtype, generator=generator)
+    return query, states
+
+
+def forms(group, query, states):
+    """Every form by name, as a call that returns (output, lse)."""
+    calls = {
+        "local": lambda: attend(query, states),
+        "ours": lambda: gather_merge(group, *attend(query, states)),
+        "paper": lambda: three_reductions(group, *attend(query, states)),
+        "ring": partial(Ring(group, states), query),
+    }
+    if query.is_cuda:
+        calls["flash"] = lambda: flash(query, states)
+    return calls
+
+
+def relative(result, exact):
+    """‖result - exact‖ / ‖exact‖, in fp64."""
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def check(group, device, dtype):
+    """Refuses a form whose error passes 1.5 times that of one process and a rounding, or bits that differ."""
+    query, states = make_case(group, 8192, device, dtype)
+    whole = torch.cat(list(group.gather(states)), 3)
+    exact = decode_attention(query.double(), *whole.double(), impl="reference")[0]
+    alone = relative(decode_attention(query, *whole)[0], exact)
+    bound = 1.5 * (alone + torch.finfo(dtype).eps)
+    errors = {}
+    for name, call in forms(group, query, states).items():
+        if name in ("local", "flash"):
+            continue
+        output = call()[0]
+        errors[name] = relative(output, exact)
+        assert errors[name] <= bound, f"{name}: error {errors[name]:.2e} > {bound:.2e}"
+        same = all(torch.equal(other, output) for other in group.gather(output))
+        assert same or name == "ring", f"{name}: the ranks have different bits"
+    return {**errors, "alone": alone, "bound": bound}
+
+
+def in_graph(call, calls):
+    """A function that replays `calls` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # The thread that watches NCCL queries events, which a global capture would forbid.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
+def microseconds(group, run, calls, rounds=7):
+    """Median time of one of `calls` calls that `run` makes, of the slowest rank."""
+    run()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        dist.barrier()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    slowest = group.reduce(torch.tensor(times, device="cuda"), dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def repeat(call, calls):
+    """A function that makes `calls` calls."""
+
+    def run():
+        for _ in range(calls):
+            call()
+
+    return run
+
+
+def time_sizes(report, group, device):
+    """Every form at every size, eager and in a graph."""
+    for num_keys in SIZES:
+        query, states = make_case(group, num_keys, device, torch.bfloat16)
+        peaks = {}
+        for name, call in forms(group, query, states).items():
+            # Every rank must decide alike: the clock of the slowest counts.
+            left = torch.tensor([report.time_left() if report else 1e9], device=device)
+            if group.reduce(left, dist.ReduceOp.MIN).item() < 10:
+                return
+            calls = 4 if name == "ring" and num_keys == SIZES[-1] else 20
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            eager = microseconds(group, repeat(call, calls), calls)
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+            graph = microseconds(group, in_graph(call, calls), calls)
+            if report:
+                report.add(
+                    case=f"S{num_keys}-B1", form=name, ranks=group.world_size, eager_us=eager, graph_us=graph,
+                    extra_mib=peaks[name] / 2**20,
+                )  # fmt: skip
+        ring = Ring(group, states)
+        moved = microseconds(group, repeat(ring.move, 5), 5)
+        if report:
+            rate = states.numel() * states.element_size() / moved / 1e3
+            report.add(
+                case=f"S{num_keys}-B1", form="rate", ranks=group.world_size, gb_per_s=rate, graph_us=moved
+            )
+        del query, states, ring, call
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--deadline", type=float, default=150, help="seconds after which no case is begun")
+    arguments = parser.parse_args()
+    started = time.time()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    group = SequenceGroup(dist.group.WORLD)
+    errors = check(group, device, torch.bfloat16 if cuda else torch.float32)
+    report = Report("tree_decode", arguments.deadline) if group.rank == 0 and not arguments.check else None
+    if group.rank == 0:
+        print("errors", {name: f"{error:.1e}" for name, error in errors.items()}, flush=True)
+    if cuda and not arguments.check:
+        if report:
+            report.start = started
+        time_sizes(report, group, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

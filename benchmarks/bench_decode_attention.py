@@ -165,8 +165,8 @@ def host_us(call, count=50):
 def steady_us(calls):
     """Microseconds a call in a graph that runs them one after the other, each on memory of its own.
 
-    No cache is flushed in between, whose write-back would share the bus with the call; no input is still in L2,
-    since the other calls have read more than that holds.
+    No cache is flushed in between, whose write-back would share the bus with the call; no input is still in
+    L2, since the other calls have read more than that holds.
     """
 
     def run():

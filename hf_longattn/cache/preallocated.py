@@ -18,6 +18,16 @@ _SMALLEST_GROWTH = 256
 _UNDO = 64
 
 
+def grown_capacity(capacity: int, needed: int) -> int:
+    """Room for `needed` tokens, in big steps.
+
+    Args:
+        capacity: tokens that there is room for now.
+        needed: tokens that there must be room for.
+    """
+    return max(needed, capacity + max(capacity // 2, _SMALLEST_GROWTH))
+
+
 class Clock:
     """Where a group of layers writes next, kept on the device, so that a CUDA graph needs no host.
 
@@ -146,7 +156,7 @@ class PreallocatedLayer(CacheLayerMixin):
     def _make_room(self, count: int) -> None:
         if self.end + count <= self.capacity:
             return
-        self.capacity = max(self.end + count, self.capacity + max(self.capacity // 2, _SMALLEST_GROWTH))
+        self.capacity = grown_capacity(self.capacity, self.end + count)
         self._replace_buffers(lambda filled: filled)
 
     def _replace_buffers(self, change: Any) -> None:
@@ -223,9 +233,10 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` needs, without the spare room: safetensors-ready."""
-        return (
-            {} if self.keys is None else {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
-        )
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            return {}
+        return {"keys": keys.contiguous(), "values": values.contiguous()}
 
     def load_state(self, state: dict[str, Tensor], length: int) -> None:
         """Takes over what `state` gave; `length` is the number of tokens seen."""

@@ -25,6 +25,9 @@ from hf_longattn.training.visibility import Visibility
 
 # What the attention modules inside prepared layers look up; the model's config keeps the public name.
 IMPLEMENTATION = "blockwise_layer_attention"
+# Keys of one call in the backward: what it returns in the keys' dtype is added to the fp32 sums at once, and
+# must stay small beside them.
+_MOST_KEYS = 1 << 16
 
 
 class KeysKnownError(Exception):
@@ -90,33 +93,55 @@ class PrefixAttention:
         self.keys[:, :, self.rows] = key
         self.values[:, :, self.rows] = value
 
-    def attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Output, lse and the options that the backward needs, for the running block."""
-        window = self.visibility.window(self.index, self.rows)
-        options = {**options, "mask": window.limits, "bias": window.bias}
+    def attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Output and lse of the running block."""
         if self.results is None:
-            assert self.keys is not None and self.values is not None
-            keys, values = self.keys[:, :, window.keys], self.values[:, :, window.keys]
-            self.results = blockwise_attention(query, keys, values, **options)
-        return *self.results, options
+            window = self.visibility.window(self.index, self.rows)
+            key, value = self._columns(window.keys)
+            self.results = blockwise_attention(
+                query, key, value, mask=window.limits, bias=window.bias, **options
+            )
+        return self.results
 
     def gradients(
         self, grad: Tensor, query: Tensor, results: tuple[Tensor, Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, of the block's own keys and values, and of the sinks."""
         assert self.keys is not None and self.values is not None
-        columns = self.visibility.window(self.index, self.rows).keys
-        keys, values = self.keys[:, :, columns], self.values[:, :, columns]
-        part = blockwise_attention_gradients(grad, (query, keys, values), results, **options)
         if self.grad_keys is None or self.grad_values is None:
-            dtype = torch.promote_types(keys.dtype, torch.float32)
+            dtype = torch.promote_types(self.keys.dtype, torch.float32)
             self.grad_keys = torch.zeros_like(self.keys, dtype=dtype)
             self.grad_values = torch.zeros_like(self.values, dtype=dtype)
-        self.grad_keys[:, :, columns] += part.key
-        self.grad_values[:, :, columns] += part.value
-        own_key = self.grad_keys[:, :, self.rows].to(keys.dtype)
-        own_value = self.grad_values[:, :, self.rows].to(values.dtype)
-        return part.query, own_key, own_value, part.sinks
+        window = self.visibility.window(self.index, self.rows)
+        # Dropout counts columns from the first key of the call, so that call must be the forward's.
+        parts = [window] if options["dropout"] else window.parts(_MOST_KEYS)
+        grad_query: Tensor | None = None
+        grad_sinks: Tensor | None = None
+        for part in parts:
+            # lse holds the sink already; its gradient comes from one part, which knows every row.
+            own = {**options, "sinks": options["sinks"] if part is parts[-1] else None}
+            inputs = (query, *self._columns(part.keys))
+            found = blockwise_attention_gradients(
+                grad, inputs, results, mask=part.limits, bias=part.bias, **own
+            )
+            self.grad_keys[:, :, part.keys] += found.key
+            self.grad_values[:, :, part.keys] += found.value
+            grad_query, grad_sinks = _sum(grad_query, found.query, len(parts)), found.sinks
+        assert grad_query is not None
+        own_key = self.grad_keys[:, :, self.rows].to(self.keys.dtype)
+        own_value = self.grad_values[:, :, self.rows].to(self.values.dtype)
+        return grad_query.to(query.dtype), own_key, own_value, grad_sinks
+
+    def _columns(self, keys: slice) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, keys], self.values[:, :, keys]
+
+
+def _sum(total: Tensor | None, part: Tensor, count: int) -> Tensor:
+    """The sum of `count` parts, in fp32 where there are several."""
+    if total is not None:
+        return total.add_(part)
+    return part if count == 1 else part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
 
 
 _running: ContextVar[PrefixAttention | None] = ContextVar("hf_longattn_running_block", default=None)
@@ -135,8 +160,8 @@ class _BlockAttention(torch.autograd.Function):
         layer: PrefixAttention,
         options: dict[str, Any],
     ) -> Tensor:
-        output, lse, ctx.options = layer.attend(query, {**options, "sinks": sinks})
-        ctx.layer = layer
+        ctx.layer, ctx.options = layer, {**options, "sinks": sinks}
+        output, lse = layer.attend(query, ctx.options)
         ctx.save_for_backward(query, output, lse)
         # A saved output lies in a buffer of the whole layer: autograd must not take it for this node's own.
         return output.view_as(output)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
+from hf_longattn.training.ownership import is_unshared
 from hf_longattn.training.visibility import PACKING, VisibilityCache, split_rows
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -266,10 +267,20 @@ def _refill(run: BlockRun, saved: Saved, attention: PrefixAttention) -> None:
 
 
 class _GradientSums:
-    """The gradients of one call: a row block of the input's at a time, and sums of the parameters'."""
+    """The gradients of one call: a row block of the input's at a time, and sums of the parameters'.
 
-    def __init__(self, run: BlockRun, parameters: list[Tensor], needs_input: bool) -> None:
+    Args:
+        run: the call.
+        parameters: those that want a gradient.
+        needs_input: whether the input wants its own.
+        room: a tensor that the input's gradient may overwrite, block by block, or None.
+    """
+
+    def __init__(
+        self, run: BlockRun, parameters: list[Tensor], needs_input: bool, room: Tensor | None
+    ) -> None:
         self.rows, self.parameters, self.needs_input = run.rows, parameters, needs_input
+        self.room = room
         self.hidden: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
@@ -279,9 +290,14 @@ class _GradientSums:
         parts = list(torch.autograd.grad(output, wanted, grad, allow_unused=True))
         if self.needs_input and (part := parts.pop(0)) is not None:
             if self.hidden is None:
-                self.hidden = part.new_empty(part.shape[0], self.rows[-1].stop, *part.shape[2:])
+                self.hidden = self._place(part)
             self.hidden[:, self.rows[index]] = part
         self.sums = [_add(total, part) for total, part in zip(self.sums, parts, strict=True)]
+
+    def _place(self, part: Tensor) -> Tensor:
+        shape = (part.shape[0], self.rows[-1].stop, *part.shape[2:])
+        fits = self.room is not None and self.room.shape == shape and self.room.dtype == part.dtype
+        return self.room if fits and self.room is not None else part.new_empty(shape)
 
     def results(self) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of the input, and of each parameter in its own dtype."""
@@ -290,7 +306,12 @@ class _GradientSums:
 
 
 def run_backward(
-    run: BlockRun, saved: Saved, grad: Tensor, parameters: list[Tensor], needs_input: bool
+    run: BlockRun,
+    saved: Saved,
+    grad: Tensor,
+    parameters: list[Tensor],
+    needs_input: bool,
+    may_overwrite: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """All blocks from right to left, each with one local backward.
 
@@ -300,6 +321,7 @@ def run_backward(
         grad: (B, T, D), the gradient of the output.
         parameters: those that want a gradient.
         needs_input: whether the hidden states want theirs.
+        may_overwrite: whether the gradient of the input may be written over that of the output.
 
     Returns:
         the gradients of hidden states and parameters.
@@ -309,7 +331,7 @@ def run_backward(
         _refill(run, saved, attention)
     last = len(run.rows) - 1
     order = list(range(last, -1, -1))
-    sums = _GradientSums(run, parameters, needs_input)
+    sums = _GradientSums(run, parameters, needs_input, grad if may_overwrite else None)
     for index, block, results in zip(order, saved.hidden.read(order), saved.results(order), strict=True):
         block = block.detach().requires_grad_(needs_input)
         options = {} if attention is None else {"results": results, "stores": index == last}
@@ -341,8 +363,10 @@ class _BlockFunction(torch.autograd.Function):
         parameters, tensors = saved[: ctx.num_parameters], saved[ctx.num_parameters :]
         for blocks, tensor in zip(ctx.saved.on_device(), tensors, strict=True):
             blocks.tensor = tensor
+        # On a line of its own: arguments of a pending call count as references.
+        may_overwrite = is_unshared(grad)
         grad_hidden, grads = run_backward(
-            ctx.run, ctx.saved, grad, list(parameters), needs_input=ctx.needs_input_grad[2]
+            ctx.run, ctx.saved, grad, list(parameters), ctx.needs_input_grad[2], may_overwrite
         )
         for blocks in ctx.saved.all():
             blocks.release()

@@ -25,14 +25,47 @@ class Window:
     """The keys that a block of queries needs, and which of them each query sees.
 
     Args:
-        keys: columns of the whole sequence, ending with the block itself.
+        rows: the queries, whose own keys are the last of `keys`.
+        keys: columns of the whole sequence.
         limits: the range inside `keys`, bottom-right causal.
         bias: (B or 1, H or 1, rows, keys) of a dense mask that the caller made, or None.
     """
 
+    rows: slice
     keys: slice
     limits: KeyRange
     bias: Tensor | None = None
+
+    def parts(self, most: int) -> list["Window"]:
+        """The same pairs, as pieces of what lies left of the block, and the block's own keys.
+
+        Args:
+            most: keys of a piece on the left.
+        """
+        cuts = [*range(self.keys.start, self.rows.start, most), self.rows.start, self.rows.stop]
+        return [self._part(slice(*ends)) for ends in zip(cuts, cuts[1:], strict=False)]
+
+    def _part(self, keys: slice) -> "Window":
+        columns = slice(keys.start - self.keys.start, keys.stop - self.keys.start)
+        limits = cut_range(self.limits, slice(None), columns, causal=keys.stop == self.rows.stop)
+        return Window(self.rows, keys, limits, None if self.bias is None else self.bias[..., columns])
+
+
+def cut_range(limits: KeyRange, rows: slice, keys: slice, causal: bool) -> KeyRange:
+    """The range of some queries inside some keys.
+
+    Args:
+        limits: of the whole problem.
+        rows: the queries.
+        keys: the keys, with start and stop.
+        causal: whether causal order still restricts them; it is bottom-right.
+    """
+    lower, upper = (
+        None if bound is None else (bound[:, rows] - keys.start).clamp(0, keys.stop - keys.start)
+        for bound in (limits.lower, limits.upper)
+    )
+    key_mask = None if limits.key_mask is None else limits.key_mask[:, keys].contiguous()
+    return KeyRange(limits.causal and causal, lower, upper, key_mask)
 
 
 class Visibility:
@@ -56,14 +89,8 @@ class Visibility:
             rows: its queries.
         """
         keys = slice(self.starts[index], rows.stop)
-        whole = self.limits
-        lower, upper = (
-            None if bound is None else (bound[:, rows] - keys.start).clamp(0, keys.stop - keys.start)
-            for bound in (whole.lower, whole.upper)
-        )
-        key_mask = None if whole.key_mask is None else whole.key_mask[:, keys].contiguous()
-        limits = KeyRange(whole.causal, lower, upper, key_mask)
-        return Window(keys, limits, None if self.dense is None else self.dense[:, :, rows, keys])
+        limits = cut_range(self.limits, rows, keys, causal=True)
+        return Window(rows, keys, limits, None if self.dense is None else self.dense[:, :, rows, keys])
 
 
 def _first_keys(limits: KeyRange, blocks: list[slice]) -> list[int]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
+from hf_longattn.training import layer
 
 # fp32 sums in another order; the loss and the gradients of a whole model, relative.
 BOUND = 2e-6
@@ -182,15 +183,15 @@ def test_gradient_checkpointing_is_left_out(moment):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_layers_inside_a_checkpoint_of_the_callers(reentrant):
     model = hf_longattn.prepare_training(build("llama"), block_size=16)
-    layer = model.model.layers[0]
+    first = model.model.layers[0]
     hidden = torch.randn(2, 43, 64, requires_grad=True)
     cos_sin = model.model.rotary_emb(hidden, torch.arange(43)[None])
     weights = torch.randn(2, 43, 64)
-    call = functools.partial(layer, position_embeddings=cos_sin)
-    expected = torch.autograd.grad((call(hidden) * weights).sum(), [hidden, *layer.parameters()])
+    call = functools.partial(first, position_embeddings=cos_sin)
+    expected = torch.autograd.grad((call(hidden) * weights).sum(), [hidden, *first.parameters()])
     output = checkpoint(call, hidden, use_reentrant=reentrant)
     (output * weights).sum().backward()
-    result = [hidden.grad, *(p.grad for p in layer.parameters())]
+    result = [hidden.grad, *(p.grad for p in first.parameters())]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
 
 
@@ -267,6 +268,34 @@ def test_a_layer_keeps_its_input_alone(save_attention):
     expected = 5 * 64 * 4 + (3 * (64 + 4) * 4 if save_attention else 0)
     assert slope <= expected + 16, "16 bytes: positions and the like"
     assert slope >= expected
+
+
+def test_gradients_are_written_over_one_another(monkeypatch):
+    found, place = [], layer._GradientSums._place
+
+    def look(self, part):
+        found.append(self.room is not None and place(self, part) is self.room)
+        return place(self, part)
+
+    monkeypatch.setattr(layer._GradientSums, "_place", look)
+    model = hf_longattn.prepare_training(build("llama"), block_size=16)
+    assert_same(step(model, **batch("full")), plain("llama", "full"))
+    assert found == [True] * 4, "the final norm and three layers"
+    found.clear()
+    output = model.model(input_ids=tiny.tokens(2, 43), output_hidden_states=True, use_cache=False)
+    states = output.hidden_states[1:3]
+    for state in states:
+        state.retain_grad()
+    weights = torch.randn_like(states[0])
+    (output.last_hidden_state * weights).sum().backward()
+    assert all(state.grad.isfinite().all() for state in states)
+    reference = build("llama").model
+    expected = reference(input_ids=tiny.tokens(2, 43), output_hidden_states=True, use_cache=False)
+    gradients = torch.autograd.grad(
+        (expected.last_hidden_state * weights).sum(), list(expected.hidden_states[1:3])
+    )
+    for state, gradient in zip(states, gradients, strict=True):
+        assert tiny.relative_error(state.grad, gradient) <= BOUND
 
 
 def test_restore_gives_back_what_was_there():

@@ -63,18 +63,25 @@ def _parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
         yield _Part(slice(0, num_queries), slice(0, num_keys))
     else:
         prefix = max(0, num_keys - num_queries)
-        for columns in _prefix_pieces(prefix, num_queries):
+        for columns in prefix_pieces(prefix, num_queries):
             yield _Part(slice(0, num_queries), columns)
         yield _Part(
             slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
         )
 
 
-def _prefix_pieces(prefix: int, unit: int) -> Iterator[slice]:
+def prefix_pieces(prefix: int, unit: int) -> Iterator[slice]:
     """The keys before the diagonal, cut so that a prompt read in chunks meets few different shapes.
 
     cuDNN builds a plan for every shape it has not seen, some 50 ms each. Behind k chunks of `unit` queries
     lie k times `unit` keys: the binary digits of k give pieces whose lengths come back at every chunk.
+
+    Args:
+        prefix: keys before the diagonal.
+        unit: keys that every chunk adds.
+
+    Returns:
+        the pieces, which cover the prefix.
     """
     if unit == 0 or prefix % unit:
         yield from [slice(0, prefix)] if prefix else []

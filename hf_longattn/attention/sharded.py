@@ -15,8 +15,10 @@ from hf_longattn.attention.exact import Options
 from hf_longattn.cache.placement import Slices
 from hf_longattn.cache.sharded import Shard, ShardedLayer, ShardedSlidingLayer
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.kernels.blockwise_attention.sdpa import prefix_pieces
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.merge_partials import merge_partials
 from hf_longattn.masking import LazyMask
 from hf_longattn.parallel.reduction import exchange_merge, gather_merge
 
@@ -105,10 +107,57 @@ def _attend_run(
     slices: Slices,
 ) -> Tensor:
     queries = slices.in_order(shard.group.gather(query))
-    held = _held(mask, shard, query.device)
-    output, lse = blockwise_attention(queries, key, value, mask=held, **_terms(options, shard))
+    terms = _terms(options, shard)
+    limits = mask.key_range(query.device)
+    if limits is not None and limits.is_dense and options.softcap is None:
+        output, lse = _attend_dense_run(queries, key, value, slices, terms)
+    else:
+        held = _held(mask, shard, query.device)
+        output, lse = blockwise_attention(queries, key, value, mask=held, **terms)
     lse = slices.by_rank(lse.unsqueeze(-1)).squeeze(-1)
     return exchange_merge(shard.group, slices.by_rank(output), lse)[0]
+
+
+def _attend_dense_run(
+    queries: Tensor, key: Tensor, value: Tensor, slices: Slices, terms: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A run under causal order alone, in dense calls, which torch's own kernels take.
+
+    All queries see the keys held before the run. Of the two slices that this rank adds, queries before a
+    slice see nothing, its own queries a causal square, and later ones all of it.
+    """
+    total = queries.new_zeros((*queries.shape[:3], value.shape[-1]))
+    total_lse = queries.new_full(total.shape[:3], -torch.inf, dtype=_lse_dtype(queries))
+
+    def add(rows: slice, columns: slice, causal: bool = False, sinks: Tensor | None = None) -> None:
+        if rows.start == rows.stop or columns.start == columns.stop:
+            return
+        part, lse = blockwise_attention(
+            queries[:, :, rows],
+            key[:, :, columns],
+            value[:, :, columns],
+            mask=KeyRange(causal=causal),
+            **{**terms, "sinks": sinks},
+        )
+        merged = merge_partials(
+            torch.stack([total[:, :, rows], part]), torch.stack([total_lse[:, :, rows], lse])
+        )
+        total[:, :, rows], total_lse[:, :, rows] = merged
+
+    past, piece = key.shape[2] - 2 * slices.piece, slices.piece
+    for columns in prefix_pieces(past, 2 * piece):
+        add(slice(0, slices.count), columns)
+    for own, first in zip(slices.own, (past, past + piece), strict=True):
+        # Every row of rank 0 meets its first slice, and so its sink, once.
+        sinks = terms["sinks"] if first == past else None
+        columns = slice(first, first + piece)
+        add(own, columns, causal=True, sinks=sinks)
+        add(slice(own.stop, slices.count), columns, sinks=sinks)
+    return total, total_lse
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _attend_window(

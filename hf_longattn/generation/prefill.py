@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # rate; on a CPU it keeps the progress bar moving.
 GPU_CHUNK_TOKENS = 8192
 _CPU_CHUNK_TOKENS = 512
+# Processes that share a chunk make it longer, up to this many times: its queries meet on every one of them.
+_MOST_CHUNKS = 4
 
 
 def prefill(
@@ -69,8 +71,8 @@ def prefill(
     whole = mask is not None and mask.shape[1] == input_ids.shape[1]
     first = past if whole else 0
     total = input_ids.shape[1] - first
-    ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
-    chunk = asked or ranks * _pick_chunk(input_ids)
+    shared = isinstance(cache, ShardedCache)
+    chunk = asked or _pick_chunk(input_ids) * (min(cache.group.world_size, _MOST_CHUNKS) if shared else 1)
     causal_model = cast(Any, model)
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:
@@ -86,6 +88,9 @@ def prefill(
                 is_first_iteration=is_first_iteration and start == 0,
                 **inputs,
             )
+            if shared and start + length < total and "logits_to_keep" in inputs:
+                # No logits are wanted here, so that every token can be shared.
+                inputs["logits_to_keep"] = input_ids.new_empty(0)
             outputs = causal_model(**inputs, return_dict=True)
             advance(length)
     return outputs

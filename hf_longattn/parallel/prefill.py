@@ -38,14 +38,20 @@ class ShardedForward:
         @functools.wraps(self.run)
         def forward(*args: Any, **kwargs: Any) -> Any:
             count = 0 if args else shared_tokens(kwargs)
-            if count:
-                kwargs = self._run_shared(kwargs, count)
-            return self.step(*args, **kwargs)
+            if not count:
+                return self.step(*args, **kwargs)
+            output = self._run_shared(kwargs, count)
+            if count == kwargs["input_ids"].shape[1]:
+                return output
+            positions = kwargs.get("position_ids")
+            kwargs["input_ids"] = kwargs["input_ids"][:, count:]
+            kwargs["position_ids"] = None if positions is None else positions[..., count:]
+            return self.step(**kwargs)
 
         return forward
 
-    def _run_shared(self, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
-        """Computes the first `count` tokens together; returns the keywords of the rest."""
+    def _run_shared(self, kwargs: dict[str, Any], count: int) -> Any:
+        """Computes the first `count` tokens together."""
         cache: ShardedCache = kwargs["past_key_values"]
         past = cache.get_seq_length()
         slices = Slices(past, count, cache.group.rank, cache.group.world_size)
@@ -62,8 +68,7 @@ class ShardedForward:
             "logits_to_keep": 1,
         }
         with cache.computing(slices):
-            self.run(**shared)
-        return {**kwargs, "input_ids": ids[:, count:], "position_ids": positions[..., count:]}
+            return self.run(**shared)
 
 
 def shared_tokens(kwargs: dict[str, Any]) -> int:
@@ -76,7 +81,12 @@ def shared_tokens(kwargs: dict[str, Any]) -> int:
         a multiple of 2P, 0 where every rank computes all.
     """
     ids, cache, keep = (kwargs.get(name) for name in ("input_ids", "past_key_values", "logits_to_keep"))
-    if not isinstance(cache, ShardedCache) or ids is None or not isinstance(keep, int) or keep < 1:
+    if isinstance(keep, Tensor) and keep.numel() == 0:
+        # An empty selection of logits: none is wanted.
+        keep = 0
+    elif not isinstance(keep, int) or keep < 1:
+        return 0
+    if not isinstance(cache, ShardedCache) or ids is None:
         return 0
     mask = kwargs.get("attention_mask")
     unknown = any(value is not None for name, value in kwargs.items() if name not in _KNOWN)

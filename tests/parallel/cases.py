@@ -155,7 +155,7 @@ def memory(rank, size, mesh):
     assert_shares(cache, size)
     if size == 1:
         return
-    assert max(widths) == (63 // (2 * size)) * 2, widths
+    assert max(widths) == 64 // (2 * size) * 2, widths
     share = -(-402 // size)
     for layer in cache.layers:
         bound = share + share // 64 + 64 if isinstance(layer, ShardedLayer) else 2 * (7 + 64) + 64

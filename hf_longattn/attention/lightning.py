@@ -226,7 +226,7 @@ def _warn_untrained(config: Any) -> None:
 def _check_lengths(mask: LazyMask | None, query: Tensor, key: Tensor, layer: RecurrentLayer | None) -> None:
     if mask is None:
         return
-    length = key.shape[2] if layer is None else layer.get_seq_length()
+    length = key.shape[2] if layer is None else layer.mask_length
     if mask.q_length != query.shape[2] or mask.kv_length != length:
         raise ValueError(
             f"`attention_mask` covers {mask.q_length} queries and {mask.kv_length} keys, but the layer has "
@@ -251,8 +251,8 @@ def _make_rows(
     mask: LazyMask | None, query: Tensor, key: Tensor, layer: RecurrentLayer | None, options: Options
 ) -> TokenRows:
     length, device = key.shape[2], query.device
-    total = length if layer is None else layer.get_seq_length()
-    exists = None if mask is None or mask.padding is None else mask.padding[:, -length:].to(device)
+    total = length if layer is None else layer.mask_length
+    exists = None if mask is None or mask.padding is None else _columns(mask, length, total).to(device)
     tracing = torch.compiler.is_compiling()
     stepping = layer is not None and query.shape[2] <= _FEW_TOKENS and device.type != "cpu"
     rows = TokenRows(exists, look=not (tracing or stepping))
@@ -263,6 +263,16 @@ def _make_rows(
         elif rows.bounds is None:
             rows.starts = _document_starts(mask, rows.exists, options)
     return rows
+
+
+def _columns(mask: LazyMask, length: int, total: int) -> Tensor:
+    """(B, length), which of the keys exist: all of them, or those of the new tokens."""
+    assert mask.padding is not None
+    first = 0 if length == total else mask.q_offset - mask.kv_offset
+    if isinstance(first, Tensor):
+        # The position of a CUDA graph's tokens is known to the device alone.
+        return mask.padding.index_select(1, torch.arange(length, device=first.device) + first)
+    return mask.padding[:, first : first + length]
 
 
 def _traced_bounds(mask: LazyMask, options: Options) -> Tensor:

@@ -119,7 +119,7 @@ def _make_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
     layers = []
     for index, kind in enumerate(kinds):
         if index in recurrent:
-            layers.append(RecurrentLayer())
+            layers.append(RecurrentLayer(capacity))
         elif kind == "full_attention":
             layers.append(PreallocatedLayer(capacity))
         elif kind in ("sliding_attention", "chunked_attention"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_longattn.cache.preallocated import Clock, grown_capacity
 from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
 
 IMPLEMENTATION = "lightning_attention"
@@ -245,7 +246,8 @@ class RecurrentLayer(CacheLayerMixin):
     `attend`, which lightning attention calls on the layer that it finds at the keys.
 
     Args:
-        capacity: accepted as other layers do; a state has no length.
+        capacity: that of the key/value layers beside it. A state has no length, but all layers share a mask,
+            whose columns in a CUDA graph are as many as there is room for.
     """
 
     is_sliding = False
@@ -257,6 +259,8 @@ class RecurrentLayer(CacheLayerMixin):
         super().__init__()
         self.recurrent_state: Tensor | None = None
         self.length = 0
+        self.capacity = capacity
+        self.clock: Clock | None = None
         self.record_past = False
         self._slopes: Tensor | None = None
         self._recording: Recording | None = None
@@ -276,13 +280,16 @@ class RecurrentLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Counts (B, G, T, K) new keys and returns them with a reference to this layer, and the values."""
         if not self.is_initialized:
+            self.capacity = max(self.capacity, key_states.shape[2])
             self.lazy_initialization(key_states, value_states)
         if self.recurrent_state is not None and key_states.shape[0] != self.batch_size:
             raise ValueError(
                 f"`past_key_values` holds {self.batch_size} sequences, got a batch of {key_states.shape[0]}; "
                 "pass a new cache, or `cache.fork(batch_size)`."
             )
-        self.length += key_states.shape[2]
+        if self.clock is None:
+            self.make_room(key_states.shape[2])
+            self.length += key_states.shape[2]
         # An alias of its own: the model's tensor keeps no reference to the cache.
         key_states = key_states.view_as(key_states)
         key_states.recurrent_layer = self  # type: ignore[attr-defined]
@@ -310,10 +317,35 @@ class RecurrentLayer(CacheLayerMixin):
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if self.recurrent_state is not None and query.shape[2] == 1 and not gradient:
             return _step(query, key, value, slopes, scale, rows.exists, self.recurrent_state)
-        output, self.recurrent_state = scan_rows(
-            query, key, value, slopes, scale, rows, self.recurrent_state, stateful=True
-        )
+        before = self.recurrent_state
+        output, state = scan_rows(query, key, value, slopes, scale, rows, before, stateful=True)
+        assert state is not None
+        # In place: a CUDA graph goes on writing where it was captured.
+        self.recurrent_state = state if before is None or gradient else before.copy_(state)
         return output
+
+    @property
+    def mask_length(self) -> int:
+        """Columns of the mask behind `update`: all tokens, or all that there is room for in a CUDA graph."""
+        return self.length if self.clock is None else self.capacity
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Layers that are equal in this advance together."""
+        return (self.is_sliding, self.capacity, self.device)
+
+    def set_clock(self, clock: Clock) -> None:
+        """Tells the device how many tokens this layer, and all of its group, has seen."""
+        clock.set(self.length, 0)
+
+    def make_room(self, count: int) -> None:
+        """Grows the capacity as the key/value layers do."""
+        if self.length + count > self.capacity:
+            self.capacity = grown_capacity(self.capacity, self.length + count)
+
+    def advanced(self, count: int) -> None:
+        """Counts tokens that a CUDA graph has taken in."""
+        self.length += count
 
     def _record(self, key: Tensor, value: Tensor, exists: Tensor | None) -> None:
         if self._recording is None or len(self._recording) > _MAX_RECORDED:
@@ -328,13 +360,15 @@ class RecurrentLayer(CacheLayerMixin):
         """
         self.record_past = True
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(all tokens there will be, 0) once `query_length` are appended, as for a layer that keeps all."""
+        if self.clock is not None:
+            return self.capacity, self.clock.offset
         return self.length + query_length, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens seen so far, padding included."""
-        return self.length
+        return self.length if self.clock is None else self.clock.write + self.clock.offset
 
     def get_max_length(self) -> int:
         """-1: there is no limit."""
@@ -394,6 +428,7 @@ class RecurrentLayer(CacheLayerMixin):
         """Forgets everything."""
         self.recurrent_state = self._recording = None
         self.length = 0
+        self.is_initialized = False
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.recurrent_state is not None:
@@ -405,7 +440,11 @@ class RecurrentLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Puts row `beam_idx[b]` in the place of row b."""
+        state = self.recurrent_state
         self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        if state is not None and self.recurrent_state is not None:
+            # In the memory that a CUDA graph knows.
+            self.recurrent_state = state.copy_(self.recurrent_state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times in place of it."""
@@ -433,6 +472,7 @@ class RecurrentLayer(CacheLayerMixin):
         """Takes over what `state` gave; `length` is the number of tokens seen."""
         self.reset()
         self.recurrent_state, self.length = state.get("recurrent_state"), length
+        self.capacity = max(self.capacity, length)
         if self.recurrent_state is not None:
             self.lazy_initialization(self.recurrent_state, self.recurrent_state)
 

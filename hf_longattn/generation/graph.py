@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
+from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.generation.fusion import fused
 from hf_longattn.kernels.dispatch import warn_slow
 
@@ -54,6 +55,31 @@ def device_lengths(cache: LongContextCache, clocks: dict[Any, Clock], count: int
     finally:
         for layer in layers:
             layer.clock = None
+
+
+@contextlib.contextmanager
+def rehearsal(cache: LongContextCache) -> Iterator[None]:
+    """Inside, a step leaves no trace: keys are written again by the replay, states would be added to twice.
+
+    Args:
+        cache: a filled cache.
+    """
+    layers: list[Any] = cache.layers
+    states: list[Any] = [layer.recurrent_state for layer in layers if isinstance(layer, RecurrentLayer)]
+    before = [state.clone() for state in states]
+    try:
+        yield
+    finally:
+        for state, copy in zip(states, before, strict=True):
+            state.copy_(copy)
+
+
+def _can_be_captured(layer: Any) -> bool:
+    """Whether a replay does all that the layer's own code would do in a step."""
+    if isinstance(layer, RecurrentLayer):
+        # What is recorded for a rollback is kept on the host.
+        return layer.recurrent_state is not None and not layer.record_past
+    return isinstance(layer, PreallocatedLayer) and layer.is_initialized
 
 
 @dataclass
@@ -116,7 +142,7 @@ class GraphDecoder:
         if torch.is_grad_enabled() or self.model.training or torch.cuda.is_current_stream_capturing():
             return False
         layers = cache.layers
-        if not all(isinstance(layer, PreallocatedLayer) and layer.is_initialized for layer in layers):
+        if not all(_can_be_captured(layer) for layer in layers):
             return False
         mask = kwargs.get("attention_mask")
         return (mask is None or mask.ndim == 2) and all(
@@ -162,7 +188,7 @@ class GraphDecoder:
     ) -> Step:
         inputs = _make_inputs(kwargs)
         call = {**kwargs, **inputs}
-        with device_lengths(cache, graphs.clocks, count), fused(self.model):
+        with device_lengths(cache, graphs.clocks, count), fused(self.model), rehearsal(cache):
             layers: list[Any] = cache.layers
             # One layer of a group speaks for all of it.
             leaders = list({id(layer.clock): (layer.clock, layer) for layer in layers}.values())
@@ -228,7 +254,8 @@ def _step_key(kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 def _buffers(cache: LongContextCache) -> tuple[int, ...]:
     layers: list[Any] = cache.layers
-    return tuple(layer._keys.data_ptr() for layer in layers)
+    states = (layer.recurrent_state if isinstance(layer, RecurrentLayer) else layer._keys for layer in layers)
+    return tuple(state.data_ptr() for state in states)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _make_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor]:

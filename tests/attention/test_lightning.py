@@ -15,6 +15,7 @@ import hf_longattn
 from hf_longattn.attention.lightning import lightning_attention_forward, tnl_slopes
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.generation.graph import GraphDecoder, device_lengths, rehearsal
 from hf_longattn.kernels import dispatch
 from hf_longattn.masking import lazy_mask
 
@@ -581,3 +582,63 @@ def test_forward_compiles_in_one_graph(layout):
         result = compiled(input_ids=ids, attention_mask=mask, **keywords).logits
     real = slice(None) if mask is None else mask.bool()
     assert tiny.relative_error(result[real], expected[real]) <= BOUND
+
+
+# Decoding steps whose lengths are on the device
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.build("llama", NAME), hybrid], ids=["all", "hybrid"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_steps_by_the_clock_equal_ordinary_ones(make, holes):
+    model, ids, mask = make(), tiny.tokens(2, 30), tiny.padding([30, 22], 30, "left")
+    if holes:
+        mask[0, [10, 16]] = 0
+    where, clocks, start = positions(mask).masked_fill(mask == 0, 1), {}, 9
+    caches = [LongContextCache(model.config, capacity=18) for _ in range(2)]
+    for cache in caches:
+        logits(model, ids[:, :9], mask[:, :9], position_ids=where[:, :9], past_key_values=cache)
+    memory = caches[1].layers[0].recurrent_state.data_ptr()
+    for count in (1, 1, 3, 1, 4, 1, 1, 8, 1):
+        part = slice(start, start + count)
+        keywords = {"position_ids": where[:, part]}
+        expected = logits(model, ids[:, part], mask[:, : part.stop], past_key_values=caches[0], **keywords)
+        future = F.pad(mask[:, : part.stop], (0, 64), value=1)
+        with device_lengths(caches[1], clocks, count):
+            used = {id(layer.clock): layer.clock for layer in caches[1].layers}.values()
+            for clock in used:
+                clock.begin(count)
+            # The rehearsal for a capture leaves no trace.
+            with rehearsal(caches[1]):
+                logits(model, ids[:, part], future, past_key_values=caches[1], **keywords)
+            result = logits(model, ids[:, part], future, past_key_values=caches[1], **keywords)
+            for clock in used:
+                clock.advance(count)
+        for clock in used:
+            clock.advanced(count)
+        for layer in caches[1].layers:
+            layer.advanced(count)
+        real = mask[:, part].bool()
+        assert tiny.relative_error(result[real], expected[real]) <= BOUND
+        start += count
+    assert caches[1].layers[0].recurrent_state.data_ptr() == memory
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [lambda: tiny.build("llama", NAME), hybrid], ids=["all", "hybrid"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_graph_gives_the_tokens_of_eager(make, mode):
+    rows = 1 if "prompt_lookup_num_tokens" in mode else 2
+    ids, mask = tiny.tokens(rows, 23).cuda(), tiny.padding([23, 9][:rows], 23, "left").cuda()
+    expected = generate(make().cuda(), ids, mask, max_new_tokens=40, **mode)
+    required = True if rows == 2 else "auto"
+    model = hf_longattn.prepare_generation(make().cuda(), prefill_chunk_size=8, cuda_graph=required)
+    assert generate(model, ids, mask, max_new_tokens=40, **mode) == expected
+
+
+@pytest.mark.gpu
+def test_one_capture_serves_a_whole_answer(monkeypatch):
+    captures, real = [], GraphDecoder._capture
+    monkeypatch.setattr(GraphDecoder, "_capture", lambda self, *a: (captures.append(1), real(self, *a))[1])
+    model = hf_longattn.prepare_generation(hybrid().cuda(), cuda_graph=True)
+    generate(model, tiny.tokens(1, 23).cuda(), max_new_tokens=100)
+    assert len(captures) == 1

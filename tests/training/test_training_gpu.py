@@ -1,0 +1,146 @@
+"""What only a GPU shows: gradients in 16 bit, through torch's kernels and ours, offload, peak memory."""
+
+import gc
+
+import pytest
+import torch
+import transformers as tf
+
+import hf_longattn
+from hf_longattn.training.offload import HostBlocks, Layout, PinnedPool
+
+pytestmark = pytest.mark.gpu
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "pad_token_id": 0,
+}
+WINDOWS = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 200,
+}
+FAMILIES = {
+    "llama": (tf.LlamaConfig, {}),
+    "gemma2": (tf.Gemma2Config, {"query_pre_attn_scalar": 64, **WINDOWS}),
+    "gpt-oss": (tf.GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}),
+}
+
+
+def build(family, dtype):
+    torch.manual_seed(0)
+    kind, changes = FAMILIES[family]
+    model = tf.AutoModelForCausalLM.from_config(
+        kind(**{**SHAPE, **changes}), attn_implementation="eager", dtype=torch.float32
+    )
+    # Grouped matrix products have no float64.
+    model.set_experts_implementation("eager")
+    # The same values, exactly, in every dtype.
+    return model.to(torch.bfloat16).to("cuda", dtype).train()
+
+
+def batch(length, pad):
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(1, 512, (2, length), device="cuda", generator=generator)
+    mask = torch.ones_like(ids)
+    if pad:
+        mask[1, -pad:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs, use_cache=False).loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+def error(result, exact):
+    return ((result - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pad", [0, 333])
+def test_bf16_gradients_are_as_good_as_eager(family, pad):
+    inputs = batch(1500, pad)
+    exact = gradients(build(family, torch.float64), inputs)
+    plain = error(gradients(build(family, torch.bfloat16), inputs), exact)
+    for fields in ({"offload": False}, {"offload": True}, {"offload": True, "save_attention": False}):
+        model = hf_longattn.prepare_training(build(family, torch.bfloat16), block_size=400, **fields)
+        result = error(gradients(model, inputs), exact)
+        assert result <= 1.5 * (plain + torch.finfo(torch.bfloat16).eps), fields
+
+
+def test_offload_changes_no_bit_over_steps_of_other_lengths():
+    models = [
+        hf_longattn.prepare_training(build("llama", torch.bfloat16), block_size=300, offload=offload)
+        for offload in (False, True)
+    ]
+    for length in (900, 1300, 700, 1300):
+        inputs = batch(length, 100)
+        expected, result = (gradients(model, inputs) for model in models)
+        assert torch.equal(result, expected), length
+
+
+def test_a_second_backward_after_offload_says_what_to_do():
+    model = hf_longattn.prepare_training(build("llama", torch.bfloat16), block_size=300, offload=True)
+    loss = model(**batch(900, 0)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward()
+
+
+def test_pinned_blocks_come_back_and_their_memory_is_used_again():
+    pool, rows = PinnedPool(), [slice(0, 30), slice(30, 60), slice(60, 70)]
+    tensor = torch.randn(2, 70, 5, device="cuda", dtype=torch.bfloat16)
+    layout = Layout((2, 70, 5), tensor.dtype, tensor.device, rows)
+    stream, slabs = torch.cuda.Stream(), set()
+    for _ in range(3):
+        blocks = HostBlocks(pool, stream, layout)
+        slabs.add(blocks.slab.data_ptr())
+        for index, part in enumerate(rows):
+            blocks.write(index, tensor[:, part])
+        for order in ([0, 1, 2], [2, 1, 0], [1]):
+            for index, block in zip(order, blocks.read(order), strict=True):
+                assert torch.equal(block, tensor[:, rows[index]])
+        blocks.release()
+    assert len(slabs) == 1
+    assert pool.take(layout.num_bytes).numel() == layout.num_bytes
+
+
+def peak(model, length):
+    ids = torch.ones(1, length, dtype=torch.long, device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cuda.max_memory_allocated()
+
+
+def test_the_peak_a_token_is_that_of_one_layer():
+    model = hf_longattn.prepare_training(build("llama", torch.bfloat16), block_size=2048, offload=True)
+    peak(model, 1 << 15)
+    slope = (peak(model, 1 << 17) - peak(model, 1 << 16)) / (1 << 16)
+    hidden, kv = 2 * 256, 2 * 2 * 128
+    # Embeddings, input and output of a layer, an input on its way to the host, keys and values; positions,
+    # labels, cosines and sines.
+    assert slope <= 4 * hidden + kv + 2 * 2 * 64 + 6 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_the_gradient_scaler(dtype):
+    inputs = batch(700, 50)
+    exact = gradients(build("llama", torch.float64), inputs)
+    errors = []
+    for prepare in (lambda model: model, lambda m: hf_longattn.prepare_training(m, block_size=300)):
+        model = prepare(build("llama", torch.float32))
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+        with torch.autocast("cuda", dtype):
+            loss = model(**inputs, use_cache=False).loss
+        scaler.scale(loss).backward()
+        result = torch.cat([p.grad.flatten().double() for p in model.parameters()]) / 2.0**10
+        errors.append(error(result, exact))
+    assert errors[1] <= 1.5 * (errors[0] + torch.finfo(dtype).eps)

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -493,3 +495,26 @@ def test_forward_compiles_in_one_graph(variant, padded):
         result = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
     real = slice(None) if mask is None else mask.bool()
     assert error(result[real], expected[real]) <= BOUND
+
+
+# The guide
+
+
+def test_the_guide_runs(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "lightning.md").read_text()
+    *blocks, convert = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    small = tf.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4
+    )
+    tf.LlamaForCausalLM(small).save_pretrained(tmp_path / "vanilla")
+    official(tmp_path / "official", "bin")
+    names = {"HuggingFaceTB/SmolLM2-135M-Instruct": "vanilla", "TransNormerLLM-1B": "official"}
+    names["lightning-1b"] = "converted"
+    scope = {}
+    for block in [*blocks, convert]:
+        for name, folder in names.items():
+            block = block.replace(f'"{name}"', repr(str(tmp_path / folder)))
+        exec(compile(block, "lightning.md", "exec"), scope)
+    assert scope["output"].shape == (1, 45) and scope["loss"].isfinite()
+    assert type(scope["model"]) is LightningForCausalLM
+    assert (tmp_path / "converted" / "config.json").is_file()

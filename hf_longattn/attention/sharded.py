@@ -211,10 +211,12 @@ def _place(mask: LazyMask, layer: ShardedLayer, device: torch.device) -> KeyRang
     if limits.is_dense and mask.q_length == 1:
         return KeyRange()
     limits = _bounded(mask, device)
-    positions = layer.placement.positions(layer.end, device)
+    positions = layer.positions(device)
     lower, upper = (
         None if bound is None else torch.searchsorted(positions, bound.long(), out_int32=True)
         for bound in (limits.lower, limits.upper)
     )
-    key_mask = None if limits.key_mask is None else limits.key_mask[:, positions]
+    # Slots that a graph is still to fill may lie past the mask: the upper bound hides them.
+    inside = positions.clamp(max=mask.kv_length - 1)
+    key_mask = None if limits.key_mask is None else limits.key_mask[:, inside]
     return KeyRange(lower=lower, upper=upper, key_mask=key_mask)

@@ -8,6 +8,7 @@ long chats stay balanced.
 
 import bisect
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,15 @@ class Slices:
         return torch.cat([first, second], 3)
 
 
+class _Stretch(NamedTuple):
+    """Tokens given out in one way: what each rank holds of a run that was cut, None for blocks."""
+
+    start: int
+    stop: int
+    share: int | None
+    before: int
+
+
 class Placement:
     """The tokens of a cache that one rank holds, as runs of positions; one for all layers of a cache.
 
@@ -88,8 +98,13 @@ class Placement:
         self._stops: list[int] = []
         # Held tokens before each run.
         self._before: list[int] = []
+        # Runs that were cut and stretches in blocks, in turn.
+        self._stretches: list[_Stretch] = []
         self._positions: Tensor | None = None
         self._written = 0
+        self._ahead: Tensor | None = None
+        self._is_ahead_known = False
+        self._slots: tuple[Tensor, Tensor] | None = None
 
     @property
     def held(self) -> int:
@@ -102,6 +117,26 @@ class Placement:
         if run < 0:
             return 0
         return self._before[run] + min(length, self._stops[run]) - self._starts[run]
+
+    def most(self, length: int) -> int:
+        """A bound on what any rank holds of the first `length` tokens, those to come in blocks.
+
+        It is the same number on every rank, so that all of them make room at the same step.
+
+        Args:
+            length: at least that of now.
+        """
+        if not self._stretches:
+            return self._most_in_blocks(length)
+        last = self._stretches[-1]
+        if last.share is None:
+            return last.before + self._most_in_blocks(length - last.start)
+        return last.before + last.share + self._most_in_blocks(length - last.stop)
+
+    def _most_in_blocks(self, count: int) -> int:
+        # The stretch may begin and end inside a block.
+        blocks = max(count, 0) // BLOCK + 2
+        return min(max(count, 0), -(-blocks // self.world_size) * BLOCK)
 
     def own_of(self, start: int, count: int) -> list[slice]:
         """Where this rank's tokens lie in the `count` tokens from position `start`, which are placed."""
@@ -118,13 +153,14 @@ class Placement:
             if block % self.world_size == self.rank:
                 self._add(max(block * BLOCK, self.length), min((block + 1) * BLOCK, stop))
             block += 1
-        self.length = stop
+        self._stretch(stop, None)
 
     def place_slices(self, slices: Slices) -> None:
         """Gives out a run that the ranks compute together."""
         for part in slices.own:
             self._add(slices.start + part.start, slices.start + part.stop)
-        self.length += slices.count
+        self._stretch(slices.start + slices.count, 2 * slices.piece)
+        self._is_ahead_known = False
 
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""
@@ -136,6 +172,11 @@ class Placement:
                 run.pop()
         if self._stops:
             self._stops[-1] = min(self._stops[-1], length)
+        while self._stretches and self._stretches[-1].start >= length:
+            self._is_ahead_known &= self._stretches.pop().share is None
+        if self._stretches and self._stretches[-1].stop > length:
+            self._is_ahead_known &= self._stretches[-1].share is None
+            self._stretches[-1] = self._stretches[-1]._replace(stop=length)
         self.length = length
 
     def positions(self, count: int, device: torch.device) -> Tensor:
@@ -150,6 +191,57 @@ class Placement:
             torch.arange(first, self._stops[run], out=self._positions[self._written : stop])
             self._written, run = stop, run + 1
         return self._positions[:count]
+
+    def look_ahead(self, slots: int, device: torch.device) -> Tensor:
+        """The positions of all slots of a buffer, those to be filled in blocks included, for a CUDA graph.
+
+        Args:
+            slots: of the buffer.
+            device: of the result.
+
+        Returns:
+            (slots,) int64, ascending. The tensor stays the same while `slots` does; runs that are cut, and
+            cropped, change what is in it.
+        """
+        if self._ahead is None or len(self._ahead) != slots or self._ahead.device != device:
+            self._ahead = torch.zeros(slots, dtype=torch.long, device=device)
+            self._is_ahead_known = False
+        if not self._is_ahead_known:
+            self._ahead[: self.held] = self.positions(self.held, device)
+            self._ahead[self.held :] = self._next_in_blocks(slots - self.held, device)
+            self._is_ahead_known = True
+        return self._ahead
+
+    def slots_of(self, positions: Tensor, spare: int) -> Tensor:
+        """Where tokens go in a buffer that `look_ahead` describes; worked out once for all layers of a step.
+
+        Args:
+            positions: (T,) int64.
+            spare: slot for the tokens of other ranks.
+
+        Returns:
+            (T,) int64 slots.
+        """
+        if self._slots is None or self._slots[0] is not positions:
+            assert self._ahead is not None
+            slots = torch.searchsorted(self._ahead, positions)
+            is_own = self._ahead[slots.clamp(max=len(self._ahead) - 1)] == positions
+            self._slots = positions, torch.where(is_own, slots, spare)
+        return self._slots[1]
+
+    def _next_in_blocks(self, count: int, device: torch.device) -> Tensor:
+        block = self.length // BLOCK
+        block += (self.rank - block) % self.world_size
+        begun = max(self.length - block * BLOCK, 0)
+        index = torch.arange(begun, begun + count, device=device)
+        return (block + index // BLOCK * self.world_size) * BLOCK + index % BLOCK
+
+    def _stretch(self, stop: int, share: int | None) -> None:
+        start, before = self.length, self.most(self.length)
+        if share is None and self._stretches and self._stretches[-1].share is None:
+            start, before = self._stretches[-1].start, self._stretches.pop().before
+        self._stretches.append(_Stretch(start, stop, share, before))
+        self.length = stop
 
     def _add(self, start: int, stop: int) -> None:
         if self._stops and self._stops[-1] == start:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.placement import BLOCK, Placement, Slices
-from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
 
 _TAG = "_hf_longattn_shard"
 
@@ -53,7 +54,7 @@ class ShardedLayer(PreallocatedLayer):
     def __init__(self, group: Any, placement: Placement, capacity: int = 0) -> None:
         # Shares differ by a block, and by the remainders of prompts that do not divide evenly.
         share = -(-capacity // group.world_size)
-        super().__init__(share + share // 64 + 2 * BLOCK if capacity and group.world_size > 1 else share)
+        super().__init__(share + share // 64 + 4 * BLOCK if capacity else 0)
         self.group_of_ranks, self.placement = group, placement
         self.length = 0
         self.slices: Slices | None = None
@@ -69,28 +70,81 @@ class ShardedLayer(PreallocatedLayer):
             args: unused.
             kwargs: unused.
         """
+        if self.clock is not None:
+            return self._write_by_clock(self.clock, key_states, value_states)
         count = key_states.shape[2] if self.slices is None else self.slices.count
         if self.placement.length == self.length:
             if self.slices is None:
                 self.placement.place(count)
             else:
                 self.placement.place_slices(self.slices)
+        self.make_room(count)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         own = self.placement.own_of(self.length, count) if self.slices is None else [slice(None)]
-        for part in own or [slice(0)]:
+        for part in own:
             self._append(key_states[:, :, part], value_states[:, :, part])
         self.length += count
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        return self._tagged(self.keys), self.values  # type: ignore[return-value]
+
+    def _tagged(self, keys: Tensor | None) -> Tensor:
+        assert keys is not None
         setattr(keys, _TAG, Shard(self.group_of_ranks, self, self.slices))
-        return keys, values
+        return keys
+
+    def _write_by_clock(
+        self, clock: Clock, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # The clock counts the tokens of all ranks; what is not this rank's goes to the spare slot.
+        assert self._keys is not None and self._values is not None
+        spare = self.capacity - 1
+        slots = self.placement.slots_of(clock.index, spare)
+        self._keys.index_copy_(2, slots, key_states)
+        self._values.index_copy_(2, slots, value_states)
+        return self._tagged(self._keys[:, :, :spare]), self._values[:, :, :spare]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Positions of the keys that `update` returned, ascending."""
+        if self.clock is not None:
+            return self.placement.look_ahead(self.capacity - 1, device)
+        return self.placement.positions(self.end, device)
+
+    def set_clock(self, clock: Clock) -> None:
+        """Tells the device the length of the whole sequence, and the positions of all slots."""
+        clock.set(self.length, 0)
+        self.placement.look_ahead(self.capacity - 1, self.device)
+
+    def make_room(self, count: int) -> None:
+        """Sees to it that `count` more tokens of the whole sequence fit, at the same step on every rank.
+
+        Args:
+            count: tokens.
+        """
+        needed = self.placement.most(self.length + count) + 1
+        if needed <= self.capacity:
+            return
+        if self.is_initialized:
+            self.capacity = needed + needed // 4
+            self._replace_buffers(lambda filled: filled)
+        else:
+            self.capacity = needed
+
+    def advanced(self, count: int) -> None:
+        """Counts tokens of the whole sequence that a CUDA graph has written."""
+        if self.placement.length == self.length:
+            self.placement.place(count)
+        self.length += count
+        self.end = self.placement.count(self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys of the whole sequence, 0) once the new tokens of all ranks are appended."""
+        if self.clock is not None:
+            return self.group_of_ranks.world_size * self.capacity, self.clock.offset
         return self.length + (query_length if self.slices is None else self.slices.count), 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens of the whole sequence."""
-        return self.length
+        return self.length if self.clock is None else self.clock.write + self.clock.offset
 
     def _drop(self, count: int) -> None:
         self.length -= count

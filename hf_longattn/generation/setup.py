@@ -98,10 +98,13 @@ def prepare_generation(
     changes = instance.begin(inner, "generation")
     if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else ("tree_attention",)):
         changes.use_attention("tree_attention")
+    if inner.config.model_type == "minimax":
+        _replace_minimax(changes, inner)
     original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
     if group is not None:
-        changes.set(inner, "forward", ShardedForward(inner.forward, inner.forward).forward())
+        step = decoder.forward() if setup.cuda_graph else inner.forward
+        changes.set(inner, "forward", ShardedForward(inner.forward, step).forward())
         share_generation(inner, group, changes)
     elif setup.cuda_graph:
         changes.set(inner, "forward", decoder.forward())
@@ -110,6 +113,14 @@ def prepare_generation(
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
     instance.setups(inner)["generation"] = changes
     return model
+
+
+def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
+    # Imported here: it imports the model of transformers.
+    from hf_longattn.modeling.lightning import minimax
+
+    minimax.replace_lightning_layers(changes, model)
+    minimax.replace_cache(changes, model)
 
 
 def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> SequenceGroup | None:

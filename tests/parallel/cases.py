@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
+from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache, ShardedLayer
+from hf_longattn.generation.graph import device_lengths
 from hf_longattn.parallel.group import SequenceGroup
 
 FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4"]
@@ -158,7 +160,7 @@ def memory(rank, size, mesh):
     assert max(widths) == 64 // (2 * size) * 2, widths
     share = -(-402 // size)
     for layer in cache.layers:
-        bound = share + share // 64 + 64 if isinstance(layer, ShardedLayer) else 2 * (7 + 64) + 64
+        bound = share + share // 64 + 128 if isinstance(layer, ShardedLayer) else 2 * (7 + 64) + 64
         assert layer._keys.shape[2] <= bound, f"a buffer of {layer._keys.shape[2]} tokens, more than {bound}"
 
 
@@ -251,6 +253,55 @@ def control(rank, size, mesh):
     assert type(model.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values) is (
         tf.DynamicCache
     )
+
+
+def clocks(rank, size, mesh):
+    """Steps with lengths and slots on the device, as a CUDA graph takes them, against one process."""
+    group = SequenceGroup(mesh.get_group("cp") if size > 1 else None, timeout=TIMEOUT)
+    for family in ("llama", "gemma2", "gpt-oss"):
+        model, plain = prepare(family, mesh), tiny.build(family, "tree_attention")
+        ids, mask = tiny.tokens(2, 160), tiny.padding([160, 129], 160, "left")
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        caches = ShardedCache(model.config, group, capacity=18), LongContextCache(model.config)
+        known, start = {}, 0
+        for count in (23, 1, 1, 3, *[1] * 40, -5, 4, 1, 30, *[1] * 20):
+            if count < 0:
+                for cache in caches:
+                    cache.crop(count)
+                start += count
+                continue
+            stop = start + count
+            step = {
+                "input_ids": ids[:, start:stop],
+                "position_ids": positions[:, start:stop],
+                "logits_to_keep": 2,
+            }
+            with torch.no_grad():
+                want = plain(**step, attention_mask=mask[:, :stop], past_key_values=caches[1]).logits
+                if count > 16:
+                    got = model(**step, attention_mask=mask[:, :stop], past_key_values=caches[0]).logits
+                else:
+                    future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
+                    got = step_by_clock(model, {**step, "attention_mask": future}, caches[0], known, count)
+            assert tiny.relative_error(got, want) <= BOUND, (family, start, count)
+            capacities = group.gather(torch.tensor([layer.capacity for layer in caches[0].layers]))
+            assert (capacities == capacities[0]).all(), "ranks made room at different steps"
+            start = stop
+
+
+def step_by_clock(model, step, cache, known, count):
+    with device_lengths(cache, known, count):
+        used = {id(layer.clock): layer.clock for layer in cache.layers}.values()
+        for clock in used:
+            clock.begin(count)
+        logits = model(**step, past_key_values=cache).logits
+        for clock in used:
+            clock.advance(count)
+    for clock in used:
+        clock.advanced(count)
+    for layer in cache.layers:
+        layer.advanced(count)
+    return logits
 
 
 def refusals(rank, size, mesh):

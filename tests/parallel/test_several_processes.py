@@ -10,7 +10,7 @@ import torch
 from hf_longattn.cache.placement import Placement, Slices
 
 CASES = Path(__file__).parent / "cases.py"
-FAST = ["models", "lengths", "turns", "memory", "operations", "control", "refusals"]
+FAST = ["models", "lengths", "turns", "memory", "operations", "control", "clocks", "refusals"]
 
 
 def run(sizes, *topics):

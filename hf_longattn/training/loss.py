@@ -79,6 +79,11 @@ class Head:
         # The last token's logits go unused: the price of leaving the model's forward as it is.
         with self._stubbed(remember):
             output = self.forward(**arguments, logits_to_keep=1, return_dict=True)
+        if len(states) != 1:
+            raise ValueError(
+                f"`loss='chunked'` needs a model that calls its `{self.trunk}` once, got "
+                f"{type(self.model).__name__}, which calls it {len(states)} times; use `loss='model'`."
+            )
         self.output_type = type(states[0])
         output.logits = None
         return output, states[0].last_hidden_state

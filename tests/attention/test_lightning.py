@@ -549,6 +549,15 @@ def test_masks():
         lightning_attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
+def test_set_ups_that_need_softmax_attention():
+    model = tiny.build("llama", NAME)
+    before = set(vars(model))
+    with pytest.raises(ValueError, match="'lightning_attention' would be another model"):
+        hf_longattn.prepare_training(model)
+    hf_longattn.restore(model)
+    assert model.config._attn_implementation == NAME and set(vars(model)) == before
+
+
 def test_encoders_and_cross_attention():
     bert = tf.BertConfig(
         vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96

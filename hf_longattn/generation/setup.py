@@ -94,7 +94,7 @@ def prepare_generation(
     if group is not None:
         # Names a layer that cannot be cut, before anything is changed.
         ShardedCache(inner.config, group)
-        setup = dataclasses.replace(setup, progress=setup.progress and group.rank == 0)
+        setup = dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
     changes = instance.begin(inner, "generation")
     if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else ("tree_attention",)):
         changes.use_attention("tree_attention")
@@ -131,7 +131,7 @@ def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> S
         group = SequenceGroup(dist.group.WORLD, timeout=setup.timeout)
     else:
         return None
-    return group if group.world_size > 1 else None
+    return group if group.control.world_size > 1 else None
 
 
 def _prepare_cache(

@@ -59,6 +59,7 @@ def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setu
         changes: where the changes are noted, to be undone.
     """
     original_generate: Any = model.generate
+    group = group.control
     original_criteria: Any = model._get_stopping_criteria
 
     @functools.wraps(original_generate)

@@ -39,6 +39,8 @@ class SequenceGroup:
         self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
         self._levels = [self._group] if levels is None else list(levels)
         self.watch = Watch(self.rank, self.ranks, timeout)
+        # Every process that must do the same: these ranks, and on a mesh those of its other dimensions too.
+        self.control: SequenceGroup = self
 
     @classmethod
     def from_mesh(cls, mesh: Any, timeout: float = 120.0) -> "SequenceGroup":
@@ -53,16 +55,20 @@ class SequenceGroup:
         """
         names = getattr(mesh, "mesh_dim_names", None) or ()
         if "cp" in names:
-            return cls(mesh.get_group("cp"), timeout=timeout)
-        if not {"cp_inter", "cp_intra"} <= set(names):
+            group = cls(mesh.get_group("cp"), timeout=timeout)
+        elif {"cp_inter", "cp_intra"} <= set(names):
+            both = mesh["cp_inter", "cp_intra"]
+            levels = [both.get_group("cp_intra"), both.get_group("cp_inter")]
+            group = cls(_new_group(both), levels, timeout)
+        else:
             raise ValueError(
                 f"`device_mesh` must name a dimension 'cp', or 'cp_inter' and 'cp_intra', got {names}; build "
                 "it with `init_device_mesh(device, shape, mesh_dim_names=('cp',))`."
             )
-        both = mesh["cp_inter", "cp_intra"]
-        members = both.mesh.flatten().tolist()
-        flat = dist.new_group(members, use_local_synchronization=True)
-        return cls(flat, [both.get_group("cp_intra"), both.get_group("cp_inter")], timeout)
+        if mesh.size() > group.world_size:
+            group.control = cls(_new_group(mesh), timeout=timeout)
+            group.watch = group.control.watch
+        return group
 
     @property
     def ranks(self) -> list[int]:
@@ -140,6 +146,11 @@ class SequenceGroup:
 def _bytes(tensor: Tensor) -> Tensor:
     """The same memory as bytes: every backend moves those, whatever the dtype."""
     return tensor.view(-1).view(torch.uint8)
+
+
+def _new_group(mesh: Any) -> Any:
+    """One process group of all members of a mesh, in its order."""
+    return dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
 
 
 def _with_timeout(group: Any, timeout: float) -> Any:

@@ -5,6 +5,7 @@ Every expectation is computed once, in one process without this package's shardi
 
 import functools
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers as tf
+from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,7 +24,9 @@ import hf_longattn
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache, ShardedLayer
 from hf_longattn.generation.graph import device_lengths
+from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel.group import SequenceGroup
+from hf_longattn.parallel.reduction import gather_merge, three_reductions
 
 FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4"]
 MODES = {
@@ -304,6 +308,83 @@ def step_by_clock(model, step, cache, known, count):
     return logits
 
 
+def reductions(rank, size, mesh):
+    """Every form of the reduction against the merge in one process: empty shards, odd widths, far logits."""
+    group = SequenceGroup(mesh.get_group("cp") if size > 1 else None, timeout=TIMEOUT)
+    for dtype, width in ((torch.float32, 7), (torch.bfloat16, 7), (torch.float16, 16), (torch.float64, 5)):
+        outputs = torch.randn(size, 2, 4, 3, width).to(dtype)
+        lse = torch.randn(size, 2, 4, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        lse = 300 * lse
+        lse[0, 0], lse[:, 1, 2] = -torch.inf, -torch.inf
+        outputs[lse == -torch.inf] = torch.nan if size > 1 else 0.0
+        want = merge_reference(outputs.double(), lse.double())
+        eps = torch.finfo(dtype).eps
+        for form in (gather_merge, three_reductions):
+            got = form(group, outputs[rank], lse[rank])
+            assert (got[0].double() - want[0]).abs().max() <= 2 * eps * want[0].abs().max(), (form, dtype)
+            finite = want[1] > -torch.inf
+            assert torch.equal(got[1] > -torch.inf, finite)
+            # One rounding of the largest lse, of some 1000, and one of the sum.
+            error = (got[1].double() - want[1])[finite].abs().max()
+            assert error <= 2 * torch.finfo(lse.dtype).eps * want[1][finite].abs().max(), (form, dtype)
+            for part in got:
+                everyone = group.gather(part)
+                assert torch.equal(everyone, part.expand_as(everyone)), f"{form}: bits differ"
+
+
+def nodes(rank, size, mesh):
+    """Two nodes of two ranks: joined inside, then across."""
+    both = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("cp_inter", "cp_intra"))
+    for family in ("llama", "gpt-oss"):
+        model = prepare(family, both, prefill_chunk_size=16)
+        assert_same(family, generate(model, *batch_for("greedy"), do_sample=False), expected(family))
+    group = SequenceGroup.from_mesh(both, TIMEOUT)
+    assert group.levels == 2 and (group.rank, group.world_size) == (rank, size)
+
+
+def tensor_parallel(rank, size, mesh):
+    """Half of the heads on each rank of "tp", half of the sequence on each rank of "cp"."""
+    both = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("cp", "tp"))
+    for family in ("llama", "qwen3"):
+        folder, want = even_vocabulary(family)
+        model = tf.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="tree_attention", tp_plan="auto", device_mesh=both["tp"]
+        )
+        hf_longattn.prepare_generation(model, device_mesh=both, timeout=TIMEOUT, prefill_chunk_size=16)
+        output = generate(model, *batch_for("greedy"), do_sample=False)
+        assert_same(family, output, want)
+        timed = generate(model, *batch_for("greedy"), do_sample=False, max_new_tokens=400, max_time=0.2)
+        assert_same("max_time", timed, (timed.sequences, torch.stack(timed.logits)))
+        keys = output.past_key_values.layers[0].keys
+        assert keys.shape[1] == 1 and keys.shape[2] < 32, (
+            "each rank holds half of the heads and of the tokens"
+        )
+
+
+@functools.cache
+def even_vocabulary(family):
+    """(folder, expectation) of a model whose head divides among the ranks."""
+    folder, config = tempfile.mkdtemp(), tiny.CONFIGS[family](vocab_size=98)
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    model.save_pretrained(folder)
+    return folder, result(generate(model, *batch_for("greedy"), do_sample=False))
+
+
+def wrapped(rank, size, mesh):
+    """An accelerator in the place of a mesh, and a wrapper around the model."""
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == size
+    model = tiny.build("llama")
+    wrapper = torch.nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    assert hf_longattn.prepare_generation(wrapper, accelerator=accelerator, timeout=TIMEOUT) is wrapper
+    assert_same("wrapped", generate(model, tiny.tokens(1, 23), do_sample=False), expected("llama", length=23))
+    hf_longattn.restore(wrapper)
+
+
 def refusals(rank, size, mesh):
     """What differs between ranks is named on every rank, and the next call works."""
     if size == 1:
@@ -406,7 +487,12 @@ def expect(topics):
                 expected(family, length=length)
     if "memory" in topics:
         long_answer()
-    if "refusals" in topics:
+    if "nodes" in topics:
+        for family in ("llama", "gpt-oss"):
+            expected(family)
+    if "tensor_parallel" in topics:
+        even_vocabulary("llama"), even_vocabulary("qwen3")
+    if "refusals" in topics or "wrapped" in topics:
         expected("llama", length=23)
     if "turns" in topics:
         conversations("llama"), conversations("gemma2")

@@ -10,7 +10,18 @@ import torch
 from hf_longattn.cache.placement import Placement, Slices
 
 CASES = Path(__file__).parent / "cases.py"
-FAST = ["models", "lengths", "turns", "memory", "operations", "control", "clocks", "refusals"]
+FAST = [
+    "models",
+    "lengths",
+    "turns",
+    "memory",
+    "operations",
+    "control",
+    "clocks",
+    "refusals",
+    "reductions",
+    "wrapped",
+]
 
 
 def run(sizes, *topics):

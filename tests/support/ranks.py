@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 def _enter(function, rank, world_size, port, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     # The store lives in the parent, as it lives in the agent of torchrun: a rank may die without it.
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))

@@ -110,6 +110,14 @@ def cut(name: str, value: Any, rows: slice, length: int) -> Any:
     return value
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds the generators of the CPU and of one device; those of other devices go on."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @dataclass
 class BlockRun:
     """One call of a layer: everything but the hidden states and the parameters.
@@ -145,7 +153,7 @@ class BlockRun:
             if self.seed is not None:
                 devices = [self.device] if kind == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
-                torch.manual_seed((self.seed + index) % 2**63)
+                _seed(self.device, self.seed + index)
             yield
 
     def block(self, index: int, hidden: Tensor, attention: PrefixAttention | None, **options: Any) -> Tensor:

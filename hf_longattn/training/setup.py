@@ -78,8 +78,8 @@ def prepare_training(
     """Makes one model train on sequences of any length: blockwise-parallel layers, chunked loss, offload.
 
     Loss and gradients are those of the model as it was; with dropout, other random numbers of the same
-    distribution are drawn. Works under Trainer, DDP and PEFT. Evaluation without a cache takes the same path.
-    With labels the model returns the loss and no logits. Parameters, state dict and saved config are
+    distribution are drawn. Works under Trainer, DDP, FSDP and PEFT. Evaluation without a cache takes the same
+    path. With labels the model returns the loss and no logits. Parameters, state dict and saved config are
     untouched. Called again, it replaces the earlier set-up.
 
     Args:

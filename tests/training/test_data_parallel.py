@@ -1,4 +1,4 @@
-"""Two processes under DDP on the CPU, each with its own sequences: the gradients of one with all."""
+"""Two processes on the CPU under DDP and FSDP, each with its own rows: the gradients of one with all."""
 
 import os
 import socket
@@ -8,6 +8,8 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_longattn
@@ -24,25 +26,43 @@ def rows(rank):
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def work(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    parallel = DistributedDataParallel(hf_longattn.prepare_training(model(), block_size=16))
+def ddp_gradients(prepared, rank):
+    parallel = DistributedDataParallel(prepared)
     with parallel.no_sync():
         parallel(**rows(rank)).loss.backward()
     parallel(**rows(rank + 2)).loss.backward()
-    gradients = {name: p.grad for name, p in parallel.module.named_parameters()}
+    return {name: p.grad for name, p in parallel.module.named_parameters()}
+
+
+def fsdp_gradients(prepared, rank):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in prepared.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(prepared, mesh=mesh)
+    for offset in (0, 2):
+        prepared(**rows(rank + offset)).loss.backward()
+    return {name: p.grad.full_tensor() for name, p in prepared.named_parameters()}
+
+
+KINDS = {"ddp": ddp_gradients, "fsdp": fsdp_gradients}
+
+
+def work(rank, port, folder, kind):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    gradients = KINDS[kind](hf_longattn.prepare_training(model(), block_size=16), rank)
     torch.save(gradients, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_gradients_are_averaged_once(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_averaged_once(tmp_path, kind):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, tmp_path), nprocs=2)
+    mp.spawn(work, args=(port, tmp_path, kind), nprocs=2)
     plain = model()
     for rank in range(4):
         (plain(**rows(rank)).loss / 2).backward()

@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self, rank: int, ranks: Sequence[int], timeout: float) -> None:
         self.rank, self.ranks, self.timeout = rank, list(ranks), timeout
-        self._calls = self._operations = 0
+        self._operations = 0
         self._fault: str | None = None
         self._store: Any = None
         self._stop = threading.Event()
@@ -36,11 +36,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if len(self.ranks) > 1:
-            self._calls, self._operations, self._fault = self._calls + 1, 0, None
-            name = f"hf_longattn/{'-'.join(map(str, self.ranks))}/{self._calls}"
-            store: Any = dist.distributed_c10d._get_default_store()
-            # A connection of its own: the thread must not wait for what others wait for.
-            self._store = dist.PrefixStore(name, store.clone())
+            self._operations, self._fault = 0, None
+            self._store = self._open_store()
             self._stop.clear()
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
@@ -52,10 +49,21 @@ class Watch:
         if self._thread is None:
             return
         if error is not None and self._fault is None:
-            self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}")
+            self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}".rstrip("."))
         self._stop.set()
         self._thread.join()
         self._thread = None
+
+    def _open_store(self) -> Any:
+        """The keys of this call: every rank counts its calls in the store, and all have made as many."""
+        default: Any = dist.distributed_c10d._get_default_store()
+        # A connection of its own: the thread must not wait for what others wait for.
+        store = dist.PrefixStore(f"hf_longattn/{'-'.join(map(str, self.ranks))}", default.clone())
+        call = store.add(f"calls/{self.rank}", 1)
+        for key in (f"{call - 2}/signs/{self.rank}", f"{call - 2}/note"):
+            # Nobody looks at a call that all have left.
+            store.delete_key(key)
+        return dist.PrefixStore(str(call), store)
 
     def check(self) -> None:
         """Counts an operation.

@@ -47,8 +47,8 @@ class Tiling:
 EVERYTHING, ALL_BUT_SCORES = 7, 6
 # By the widest padded key dim that each serves: what runs where the sequences fill the GPU or can be cut,
 TILINGS = {
-    64: Tiling(64, 64, 4, 4, ALL_BUT_SCORES),
-    128: Tiling(64, 64, 4, 4, ALL_BUT_SCORES),
+    64: Tiling(64, 64, 4, 3, ALL_BUT_SCORES),
+    128: Tiling(64, 64, 4, 2, ALL_BUT_SCORES),
     256: Tiling(64, 32, 4, 3, ALL_BUT_SCORES),
 }
 # and what runs where they are few and too short to be cut.
@@ -60,7 +60,7 @@ FEW_TILINGS = {
 # Programs below which short sequences are few.
 FULL = 128
 # Value columns a program and warps of a decoding step.
-STEP_TILINGS = {128: (32, 4), 256: (16, 4)}
+STEP_TILINGS = {128: (64, 8), 256: (16, 4)}
 
 
 def _by_dim(table: dict, key_dim: int) -> Any:

@@ -94,6 +94,17 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast, where it is on, as torch's own attention casts them.
+
+    Rotary embeddings promote queries and keys to fp32 there, while values stay in 16 bits.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def exact_attention(
     query: Tensor,
     key: Tensor,
@@ -121,6 +132,7 @@ def exact_attention(
     Raises:
         ValueError: the mask does not fit query and key.
     """
+    query, key, value = of_one_dtype(query, key, value)
     limits, bias = _limits(query, key, mask, options), _dense_bias(query, key, mask, options)
     if limits is None:
         assert isinstance(mask, LazyMask)

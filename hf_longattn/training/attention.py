@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hf_longattn.attention.exact import Options, read_options
+from hf_longattn.attention.exact import Options, of_one_dtype, read_options
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.kernels.blockwise_attention import blockwise_attention, blockwise_attention_gradients
 from hf_longattn.masking import LazyMask, lazy_mask
@@ -187,14 +187,6 @@ def _kernel_options(options: Options) -> dict[str, Any]:
     }
 
 
-def _of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rotary embeddings promote queries and keys under autocast; torch's attention would cast them back."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
 def layer_attention_forward(
     module: Any,
     query: Tensor,
@@ -223,7 +215,7 @@ def layer_attention_forward(
     Raises:
         ValueError: an option that a block cannot honour, or keys that are not the block's own.
     """
-    query, key, value = _of_one_dtype(query, key, value)
+    query, key, value = of_one_dtype(query, key, value)
     layer = _running.get()
     if layer is None:
         return tree_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **keywords)

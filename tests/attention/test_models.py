@@ -171,3 +171,16 @@ def test_a_dense_mask_of_the_callers(implementation, kind):
     expected = logits(tiny.build("llama"), ids, additive)
     result = logits(tiny.build("llama", implementation), ids, visible if kind == "bool" else additive)
     assert tiny.relative_error(result, expected) <= BOUND
+
+
+@implementations
+def test_under_autocast_as_exact_as_sdpa(implementation):
+    ids, exact = tiny.tokens(2, 19), tiny.build("llama").double()(input_ids=tiny.tokens(2, 19)).logits
+    errors = []
+    for name in ("sdpa", implementation):
+        model = tiny.build("llama", name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        errors.append(tiny.relative_error(output.logits, exact))
+    assert errors[1] <= 1.5 * errors[0]

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedConfig
 
 from hf_longattn.modeling.block_transformer.convert import convert_checkpoint, convert_from_vanilla
+from hf_longattn.modeling.lightning.convert import convert_checkpoint as convert_lightning_checkpoint
 
 
 def convert_block_transformer(
@@ -32,6 +33,24 @@ def convert_block_transformer(
     work = convert_from_vanilla if from_vanilla else convert_checkpoint
     with _bar() as progress:
         return work(src, dst, block_alignment=alignment, block_length=block_length, progress=progress)
+
+
+def convert_lightning(src: str, dst: str) -> PreTrainedConfig:
+    """Converts an official TransNormerLLM checkpoint, with a progress bar on stderr.
+
+    Args:
+        src: folder with `config.json` and safetensors.
+        dst: the folder to write.
+
+    Returns:
+        the configuration that was written.
+
+    Raises:
+        ValueError: the checkpoint does not hold such a model.
+        OSError: there is nothing to read at `src`.
+    """
+    with _bar() as progress:
+        return convert_lightning_checkpoint(src, dst, progress=progress)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,18 @@ def convert_block_transformer(
     typer.echo(f"{dst}: {config.model_type}, blocks of {config.block_length} tokens")
 
 
+@convert.command("lightning")
+def convert_lightning(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Official TransNormerLLM checkpoint.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write.")],
+) -> None:
+    """Convert an official TransNormerLLM checkpoint."""
+    from hf_longattn.cli import convert as conversion
+
+    config = _or_exit(lambda: conversion.convert_lightning(src, dst))
+    typer.echo(f"{dst}: {config.model_type}, {config.num_hidden_layers} layers")
+
+
 def _or_exit(work: Callable[[], Any]) -> Any:
     """The result of `work`, or one line on stderr and exit status 2 for what a caller can cause."""
     try:

@@ -95,6 +95,11 @@ def test_convert_writes_a_model_that_loads_and_refuses_what_is_none(tmp_path):
     assert run("convert", "block-transformer", tmp_path / "nothing", tmp_path / "again").exit_code == 2
 
 
+def test_convert_lightning_refuses_what_is_none(tmp_path):
+    result = run("convert", "lightning", tmp_path, tmp_path / "dst")
+    assert result.exit_code == 2 and "`src`" in result.stderr
+
+
 def test_convert_from_vanilla(folder, tmp_path):
     result = run("convert", "block-transformer", "--from-vanilla", folder, tmp_path / "started")
     assert result.exit_code == 0, result.output

@@ -435,17 +435,24 @@ def official(path, kind, **changes):
     model = make()
     state = {name: model.state_dict()[name].clone() for name in OFFICIAL_KEYS}
     assert state.keys() == model.state_dict().keys()
-    if kind == "safetensors":
+    if kind == "whole":
         save_file(state, path / "model.safetensors")
     else:
         half = len(state) // 2
         for part, names in enumerate((OFFICIAL_KEYS[:half], OFFICIAL_KEYS[half:])):
             shard = {name: state[name] for name in names}
-            torch.save(shard, path / f"pytorch_model-0000{part + 1}-of-00002.bin")
+            save_file(shard, path / f"model-0000{part + 1}-of-00002.safetensors")
     return model
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="safetensors"):
+        convert_checkpoint(tmp_path, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards"])
 def test_official_checkpoints_are_converted(kind, tmp_path):
     model, seen = official(tmp_path / "src", kind), []
     config = convert_checkpoint(
@@ -471,7 +478,7 @@ def test_official_models_of_another_kind_are_refused(changes, name):
 
 
 def test_checkpoints_that_do_not_fit_their_config(tmp_path):
-    official(tmp_path / "src", "safetensors", glu_dim=44)
+    official(tmp_path / "src", "whole", glu_dim=44)
     with pytest.raises(ValueError, match="channel_mixer.l1.weight: needs .44, 48., got .40, 48."):
         convert_checkpoint(tmp_path / "src", tmp_path / "dst")
     (tmp_path / "src" / "model.safetensors").unlink()

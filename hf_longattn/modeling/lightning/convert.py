@@ -35,7 +35,7 @@ def convert_checkpoint(
     """Converts a checkpoint of the official TransNormerLLM code into one that `from_pretrained` reads.
 
     Args:
-        src: a folder with `config.json` and `*.safetensors` or `pytorch_model*.bin`.
+        src: a folder with `config.json` and `*.safetensors`.
         dst: the folder to write, made if needed.
         dtype: type of the written weights; None keeps that of the files.
         progress: called with (done, total, name) for every tensor.
@@ -45,8 +45,8 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: if `src` holds no configuration or no weights.
-        ValueError: if the configuration asks for what this model does not compute, or a tensor is missing,
-            left over or misshapen.
+        ValueError: if the weights are pickled, the configuration asks for what this model does not compute,
+            or a tensor is missing, left over or misshapen.
     """
     src, dst = Path(src), Path(dst)
     if not (src / "config.json").is_file():
@@ -137,13 +137,12 @@ def convert_state_dict(
 def _load_state(src: Path) -> dict[str, torch.Tensor]:
     if files := sorted(src.glob("*.safetensors")):
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    files = sorted(src.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(
-            f"`src` must hold *.safetensors or pytorch_model*.bin, got {str(src)!r} with neither."
+    if sorted(src.glob("*.bin")):
+        raise ValueError(
+            f"`src`={str(src)!r} holds pickled weights (*.bin), which are not read here; write them as "
+            "safetensors first, in the environment that you trust them in."
         )
-    parts = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    raise FileNotFoundError(f"`src` must hold *.safetensors, got {str(src)!r} with none.")
 
 
 def _filled_model(

@@ -38,7 +38,7 @@ class SequenceGroup:
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
         self._levels = [self._group] if levels is None else list(levels)
-        self.watch = Watch(self.rank, self.ranks, timeout)
+        self.watch = Watch(self.rank, self.ranks, timeout, self._abort)
         # Every process that must do the same: these ranks, and on a mesh those of its other dimensions too.
         self.control: SequenceGroup = self
 
@@ -67,7 +67,8 @@ class SequenceGroup:
             )
         if mesh.size() > group.world_size:
             group.control = cls(_new_group(mesh), timeout=timeout)
-            group.watch = group.control.watch
+            group.watch = Watch(group.control.rank, group.control.ranks, timeout, group._abort)
+            group.control.watch = group.watch
         return group
 
     @property
@@ -138,6 +139,12 @@ class SequenceGroup:
             operation(*args, **kwargs)
         except RuntimeError as error:
             raise self.watch.diagnosis(error) from error
+
+    def _abort(self) -> None:
+        """Ends what is under way. NCCL alone needs it: its operations wait on the GPU, beyond our timeout."""
+        for group in {id(group): group for group in (self._group, *self._levels)}.values():
+            if group is not None and dist.get_backend(group) == "nccl":
+                group.abort()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceGroup":
         return self

@@ -5,16 +5,22 @@ has begun to the job's key-value store. When an operation fails, the ranks whose
 count is behind, are named; what the first rank finds out or fails with is left in the store for the others.
 """
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+logger = logging.getLogger("hf_longattn")
+
 # Seconds between two signs of life.
 _BEAT = 0.5
+# Seconds that a rank has to leave by itself once a fault is known: an error of all ranks must not end what a
+# later call needs.
+_GRACE = 5.0
 
 
 class Watch:
@@ -24,10 +30,15 @@ class Watch:
         rank: this rank, in the group.
         ranks: the members, as ranks of the whole job.
         timeout: seconds without a sign of life after which a rank counts as gone.
+        abort: ends the operations that are under way; called where this rank still waits for one some seconds
+            after a fault is known.
     """
 
-    def __init__(self, rank: int, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(
+        self, rank: int, ranks: Sequence[int], timeout: float, abort: Callable[[], None] | None = None
+    ) -> None:
         self.rank, self.ranks, self.timeout = rank, list(ranks), timeout
+        self._abort = abort
         self._operations = 0
         self._fault: str | None = None
         self._store: Any = None
@@ -85,9 +96,10 @@ class Watch:
 
     def _find_missing(self) -> str | None:
         try:
-            before = self._read()
+            everyone = range(len(self.ranks))
+            before = self._read(everyone)
             time.sleep(4 * _BEAT)
-            after = self._read()
+            after = self._read(everyone)
         except RuntimeError:
             return f"the store of the job is gone; it lives in rank {self.ranks[0]} or in the launcher"
         gone = [rank for rank, signs in after.items() if signs is None or signs == before[rank]]
@@ -99,26 +111,47 @@ class Watch:
             return None
         return f"{_names(behind)} behind the others, who waited for {self.timeout:g} s"
 
-    def _read(self) -> dict[int, tuple[int, int] | None]:
+    def _read(self, ranks: Iterable[int]) -> dict[int, tuple[int, int] | None]:
         signs: dict[int, tuple[int, int] | None] = {}
-        for rank in range(len(self.ranks)):
+        for rank in ranks:
             known = self._store.check([f"signs/{rank}"])
             beat, count = self._store.get(f"signs/{rank}").decode().split() if known else (0, 0)
             signs[rank] = (int(beat), int(count)) if known else None
         return signs
 
     def _beat(self) -> None:
-        beat = 0
+        beat, since, seen = 0, 0.0, {}
         try:
             while not self._stop.is_set():
                 beat += 1
                 self._store.set(f"signs/{self.rank}", f"{beat} {self._operations}")
-                if self._fault is None and self._store.check(["note"]):
-                    self._fault = self._store.get("note").decode()
+                if self._fault is None:
+                    self._look_around(seen)
+                    since = time.monotonic()
+                elif self._abort is not None and time.monotonic() - since > _GRACE:
+                    logger.error("one prompt over several processes: %s.", self._fault)
+                    self._abort()
+                    return
                 self._stop.wait(_BEAT)
         except RuntimeError:
             # The store went with the process that held it: the next operation says so.
             return
+
+    def _look_around(self, seen: dict[int, tuple[Any, float]]) -> None:
+        """Notes a fault that another rank has left, or that the signs of the next rank have stood still.
+
+        Each watches the next alone: a rank that is gone has somebody before it who is not.
+        """
+        if self._store.check(["note"]):
+            self._fault = self._store.get("note").decode()
+            return
+        now = time.monotonic()
+        for rank, signs in self._read([(self.rank + 1) % len(self.ranks)]).items():
+            sign = signs and signs[0]
+            if rank not in seen or seen[rank][0] != sign:
+                seen[rank] = sign, now
+        if gone := [rank for rank, (_, since) in seen.items() if now - since > self.timeout]:
+            self._leave_note(f"{_names(gone)} gone (no sign of life)")
 
     def _leave_note(self, note: str) -> None:
         try:

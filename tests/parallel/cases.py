@@ -27,6 +27,7 @@ from hf_longattn.generation.graph import device_lengths
 from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.reduction import gather_merge, three_reductions
+from hf_longattn.parallel.watch import Watch
 
 FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4"]
 MODES = {
@@ -455,6 +456,25 @@ def hangs(rank, size, mesh):
     if rank != 1:
         assert "rank 1 is behind the others" in message, message
         assert time.time() - started < 5.0 + 8.0
+    ranks.os._exit(0)
+
+
+def stays_away(rank, size, mesh):
+    """Rank 1 never calls `generate`: the others name it within the timeout, blocked as they are."""
+    model, aborted = prepare("llama", mesh, timeout=4.0), []
+    if rank == 1:
+        time.sleep(16)
+        ranks.os._exit(0)
+    started = time.time()
+    message = error_of(RuntimeError, lambda: generate(model, tiny.tokens(1, 23), do_sample=False))
+    assert "rank 1 is gone" in message, message
+    assert time.time() - started < 4.0 + 6.0
+    watch = Watch(0, [0, 1, 2], 1.0, lambda: aborted.append(True))
+    if rank == 0:
+        # What would end an operation that no timeout reaches: called once, some seconds after the fault.
+        with watch:
+            time.sleep(10)
+        assert aborted == [True]
     ranks.os._exit(0)
 
 

@@ -35,10 +35,10 @@ def test_every_topic(sizes):
     run(sizes, *FAST)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["dies", pytest.param("hangs", marks=pytest.mark.slow), pytest.param("fails", marks=pytest.mark.slow)],
-)
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away")]
+
+
+@pytest.mark.parametrize("fault", ["dies", *SLOW])
 def test_the_other_ranks_name_the_one_that(fault):
     run("3", fault)
 

@@ -198,6 +198,9 @@ def operations(rank, size, mesh):
         getattr(cache, change)(argument), getattr(reference, change)(argument)
         rows = reference.layers[0].keys.shape[0]
         feed(tiny.tokens(rows, 20, seed=rows))
+    twin, size_before = cache.fork(), cache.get_seq_length()
+    twin.crop(-20)
+    assert (twin.get_seq_length(), cache.get_seq_length()) == (size_before - 20, size_before)
     cache.crop(50 - cache.get_seq_length()), reference.crop(50 - reference.get_seq_length())
     feed(tiny.tokens(2, 5, seed=9))
     cache.reset()

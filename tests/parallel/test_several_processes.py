@@ -35,6 +35,11 @@ def test_every_topic(sizes):
     run(sizes, *FAST)
 
 
+@pytest.mark.slow
+def test_meshes_of_two_dimensions():
+    run("4", "nodes", "tensor_parallel")
+
+
 SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away")]
 
 

@@ -136,8 +136,13 @@ def _lightning_step(head_dim):
     return Case(f"lightning_step-K{head_dim}", kernel, signature, constexprs)
 
 
-def _blockwise(name, head_dim, dtype="bf16", ranged=False, softcap=False, max_spills=0, slow=False):
-    """A kernel of `blockwise_attention` with its own configuration; `ranged` has an interval a query."""
+def _blockwise(
+    name, head_dim, dtype="bf16", ranged=False, softcap=False, bias=None, max_spills=0, slow=False
+):
+    """A kernel of `blockwise_attention` with its own configuration.
+
+    `ranged` has an interval a query; `bias` is the element type of a dense mask or bias.
+    """
     from hf_longattn.kernels.blockwise_attention import triton_backward, triton_forward
 
     configs = {
@@ -152,7 +157,7 @@ def _blockwise(name, head_dim, dtype="bf16", ranged=False, softcap=False, max_sp
         f"{x}_strides": ("i64:16",) * 3 + (1,) for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")
     }
     signature |= dict.fromkeys(("lse_ptr", "lse2_ptr", "delta_ptr"), "*fp32:16") | {"spans_ptr": "*i32:16"}
-    signature |= {"masks": (*interval, None, "*bf16:16" if name == "dbias" else None)}
+    signature |= {"masks": (*interval, None, "*bf16:16" if name == "dbias" else bias and f"*{bias}:16")}
     signature |= {"mask_strides": ("i32:16", "i32:16", 0, 0, "i32:16", "i32:16", 1), "T": "i32", "S": "i32"}
     signature |= {
         "dbias_strides": ("i64:16",) * 3 + (1,),
@@ -172,7 +177,8 @@ def _blockwise(name, head_dim, dtype="bf16", ranged=False, softcap=False, max_sp
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     module = "triton_forward" if name == "forward" else "triton_backward"
     return Case(
-        "-".join(("blockwise", name, f"K{head_dim}", dtype, *["ranged"] * ranged, *["softcap"] * softcap)),
+        "-".join(("blockwise", name, f"K{head_dim}", dtype, *["ranged"] * ranged, *["softcap"] * softcap,
+                  *[f"bias_{bias}"] * bool(bias))),
         f"hf_longattn.kernels.blockwise_attention.{module}:_{name}_kernel",
         signature, constexprs, config.num_warps, config.num_stages, max_spills=max_spills, slow=slow,
     )  # fmt: skip
@@ -210,6 +216,13 @@ CASES: list[Case] = [
     *(_blockwise(name, 256, slow=True) for name in ("forward", "dq")),
     _blockwise("dkdv", 256, max_spills=320, slow=True),
     _blockwise("forward", 128, softcap=True, max_spills=48, slow=True),
+    # A dense bool mask (i1) and an additive one: another path through the mask for every kernel.
+    _blockwise("forward", 64, ranged=True, bias="i1", max_spills=48),
+    *(_blockwise(name, 64, ranged=True, bias="i1", max_spills=512, slow=True) for name in ("dkdv", "dq")),
+    *(
+        _blockwise(n, 64, ranged=True, bias="bf16", max_spills=512, slow=True)
+        for n in ("forward", "dkdv", "dq")
+    ),
     _blockwise("dbias", 64, max_spills=0, slow=True),
     _blockwise("forward", 64, "fp32", ranged=True, slow=True),
 ]

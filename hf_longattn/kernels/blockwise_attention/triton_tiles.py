@@ -168,14 +168,11 @@ def tanh(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def bias_tile(masks, mask_strides, b, h, offs_t, offs_s, T, S):
-    """A tile of the bias, False or -inf beyond its ends. Offsets come shaped to broadcast."""
+def bias_pointers(masks, mask_strides, b, h, offs_t, offs_s):
+    """Where a tile of the bias lies. Offsets come shaped to broadcast."""
     pointers = masks[3] + b * mask_strides[3] + h * mask_strides[4]
     pointers += tl.cast(offs_t, tl.int64) * mask_strides[5] + tl.cast(offs_s, tl.int64) * mask_strides[6]
-    inside = (offs_t < T) & (offs_s < S)
-    if masks[3].dtype.element_ty.is_int():
-        return tl.load(pointers, mask=inside, other=0) != 0
-    return tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+    return pointers
 
 
 @triton.jit
@@ -198,10 +195,12 @@ def logits_tile(
         if masks[2] is not None:
             visible &= tl.load(masks[2] + b * mask_strides[2] + offs_s, mask=offs_s < S, other=0) != 0
         if masks[3] is not None:
-            bias = bias_tile(masks, mask_strides, b, h, offs_t, offs_s, T, S)
+            pointers = bias_pointers(masks, mask_strides, b, h, offs_t, offs_s)
+            inside = (offs_t < T) & (offs_s < S)
             if masks[3].dtype.element_ty.is_int():
-                visible &= bias
+                visible &= tl.load(pointers, mask=inside, other=0) != 0
             else:
+                bias = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
                 visible &= bias > float("-inf")
                 z += bias * 1.4426950408889634
         z = tl.where(visible, z, float("-inf"))

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from torch._dynamo.testing import CompileCounter
 
 import hf_longattn  # noqa: F401  registers the implementations
 
@@ -46,7 +47,7 @@ def test_training_step_compiles_in_one_graph():
 def test_decoding_on_a_static_cache_compiles_once():
     model, ids = tiny.build("llama", "tree_attention"), tiny.tokens(1, 20)
     cache = tf.StaticCache(config=model.config, max_cache_len=32)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         expected = model(input_ids=ids).logits

@@ -1,6 +1,7 @@
 """Changing one model instance, and changing it back: what `prepare_*` and `restore` are made of."""
 
 import copy
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,11 @@ class Setup:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of one instance and remembers what the instance itself had."""
+        if isinstance(owner, nn.Module) and not any(change.owner is owner for change in self._changes):
+            self._set(owner, "__reduce_ex__", functools.partial(_reduce_plain, owner, self.model))
+        self._set(owner, name, value)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
         setattr(owner, name, value)
 
@@ -124,6 +130,18 @@ class Setup:
             config = vars(module).get("config")
             if config is not None:
                 self.set(module, "config", copy.deepcopy(config, memo))
+
+
+def _reduce_plain(owner: nn.Module, model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
+    """What `copy` and `pickle` take of a changed module: our changes would still call the first model."""
+    build, arguments, state, *rest = type(owner).__reduce_ex__(owner, protocol)
+    state = {name: value for name, value in state.items() if name != _ATTRIBUTE}
+    changes = [change for setup in setups(model).values() for change in setup._changes]
+    for change in reversed([change for change in changes if change.owner is owner]):
+        state.pop(change.name, None)
+        if change.before is not _MISSING:
+            state[change.name] = change.before
+    return build, arguments, state, *rest
 
 
 def _used_configs(model: PreTrainedModel) -> list[Any]:

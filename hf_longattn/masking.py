@@ -233,11 +233,22 @@ class LazyMask:
         if position_ids.ndim != 2 or self.pattern is None or self.pattern.documents is not None:
             return limits
         if "lower" not in self._packed:
+            # Padding has position 0 too, and is not the start of a document.
             starts = position_ids == 0
-            single = _is_tracing(position_ids) or not bool(starts[:, 1:].any())
+            if self.padding is not None:
+                starts = starts & self.padding.to(starts.device)
+            single = _is_tracing(position_ids) or not bool(self._restarts(position_ids, starts))
             self._packed["lower"] = None if single else document_bounds(starts.cumsum(-1))[0]
         lower = self._packed["lower"]
         return limits if lower is None else limits.narrowed(lower=lower.to(position_ids.device))
+
+    def _restarts(self, position_ids: Tensor, starts: Tensor) -> Tensor:
+        """Whether positions count up by 1 and start again: others (groups, gaps) say nothing of documents."""
+        counted = (position_ids[:, 1:] == position_ids[:, :-1] + 1) | starts[:, 1:]
+        if self.padding is not None:
+            real = self.padding.to(starts.device)
+            counted = counted | ~(real[:, 1:] & real[:, :-1])
+        return starts[:, 1:].any() & counted.all()
 
     def tile(self, rows: slice) -> Tensor:
         """The mask of some queries, spelled out.

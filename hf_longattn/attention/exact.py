@@ -136,7 +136,8 @@ def exact_attention(
     limits, bias = _limits(query, key, mask, options), _dense_bias(query, key, mask, options)
     if limits is None:
         assert isinstance(mask, LazyMask)
-        return _attend_by_tiles(query, key, value, mask, options).transpose(1, 2).contiguous()
+        packing = _pack(KeyRange(), query, key, mask, replace(options, causal=False))
+        return _attend_by_tiles(query, key, value, mask, packing, options).transpose(1, 2).contiguous()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     few = query.shape[2] <= _MAX_DECODE_QUERIES
     if split_kv and few and bias is None and not options.dropout and not gradient:
@@ -235,12 +236,17 @@ def _check_lengths(name: str, lengths: torch.Size, query: Tensor, key: Tensor) -
         )
 
 
-def _attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, options: Options) -> Tensor:
+def _attend_by_tiles(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, packing: KeyRange, options: Options
+) -> Tensor:
     """Attention under any mask function: rows are spelled out, used, dropped, and recomputed backward."""
 
     def block(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
         rows = slice(start, start + query.shape[2])
         tile = mask.tile(rows).to(query.device)
+        if not packing.is_dense:
+            sizes = (mask.q_length, mask.kv_length)
+            tile = tile & packing.tile(rows, slice(0, mask.kv_length), *sizes, query.device)
         bias = tile if options.bias is None else torch.where(tile, options.bias[:, :, rows], -torch.inf)
         return _blockwise(query, key, value, None, bias, options)
 

@@ -99,6 +99,22 @@ class LongContextCache(Cache):
                 layer.load_state(state, length)  # type: ignore[union-attr]
         return cache
 
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Refuses a model other than the one this cache was made for.
+
+        Args:
+            config: the model's config.
+
+        Raises:
+            ValueError: names the field that differs.
+        """
+        for name, other in _signature(config.get_text_config(decoder=True)).items():
+            if self.signature[name] != other:
+                raise ValueError(
+                    f"`past_key_values` was made for a model with {name}={self.signature[name]!r}, but this one "
+                    f"has {other!r}; pass a cache made from this model's config."
+                )
+
     def _check_signature(self, saved: dict[str, Any]) -> None:
         for name, mine in self.signature.items():
             if saved.get(name) != mine:

@@ -18,6 +18,7 @@ from rich.progress import (
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from hf_longattn.cache.sharded import ShardedCache
 
@@ -31,6 +32,8 @@ GPU_CHUNK_TOKENS = 8192
 _CPU_CHUNK_TOKENS = 512
 # Processes that share a chunk make it longer, up to this many times: its queries meet on every one of them.
 _MOST_CHUNKS = 4
+# Inputs that cannot be cut with the token ids: embeddings, and all that a picture or a sound comes with.
+_WHOLE = ("inputs_embeds", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
 
 def prefill(
@@ -64,7 +67,7 @@ def prefill(
     generation_config = copy.copy(generation_config)
     # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
     generation_config.prefill_chunk_size = None
-    if cache is None or not _is_plain_prompt(model, cache, model_kwargs):
+    if cache is None or not _is_plain_prompt(model, cache, generation_config, model_kwargs):
         return original(input_ids, generation_config, model_kwargs, is_first_iteration)
     past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
@@ -81,7 +84,7 @@ def prefill(
             return outputs
         for start in range(0, total, chunk):
             length = min(chunk, total - start)
-            inputs = _chunk_kwargs(model_kwargs, past + start + length)
+            inputs = _chunk_kwargs(model_kwargs, total - start - length)
             inputs = causal_model.prepare_inputs_for_generation(
                 input_ids[:, : first + start + length],
                 next_sequence_length=length,
@@ -96,23 +99,29 @@ def prefill(
     return outputs
 
 
-def _is_plain_prompt(model: PreTrainedModel, cache: Any, model_kwargs: dict[str, Any]) -> bool:
+def _is_plain_prompt(
+    model: PreTrainedModel, cache: Any, generation_config: Any, model_kwargs: dict[str, Any]
+) -> bool:
     mask = model_kwargs.get("attention_mask")
     return (
         isinstance(cache, Cache)
         and not cache.is_compileable
         and not model.config.is_encoder_decoder
-        and model_kwargs.get("inputs_embeds") is None
+        and not any(model_kwargs.get(name) is not None for name in _WHOLE)
+        and not generation_config.output_hidden_states
         and (mask is None or mask.ndim == 2)
     )
 
 
-def _chunk_kwargs(model_kwargs: dict[str, Any], end: int) -> dict[str, Any]:
-    """The keywords with everything that runs along the prompt cut after `end` tokens."""
+def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:
+    """The keywords with everything that runs along the prompt cut `left` tokens before its end.
+
+    Positions may cover the filled cache or only what is new: both end with the prompt.
+    """
     cut = dict(model_kwargs)
     for name in ("attention_mask", "position_ids", "token_type_ids"):
-        if isinstance(value := cut.get(name), Tensor) and value.shape[-1] > end:
-            cut[name] = value[..., :end]
+        if isinstance(value := cut.get(name), Tensor) and value.shape[-1] > left:
+            cut[name] = value[..., : value.shape[-1] - left]
     return cut
 
 

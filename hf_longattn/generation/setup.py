@@ -146,6 +146,8 @@ def _prepare_cache(
 ) -> None:
     """Gives `generate` our cache where it would have made a dynamic one, and leaves others alone."""
     before = model_kwargs.get("past_key_values")
+    if isinstance(before, LongContextCache):
+        before.check_model(model.config)
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")

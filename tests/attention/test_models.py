@@ -6,6 +6,8 @@ import torch
 import transformers as tf
 
 import hf_longattn  # noqa: F401  registers the implementations
+from hf_longattn.attention.tree import tree_attention_forward
+from hf_longattn.masking import lazy_mask
 
 IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
 BOUND = 2e-5
@@ -184,3 +186,38 @@ def test_under_autocast_as_exact_as_sdpa(implementation):
         output.loss.backward()
         errors.append(tiny.relative_error(output.logits, exact))
     assert errors[1] <= 1.5 * errors[0]
+
+
+@implementations
+def test_holes_in_the_padding_of_a_prompt(implementation):
+    ids, mask = tiny.tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
+    mask[:, 10:13] = 0
+    assert generate(tiny.build("llama", implementation), ids, mask) == generate(
+        tiny.build("llama"), ids, mask
+    )
+
+
+@implementations
+def test_positions_that_do_not_count_up_are_no_packing(implementation):
+    ids, grouped = tiny.tokens(1, 40), (torch.arange(40) // 4)[None]
+    expected = logits(tiny.build("llama"), ids, torch.ones_like(ids), position_ids=grouped)
+    result = logits(tiny.build("llama", implementation), ids, torch.ones_like(ids), position_ids=grouped)
+    assert tiny.relative_error(result, expected) <= BOUND
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_cumulative_lengths_hold_under_any_mask_function(known):
+    query, bounds = torch.randn(1, 2, 40, 16), torch.tensor([0, 13, 20, 40], dtype=torch.int32)
+
+    def causal(batch, head, q, k):
+        return k <= q
+
+    function = {} if known else {"mask_function": causal}
+    layer = torch.nn.Module()
+    packed = tree_attention_forward(
+        layer, query, query, query, lazy_mask(1, 40, 40, **function), cu_seq_lens_q=bounds
+    )
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        part, length = query[:, :, start:stop], stop - start
+        alone = tree_attention_forward(layer, part, part, part, lazy_mask(1, length, length))
+        assert tiny.relative_error(packed[0][:, start:stop], alone[0]) <= 2e-6

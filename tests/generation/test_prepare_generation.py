@@ -1,6 +1,7 @@
 """`prepare_generation`: the same tokens as transformers, and nothing left behind by `restore`."""
 
 import copy
+import pickle
 
 import pytest
 import tiny
@@ -228,3 +229,45 @@ def test_wrapped_models_are_found():
     assert "_prefill" in vars(model)
     hf_longattn.restore(wrapper)
     assert "_prefill" not in vars(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_plain_model_with_weights_of_its_own(copied):
+    model, ids = hf_longattn.prepare_generation(tiny.build("llama", "sdpa")), tiny.tokens(1, 9)
+    expected = model(input_ids=ids).logits
+    twin = copied(model)
+    assert twin.config._attn_implementation == "sdpa" and "_prefill" not in vars(twin)
+    assert tiny.relative_error(twin(input_ids=ids).logits, expected) <= 2e-6
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(input_ids=ids).logits.any()
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_turn_that_brings_only_its_own_positions():
+    plain, model = (
+        tiny.build("llama"),
+        hf_longattn.prepare_generation(tiny.build("llama"), prefill_chunk_size=7),
+    )
+    ids, results = tiny.tokens(1, 40), []
+    for one in (plain, model):
+        cache = tf.DynamicCache(config=one.config)
+        with torch.no_grad():
+            one(input_ids=ids[:, :16], past_key_values=cache)
+        positions = torch.arange(16, 40)[None]
+        results.append(generate(one, ids, past_key_values=cache, position_ids=positions, do_sample=False))
+    assert results[0] == results[1]
+
+
+def test_hidden_states_of_the_prompt_are_whole():
+    model = hf_longattn.prepare_generation(tiny.build("llama"), prefill_chunk_size=7)
+    call = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    output = model.generate(input_ids=tiny.tokens(1, 30), do_sample=False, **call)
+    assert output.hidden_states[0][0].shape[1] == 30
+
+
+def test_a_cache_of_another_model_is_refused_before_any_work():
+    model = hf_longattn.prepare_generation(tiny.build("llama"))
+    with pytest.raises(ValueError, match="`past_key_values` was made for a model with model_type='gpt2'"):
+        generate(model, tiny.tokens(1, 9), past_key_values=LongContextCache(tiny.CONFIGS["gpt2"]()))

@@ -134,7 +134,8 @@ class Setup:
 
 def _reduce_plain(owner: nn.Module, model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
     """What `copy` and `pickle` take of a changed module: our changes would still call the first model."""
-    build, arguments, state, *rest = type(owner).__reduce_ex__(owner, protocol)
+    reduced: Any = type(owner).__reduce_ex__(owner, protocol)
+    build, arguments, state, *rest = reduced
     state = {name: value for name, value in state.items() if name != _ATTRIBUTE}
     changes = [change for setup in setups(model).values() for change in setup._changes]
     for change in reversed([change for change in changes if change.owner is owner]):

@@ -111,8 +111,8 @@ class LongContextCache(Cache):
         for name, other in _signature(config.get_text_config(decoder=True)).items():
             if self.signature[name] != other:
                 raise ValueError(
-                    f"`past_key_values` was made for a model with {name}={self.signature[name]!r}, but this one "
-                    f"has {other!r}; pass a cache made from this model's config."
+                    f"`past_key_values` was made for a model with {name}={self.signature[name]!r}, but this "
+                    f"one has {other!r}; pass a cache made from this model's config."
                 )
 
     def _check_signature(self, saved: dict[str, Any]) -> None:

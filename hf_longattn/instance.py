@@ -72,11 +72,19 @@ class Setup:
         setattr(owner, name, value)
 
     def undo(self) -> None:
-        """Puts every attribute back, last change first; what another set-up put on top of it stays."""
+        """Puts every attribute back, last change first; what others put on top of ours since stays."""
         for change in reversed(self._changes):
             later = self._later(change)
             if later is not None:
                 later.before = change.before
+            elif vars(change.owner).get(change.name, _MISSING) is not change.value:
+                # A wrapper that somebody put around ours, say for mixed precision, is theirs to take away.
+                logger.warning(
+                    "`%s` of %s was replaced after the set-up and is left as it is; restore the model before "
+                    "wrapping it again",
+                    change.name,
+                    type(change.owner).__name__,
+                )
             elif change.before is _MISSING:
                 delattr(change.owner, change.name)
             else:

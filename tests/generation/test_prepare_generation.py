@@ -1,6 +1,7 @@
 """`prepare_generation`: the same tokens as transformers, and nothing left behind by `restore`."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -271,3 +272,19 @@ def test_a_cache_of_another_model_is_refused_before_any_work():
     model = hf_longattn.prepare_generation(tiny.build("llama"))
     with pytest.raises(ValueError, match="`past_key_values` was made for a model with model_type='gpt2'"):
         generate(model, tiny.tokens(1, 9), past_key_values=LongContextCache(tiny.CONFIGS["gpt2"]()))
+
+
+def test_restore_leaves_what_somebody_put_on_top(caplog):
+    model, ids = hf_longattn.prepare_generation(tiny.build("llama", "sdpa")), tiny.tokens(1, 9)
+    inner, calls = model.forward, []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapper
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        hf_longattn.restore(model)
+    assert model.forward is wrapper and "`forward`" in caplog.text
+    expected = tiny.build("llama", "sdpa")(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, expected) and calls

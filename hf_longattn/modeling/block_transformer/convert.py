@@ -7,22 +7,17 @@ transformers.
 # pyright: reportAttributeAccessIssue=false
 
 import json
-import logging
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from hf_longattn.modeling.conversion import Progress, fill_model, save_converted
 
 from .configuration_block_transformer import BlockTransformerConfig
 from .modeling_block_transformer import BlockTransformerForCausalLM
-
-logger = logging.getLogger("hf_longattn")
-
-Progress = Callable[[int, int, str], None]
 
 # Layers and width of the released decoders -> attention heads, which the shapes of a checkpoint do not tell.
 RELEASED_HEADS = {(3, 256): 8, (3, 512): 8, (6, 768): 12, (12, 1024): 16, (8, 2048): 16, (12, 2048): 16}
@@ -35,7 +30,6 @@ IGNORED = (
     "position_ids",
     "block_decoder.gpt_neox.embed_in.weight",
 )
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
 VANILLA_TYPES = ("gpt_neox", "llama", "qwen2", "qwen3")
 
 
@@ -80,9 +74,9 @@ def convert_checkpoint(
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         config = config_from_shapes(shapes, block_length, num_attention_heads, block_alignment)
     tensors = convert_state_dict(state, progress)
-    model = _filled_model(config, tensors, dtype)
+    model = fill_model(BlockTransformerForCausalLM, config, tensors, dtype)
     described = described.get("token_decoder", {})
-    _save(
+    save_converted(
         model,
         src,
         dst,
@@ -346,7 +340,13 @@ def convert_from_vanilla(
     for done, name in enumerate(tensors, start=1):
         if progress is not None:
             progress(done, len(tensors), name)
-    _save(_filled_model(ours, tensors, dtype), Path(src), Path(dst), ours.eos_token_id, ours.pad_token_id)
+    save_converted(
+        fill_model(BlockTransformerForCausalLM, ours, tensors, dtype),
+        Path(src),
+        Path(dst),
+        ours.eos_token_id,
+        ours.pad_token_id,
+    )
     return ours
 
 
@@ -452,40 +452,6 @@ def _load_state(src: Path) -> dict[str, torch.Tensor]:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _filled_model(
-    config: BlockTransformerConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> BlockTransformerForCausalLM:
-    with torch.device("meta"):
-        model = BlockTransformerForCausalLM(config)
-    tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in needed.keys() | got.keys() if needed.get(name) != got.get(name))
-    if wrong:
-        lines = (f"{name}: needs {needed.get(name)}, got {got.get(name)}" for name in wrong[:8])
-        raise ValueError(
-            f"`src` does not fit its configuration in {len(wrong)} tensors, such as {'; '.join(lines)}."
-        )
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    model.config.dtype = next(iter(tensors.values())).dtype
-    return model
-
-
-def _save(
-    model: BlockTransformerForCausalLM, src: Path, dst: Path, eos_token_id: Any, pad_token_id: int | None
-) -> None:
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id
-    )
-    dst.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(dst)
-    for pattern in TOKENIZER_FILES if src.is_dir() else ():
-        for file in src.glob(pattern):
-            shutil.copy(file, dst)
-    logger.info("wrote a Block Transformer to %s", dst)
 
 
 __all__ = [

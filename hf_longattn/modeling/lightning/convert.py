@@ -1,26 +1,19 @@
 """Turns checkpoints of TransNormerLLM's official code into lightning models of transformers."""
 
 import json
-import logging
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+
+from hf_longattn.modeling.conversion import Progress, fill_model, save_converted
 
 from .configuration_lightning import LightningConfig
 from .modeling_lightning import LightningForCausalLM
 
-logger = logging.getLogger("hf_longattn")
-
-Progress = Callable[[int, int, str], None]
-
 # What older versions of transformers saved beside the weights.
 IGNORED = ("decoder.version", "slopes", "_linear_attn_mask", "lrpe.index")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
 # Official fields with one value that this model computes.
 FIXED = {"norm_type": ("simplermsnorm",), "bias": (False,), "linear_act_fun": ("silu", "swish")}
 
@@ -53,16 +46,8 @@ def convert_checkpoint(
         raise FileNotFoundError(f"`src` must hold a config.json, got {str(src)!r}.")
     state = convert_state_dict(_load_state(src), progress)
     config = config_from_official(json.loads((src / "config.json").read_text()), state)
-    model = _filled_model(config, state, dtype)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    dst.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(dst)
-    for pattern in TOKENIZER_FILES:
-        for file in src.glob(pattern):
-            shutil.copy(file, dst)
-    logger.info("wrote a lightning model to %s", dst)
+    model = fill_model(LightningForCausalLM, config, state, dtype)
+    save_converted(model, src, dst, config.eos_token_id, config.pad_token_id)
     return config
 
 
@@ -143,26 +128,6 @@ def _load_state(src: Path) -> dict[str, torch.Tensor]:
             "safetensors first, in the environment that you trust them in."
         )
     raise FileNotFoundError(f"`src` must hold *.safetensors, got {str(src)!r} with none.")
-
-
-def _filled_model(
-    config: LightningConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> LightningForCausalLM:
-    with torch.device("meta"):
-        model = LightningForCausalLM(config)
-    tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in needed.keys() | got.keys() if needed.get(name) != got.get(name))
-    if wrong:
-        lines = (f"{name}: needs {needed.get(name)}, got {got.get(name)}" for name in wrong[:8])
-        raise ValueError(
-            f"`src` does not fit its configuration in {len(wrong)} tensors, such as {'; '.join(lines)}."
-        )
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    model.config.dtype = next(iter(tensors.values())).dtype
-    return model
 
 
 __all__ = ["config_from_official", "convert_checkpoint", "convert_state_dict"]

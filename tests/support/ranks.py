@@ -1,20 +1,37 @@
 """Runs a function in several processes that share a gloo group, the way a launcher would."""
 
+import faulthandler
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+# A thread that holds a lock while its process forks leaves the lock held for ever in the child, so nothing
+# here may start one: the bars' monitor is off, and the store has a process of its own.
+tqdm.monitor_interval = 0
+FORK = multiprocessing.get_context("fork")
 
 
-def _enter(function, rank, world_size, port, args):
+def _serve(connection):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    connection.send(store.port)
+    connection.recv()
+
+
+def _enter(function, rank, world_size, port, timeout, args):
+    # A rank that hangs says where, and ends.
+    faulthandler.dump_traceback_later(timeout, exit=True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    # The store lives in the parent, as it lives in the agent of torchrun: a rank may die without it.
+    # The store lives beside the ranks, as it lives in the agent of torchrun: a rank may die without it.
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
@@ -29,30 +46,30 @@ def _enter(function, rank, world_size, port, args):
     dist.destroy_process_group()
 
 
-def start(function, world_size, *args):
-    """Forks `world_size` processes that run `function(rank, world_size, *args)`; returns them and the store.
+def run(function, world_size, *args, timeout=200):
+    """Forks `world_size` processes that run `function(rank, world_size, *args)`; raises where one failed.
 
-    Call it from a script, before it has started a thread or touched a device.
+    Call it from a script that has started no thread and touched no device.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("fork")
+    threads = [entry.joinpath("comm").read_text().strip() for entry in Path("/proc/self/task").glob("*")]
+    if len(threads) > 1:
+        raise RuntimeError(f"a process with the threads {threads} cannot be forked safely")
+    ours, theirs = FORK.Pipe()
+    server = FORK.Process(target=_serve, args=(theirs,), daemon=True)
+    server.start()
+    port, end = ours.recv(), time.monotonic() + timeout + 10
     processes = [
-        context.Process(target=_enter, args=(function, rank, world_size, store.port, args))
+        FORK.Process(target=_enter, args=(function, rank, world_size, port, timeout, args))
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    return processes, store
-
-
-def run(function, world_size, *args, timeout=200):
-    """As `start`, and waits; raises where a process failed."""
-    processes, _store = start(function, world_size, *args)
     for process in processes:
-        process.join(timeout)
+        process.join(max(end - time.monotonic(), 0.1))
     codes = [process.exitcode for process in processes]
     for process in processes:
         if process.exitcode is None:
             process.kill()
-    if any(codes):
+    server.kill()
+    if any(code != 0 for code in codes):
         raise SystemExit(f"exit codes of {world_size} ranks: {codes}")

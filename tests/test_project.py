@@ -125,7 +125,10 @@ print(json.dumps({
 
 
 def test_public_names():
-    promised = {"prepare_generation", "restore", "GenerationSetup", "LongContextCache"}
+    promised = {"prepare_generation", "prepare_training", "restore", "GenerationSetup", "TrainingSetup"}
+    promised |= {f"BlockTransformer{kind}" for kind in ("Config", "Model", "ForCausalLM")}
+    promised |= {f"Lightning{kind}" for kind in ("Config", "Model", "ForCausalLM")}
+    promised |= {"LongContextCache", "merge_partials", "attention_energy", "lightning_attention"}
     assert promised <= set(hf_longattn.__all__)
     assert all(hasattr(hf_longattn, name) for name in hf_longattn.__all__)
     assert re.search(f'^version = "{hf_longattn.__version__}"$', (ROOT / "pyproject.toml").read_text(), re.M)

@@ -12,6 +12,15 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 
+from hf_longattn import (
+    BlockTransformerConfig,
+    BlockTransformerForCausalLM,
+    BlockTransformerModel,
+    LightningConfig,
+    LightningForCausalLM,
+    LightningModel,
+)
+
 # transformers never gives GPT-OSS sdpa, which drops its sinks. Here the name leads to ours, which keep them.
 GptOssPreTrainedModel._supports_sdpa = True
 
@@ -43,7 +52,8 @@ class Tester:
     batch_size, seq_length, is_training, num_labels, num_choices = 5, 9, True, 3, 4
 
     def __init__(self, parent, config_class, changes):
-        self.parent, self.config_class, self.changes = parent, config_class, {**SMALL, **changes}
+        self.parent, self.config_class = parent, config_class
+        self.changes = {name: value for name, value in {**SMALL, **changes}.items() if value is not None}
         self.num_hidden_layers = self.changes["num_hidden_layers"]
         self.hidden_size, self.vocab_size = self.changes["hidden_size"], self.changes["vocab_size"]
         self.num_attention_heads = self.changes["num_attention_heads"]
@@ -65,9 +75,11 @@ class Common(ModelTesterMixin, GenerationTesterMixin):
 
     config_class = None
     changes: dict = {}
+    # What a model of ours is not, and why.
+    different: dict = {}
 
     def setUp(self):
-        for pattern, reason in REFUSED.items():
+        for pattern, reason in {**REFUSED, **self.different}.items():
             if re.search(pattern, self._testMethodName):
                 self.skipTest(reason)
         self.model_tester = Tester(self, self.config_class, self.changes)
@@ -107,3 +119,26 @@ class GptOssTest(Common, unittest.TestCase):
         "num_experts_per_tok": 2,
     }  # fmt: skip
     all_model_classes = (tf.GptOssModel, tf.GptOssForCausalLM, tf.GptOssForSequenceClassification)
+
+
+class LightningTest(Common, unittest.TestCase):
+    config_class, changes = LightningConfig, {"num_key_value_heads": None}
+    different = {
+        "test_attention_outputs|test_retain_grad": "a lightning layer has no attention weights",
+        "test_model_rope_scaling": "no layer is rotary",
+    }
+    all_model_classes = (LightningModel, LightningForCausalLM)
+
+
+class LightningHybridTest(LightningTest):
+    changes = {"num_key_value_heads": None, "lightning_layers": [0]}
+    different = {"test_attention_outputs|test_retain_grad": "a lightning layer has no attention weights"}
+
+
+class BlockTransformerTest(Common, unittest.TestCase):
+    config_class, changes = BlockTransformerConfig, {"decoder_type": "llama"}
+    different = {
+        "test_attention_outputs": "attention maps are of blocks and inside blocks, not of T x T tokens",
+        "test_retain_grad": "reads the first token's logits, which are uniform and depend on nothing",
+    }
+    all_model_classes = (BlockTransformerModel, BlockTransformerForCausalLM)

@@ -22,7 +22,8 @@ from pathlib import Path
 CASES = Path(__file__).parent / "common_model_tests.py"
 FAMILIES = {
     "llama": "LlamaTest", "qwen3": "Qwen3Test", "mistral": "MistralTest", "gemma2": "Gemma2Test",
-    "gpt-neox": "GPTNeoXTest", "gpt-oss": "GptOssTest",
+    "gpt-neox": "GPTNeoXTest", "gpt-oss": "GptOssTest", "lightning": "LightningTest",
+    "lightning-hybrid": "LightningHybridTest", "block-transformer": "BlockTransformerTest",
 }  # fmt: skip
 # The archive leaves these folders out; the common tests only inherit from the two classes.
 ABSENT = {

@@ -13,7 +13,13 @@ RUNNER = ROOT / "tests" / "conformance" / "run_transformers_tests.py"
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("implementation", "family"), [("tree_attention", "gpt-oss"), ("blockwise_attention", "mistral")]
+    ("implementation", "family"),
+    [
+        ("tree_attention", "gpt-oss"),
+        ("blockwise_attention", "mistral"),
+        ("tree_attention", "lightning-hybrid"),
+        ("tree_attention", "block-transformer"),
+    ],
 )
 def test_common_model_tests(implementation, family):
     command = [sys.executable, RUNNER, "--cache", ROOT / ".cache", "--implementation", implementation]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -104,10 +103,10 @@ def prepare_generation(
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
     if group is not None:
         step = decoder.forward() if setup.cuda_graph else inner.forward
-        changes.set(inner, "forward", ShardedForward(inner.forward, step).forward())
+        changes.set_forward(inner, ShardedForward(inner.forward, step).forward())
         share_generation(inner, group, changes)
     elif setup.cuda_graph:
-        changes.set(inner, "forward", decoder.forward())
+        changes.set_forward(inner, decoder.forward())
     prepare_cache = functools.partial(_prepare_cache, inner, group, original_cache)
     changes.set(inner, "_prepare_cache_for_generation", prepare_cache)
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
@@ -125,13 +124,8 @@ def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
 
 def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> SequenceGroup | None:
     """The processes that share a prompt, or None for this one alone."""
-    if device_mesh is not None:
-        group = SequenceGroup.from_mesh(device_mesh, setup.timeout)
-    elif getattr(accelerator, "num_processes", 1) > 1:
-        group = SequenceGroup(dist.group.WORLD, timeout=setup.timeout)
-    else:
-        return None
-    return group if group.control.world_size > 1 else None
+    group = SequenceGroup.find(accelerator, device_mesh, setup.timeout)
+    return group if group is not None and group.control.world_size > 1 else None
 
 
 def _prepare_cache(

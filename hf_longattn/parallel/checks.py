@@ -1,4 +1,4 @@
-"""Before the first token: every rank must have been asked for the same thing."""
+"""Before the first token: every rank must have been given the same thing."""
 
 import hashlib
 import json
@@ -14,7 +14,10 @@ _ADVICE = {
     "model config": "load the same checkpoint on every process",
     "model dtype": "load the model in the same dtype on every process",
     "past_key_values": "continue from caches that the same calls have filled",
+    "random state": "call `accelerate.utils.set_seed(n)` with the same number on every process",
 }
+# What the ranks share, and what all of them must do.
+_PROMPT = ("one prompt", "pass the same arguments to `generate` on every process")
 
 
 def digest(value: Any) -> int:
@@ -33,13 +36,16 @@ def digest(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def check_same(group: SequenceGroup, fields: dict[str, Any], device: torch.device) -> None:
+def check_same(
+    group: SequenceGroup, fields: dict[str, Any], device: torch.device, task: tuple[str, str] = _PROMPT
+) -> None:
     """Compares what every rank was given.
 
     Args:
         group: the ranks.
         fields: name to value; the names must be the same on every rank.
         device: for the message between the ranks.
+        task: for the error: what the ranks share, and what to do where a field has no advice of its own.
 
     Raises:
         ValueError: on every rank, naming the first field that differs and the ranks that differ from rank 0.
@@ -50,5 +56,5 @@ def check_same(group: SequenceGroup, fields: dict[str, Any], device: torch.devic
         odd = [rank for rank, row in enumerate(everyone) if row[index] != everyone[0][index]]
         if odd:
             ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {odd} differ"
-            advice = _ADVICE.get(name, "pass the same arguments to `generate` on every process")
-            raise ValueError(f"`{name}`: {ranks} from rank 0 in one prompt over several processes; {advice}.")
+            advice = _ADVICE.get(name, task[1])
+            raise ValueError(f"`{name}`: {ranks} from rank 0 in {task[0]} over several processes; {advice}.")

@@ -71,6 +71,25 @@ class SequenceGroup:
             group.control.watch = group.watch
         return group
 
+    @classmethod
+    def find(cls, accelerator: Any, device_mesh: Any, timeout: float = 120.0) -> "SequenceGroup | None":
+        """The group that the arguments of `prepare_*` name, or None where there is but this process.
+
+        Args:
+            accelerator: an `accelerate.Accelerator`, or None. The "cp" of its own mesh counts where its
+                `ParallelismConfig` has one; else all its processes share a sequence.
+            device_mesh: a mesh as for `from_mesh`, or None; it goes first.
+            timeout: seconds that a rank waits for the others.
+        """
+        own = getattr(accelerator, "torch_device_mesh", None)
+        if device_mesh is None and "cp" in (getattr(own, "mesh_dim_names", None) or ()):
+            device_mesh = own
+        if device_mesh is not None:
+            return cls.from_mesh(device_mesh, timeout)
+        if getattr(accelerator, "num_processes", 1) > 1:
+            return cls(dist.group.WORLD, timeout=timeout)
+        return None
+
     @property
     def ranks(self) -> list[int]:
         """The members, as ranks of the whole job."""
@@ -125,6 +144,31 @@ class SequenceGroup:
         result = tensor.clone(memory_format=torch.contiguous_format)
         if self._group is not None:
             self._run(dist.all_reduce, result, op, group=self._group)
+        return result
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Replaces a contiguous tensor by the sum of those of every rank, in its own memory."""
+        if self._group is not None:
+            self._run(dist.all_reduce, tensor, group=self._group)
+        return tensor
+
+    def add_up_parts(self, parts: Tensor) -> Tensor:
+        """Adds up part r of every rank on rank r.
+
+        Args:
+            parts: (P, ...), floating.
+
+        Returns:
+            (...), the sum of this rank's part.
+        """
+        if self._group is None:
+            return parts[0]
+        if dist.get_backend(self._group) != "nccl":
+            # gloo reduces to parts in some builds only; as many bytes travel this way.
+            return self.exchange(parts).sum(0)
+        sent = parts.contiguous()
+        result = torch.empty_like(sent[0])
+        self._run(dist.reduce_scatter_tensor, result, sent, group=self._group)
         return result
 
     def broadcast(self, tensor: Tensor) -> Tensor:

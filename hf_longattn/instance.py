@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -67,6 +70,26 @@ class Setup:
             self._set(owner, "__reduce_ex__", functools.partial(_reduce_plain, owner, self.model))
         self._set(owner, name, value)
 
+    def set_forward(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        """Sets the forward of a whole model, so that accelerate can wrap it and unwrap it again.
+
+        `Accelerator.unwrap_model(keep_fp32_wrapper=False)` follows `__wrapped__` to the last function, and
+        binds that one to the model as a method: here it finds ours, which takes the model itself for granted.
+
+        Args:
+            model: the module whose forward is replaced.
+            function: called with the arguments of a call.
+        """
+
+        @functools.wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return function(*(args[1:] if args and args[0] is model else args), **kwargs)
+
+        stand_in: Any = forward
+        stand_in.__signature__ = inspect.signature(function)
+        del stand_in.__wrapped__
+        self.set(model, "forward", forward)
+
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
         setattr(owner, name, value)
@@ -77,7 +100,7 @@ class Setup:
             later = self._later(change)
             if later is not None:
                 later.before = change.before
-            elif vars(change.owner).get(change.name, _MISSING) is not change.value:
+            elif not _is_same(vars(change.owner).get(change.name, _MISSING), change.value):
                 # A wrapper that somebody put around ours, say for mixed precision, is theirs to take away.
                 logger.warning(
                     "`%s` of %s was replaced after the set-up and is left as it is; restore the model before "
@@ -138,6 +161,11 @@ class Setup:
             config = vars(module).get("config")
             if config is not None:
                 self.set(module, "config", copy.deepcopy(config, memo))
+
+
+def _is_same(found: Any, ours: Any) -> bool:
+    """Whether an attribute is still the one that was set, perhaps bound to its owner since."""
+    return found is ours or (isinstance(found, MethodType) and found.__func__ is ours)
 
 
 def _reduce_plain(owner: nn.Module, model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:

@@ -85,8 +85,9 @@ class Head:
                 f"{type(self.model).__name__}, which calls it {len(states)} times; use `loss='model'`."
             )
         self.output_type = type(states[0])
-        output.logits = None
-        return output, states[0].last_hidden_state
+        # Set to None, an entry would still be handed on by everything that walks over the output's entries.
+        others = {name: value for name, value in output.items() if name != "logits"}
+        return type(output)(**others), states[0].last_hidden_state
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits (1, n, V) of (1, n, D) hidden states."""

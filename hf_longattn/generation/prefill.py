@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
 
 if TYPE_CHECKING:
@@ -103,12 +104,16 @@ def _is_plain_prompt(
     model: PreTrainedModel, cache: Any, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> bool:
     mask = model_kwargs.get("attention_mask")
+    # Prompt tuning of PEFT puts a method of its own here, which adds tokens to what it takes for the prompt.
+    prepares = vars(model).get("prepare_inputs_for_generation")
     return (
         isinstance(cache, Cache)
+        and (prepares is None or getattr(prepares, "__self__", None) is model)
         and not cache.is_compileable
         and not model.config.is_encoder_decoder
         and not any(model_kwargs.get(name) is not None for name in _WHOLE)
         and not generation_config.output_hidden_states
+        and counts_tokens(model) is None
         and (mask is None or mask.ndim == 2)
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hf_longattn.adapters import ForwardHooks
 from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import is_unshared
@@ -129,6 +130,7 @@ class BlockRun:
         attention: keys and values of the layer; None for a module that mixes no tokens.
         seed: of the random numbers of the first block, or None outside training.
         device: of the hidden states.
+        hooks: those of the layer's modules, which the backward needs too.
     """
 
     forward: Callable[..., Any]
@@ -137,6 +139,7 @@ class BlockRun:
     attention: Callable[[], PrefixAttention] | None
     seed: int | None
     device: torch.device
+    hooks: ForwardHooks | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -334,6 +337,8 @@ def run_backward(
     Returns:
         the gradients of hidden states and parameters.
     """
+    if run.hooks is not None:
+        run.hooks.check()
     attention = run.attention() if run.attention is not None else None
     if attention is not None:
         _refill(run, saved, attention)
@@ -431,7 +436,8 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
         visibility = runtime.visibility.get(arguments.get("attention_mask"), arguments, rows, hidden.device)
         arguments = {name: value for name, value in arguments.items() if name not in PACKING}
         attention = functools.partial(PrefixAttention, visibility, hidden.shape[1])
-        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device)
+        hooks = ForwardHooks(layer)
+        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks)
         return run_blocks(run, runtime, layer, hidden)
 
     return forward

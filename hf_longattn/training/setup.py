@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn import instance
+from hf_longattn.adapters import check_adapters
 from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.layer import Runtime, blockwise_forward, tokenwise_forward
 from hf_longattn.training.loss import loss_forward
@@ -108,6 +109,7 @@ def prepare_training(
     decoder = _decoder(inner)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     _check_model(inner, layers)
+    check_adapters(model, chunked_loss=setup.loss == "chunked")
     trunk = _trunk_of_loss(inner, decoder, setup)
     changes = instance.begin(inner, "training")
     if inner.config._attn_implementation not in _IMPLEMENTATIONS:
@@ -120,7 +122,7 @@ def prepare_training(
             changes.set(module, "gradient_checkpointing_enable", _no_checkpointing)
     if trunk is not None:
         numbers = (setup.loss_chunk_size, setup.label_smoothing)
-        changes.set(inner, "forward", loss_forward(inner, trunk, runtime.is_active, *numbers))
+        changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers))
     instance.setups(inner)["training"] = changes
     return model
 

@@ -1,4 +1,4 @@
-"""Fewer launches in a captured step: norms and rotary embedding in one kernel each.
+"""Fewer launches in a captured step: norms and rotary embedding in one kernel each, and faster products.
 
 A decoding step of a large model is some 1500 launches, most of them elementwise on one token. While a step is
 being captured, modules and functions that are proven, by running them, to be plain RMS norms or rotary
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_longattn.generation.linear import Products
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 
@@ -22,11 +23,13 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 @contextlib.contextmanager
-def fused(model: Any) -> Iterator[None]:
-    """Inside, the model's norms and rotary embeddings are single kernels.
+def fused(model: Any, rows: int = 0, products: Products | None = None) -> Iterator[None]:
+    """Inside, the model's norms and rotary embeddings are single kernels, and its products the faster ones.
 
     Args:
         model: a transformers model on a CUDA device.
+        rows: tokens of the step, all sequences together.
+        products: which linear layers to replace; `None` leaves them alone.
     """
     changes = Setup(model)
     proven: dict[Any, bool] = {}
@@ -44,6 +47,8 @@ def fused(model: Any) -> Iterator[None]:
         original = vars(source).get(_ROTARY) if source is not None else None
         if original is not None and _same_rotation(original, next(model.parameters())):
             changes.set(source, _ROTARY, functools.partial(_rotate, original))
+    if products is not None:
+        products.replace(changes, model, rows, _close)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.generation.fusion import fused
+from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
 logger = logging.getLogger("hf_longattn")
@@ -116,6 +117,7 @@ class GraphDecoder:
         self.model = model
         self.original = original
         self.required = required
+        self.products = Products()
         self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
         self.given_up = False
 
@@ -188,7 +190,8 @@ class GraphDecoder:
     ) -> Step:
         inputs = _make_inputs(kwargs)
         call = {**kwargs, **inputs}
-        with device_lengths(cache, graphs.clocks, count), fused(self.model), rehearsal(cache):
+        fusion = fused(self.model, inputs["input_ids"].numel(), self.products)
+        with device_lengths(cache, graphs.clocks, count), fusion, rehearsal(cache):
             layers: list[Any] = cache.layers
             # One layer of a group speaks for all of it.
             leaders = list({id(layer.clock): (layer.clock, layer) for layer in layers}.values())

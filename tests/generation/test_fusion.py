@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from hf_longattn.generation import linear
 from hf_longattn.generation.fusion import fused
 
 
@@ -35,3 +36,66 @@ def test_llama_is_fused_and_gemma_norms_are_not():
         assert all("forward" in vars(m) for m in llama.modules() if type(m).__name__ == "LlamaRMSNorm")
         assert not any("forward" in vars(m) for m in gemma.modules() if type(m).__name__ == "Gemma2RMSNorm")
         assert "_rotate" in repr(sys.modules[type(llama).__module__].apply_rotary_pos_emb)
+
+
+def chooses(ours):
+    """Products whose clock says that ours are always, or never, the faster ones."""
+
+    def clock(calls):
+        for call in calls:
+            call()
+        return -float(len(clocked)) if ours else float(len(clocked))
+
+    clocked = []
+
+    def counted(calls):
+        clocked.append(len(calls))
+        return clock(calls)
+
+    return linear.Products(counted), clocked
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt-oss", "gpt-neox"])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "theirs"])
+def test_products_are_replaced_where_they_are_faster_and_put_back(family, ours):
+    model, ids = tiny.build(family, "tree_attention", dtype=torch.bfloat16), tiny.tokens(2, 4)
+    own = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    products, clocked = chooses(ours)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with fused(model, 8, products):
+            plain = [m for m in model.modules() if type(m) is torch.nn.Linear]
+            assert all(("forward" in vars(m)) == ours for m in plain) and plain
+            result = model(input_ids=ids).logits
+            replaced = {type(m).__name__ for m in model.modules() if "forward" in vars(m)}
+        timed = len(clocked)
+        with fused(model, 8, products):
+            pass
+    assert len(clocked) == timed, "a shape was timed twice"
+    assert ("LlamaMLP" in replaced) == (ours and family == "llama")
+    assert tiny.relative_error(result.float(), expected.float()) <= 2**-7
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == own
+
+
+def test_more_rows_than_the_kernel_takes_and_layers_that_are_not_plain_are_left_alone():
+    products, clocked = chooses(True)
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    model.model.layers[0].mlp.gate_proj.forward = model.model.layers[0].mlp.gate_proj.forward
+    with fused(model, 17, products):
+        assert not any("forward" in vars(m) for m in model.model.layers[1].mlp.modules())
+    assert not clocked
+    fp32 = tiny.build("llama")
+    with fused(fp32, 1, products):
+        assert not any("forward" in vars(m) for m in fp32.modules() if type(m) is torch.nn.Linear)
+
+
+def test_a_product_that_disagrees_is_not_used(monkeypatch):
+    monkeypatch.setattr(
+        linear, "few_row_linear", lambda x, w, b=None: 1.1 * torch.nn.functional.linear(x, w, b)
+    )
+    products, clocked = chooses(True)
+    model = tiny.build("gpt-neox", dtype=torch.bfloat16)
+    with fused(model, 1, products):
+        assert not any("forward" in vars(m) for m in model.modules() if type(m) is torch.nn.Linear)
+    assert not clocked

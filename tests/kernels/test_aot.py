@@ -184,7 +184,32 @@ def _blockwise(
     )  # fmt: skip
 
 
+def _few_row_linear(rows, columns, gated):
+    """`few_row_linear` on the widths of an 8B model."""
+    from hf_longattn.kernels.few_row_linear.triton import choose
+
+    config = choose(rows, columns)
+    signature = {
+        "x_ptr": "*bf16:16", "w_ptr": "*bf16:16", "up_ptr": "*bf16:16", "y_ptr": "*bf16:16",
+        "x_stride": "i32:16", "w_stride": "i32:16", "up_stride": "i32:16", "M": "i32", "N": "i32:16",
+    }  # fmt: skip
+    constexprs = {
+        "K": 4096, "ROWS": 1 if rows == 1 else 16, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PRECISION": "tf32", "bias_ptr": None,
+    }  # fmt: skip
+    if not gated:
+        constexprs |= {"up_ptr": None, "up_stride": None}
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    return Case(
+        f"few_row_linear-M{rows}-N{columns}" + "-gated" * gated,
+        "hf_longattn.kernels.few_row_linear.triton:_few_rows_kernel",
+        signature, constexprs, config.num_warps, config.num_stages,
+    )  # fmt: skip
+
+
 CASES: list[Case] = [
+    _few_row_linear(1, 4096, gated=False),
+    *(_few_row_linear(rows, 14336, gated=True) for rows in (1, 8)),
     _merge_partials(16, 1, 128),
     _merge_partials(64, 1, 256),
     _merge_partials(2, 16, 128, "bf16"),

@@ -1,0 +1,143 @@
+"""Linear maps in a captured step: the vendor's product or our kernel, whichever the clock says is faster.
+
+Decoding reads every weight once a token. For a handful of rows the vendor's library often splits the sum and
+adds the parts in a second launch; `few_row_linear` reads the weight in one. Which one wins depends on the
+shape and on the GPU, so both are timed, captured in a graph as they will run, on all layers that share the
+shape (more bytes than any cache holds). What is not faster is left alone.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_longattn.instance import Setup
+from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
+from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
+
+# Bytes of weights that are read to time a shape: several times the cache of any GPU.
+_TIMED_BYTES = 512 * 2**20
+_DTYPES = (torch.bfloat16, torch.float16)
+Call = Callable[[], Any]
+
+
+def graph_time(calls: list[Call]) -> float:
+    """Seconds that the calls take when replayed from a CUDA graph, the better of three replays."""
+    for call in calls[:1]:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+class Products:
+    """Which linear and gated feed-forward layers our kernel computes faster, found out once a shape.
+
+    Args:
+        clock: seconds that a list of calls takes.
+    """
+
+    def __init__(self, clock: Callable[[list[Call]], float] = graph_time) -> None:
+        self.clock = clock
+        self.ours: dict[tuple[Any, ...], bool] = {}
+
+    def replace(
+        self, changes: Setup, model: nn.Module, rows: int, agree: Callable[[Tensor, Tensor], bool]
+    ) -> None:
+        """Gives the layers of a model the faster of two ways to compute the same.
+
+        Args:
+            changes: undone after the capture.
+            model: in evaluation mode.
+            rows: tokens of the step, all sequences together; nothing happens above 16.
+            agree: whether two results differ by rounding only.
+        """
+        if rows > MAX_ROWS or torch.is_autocast_enabled():
+            return
+        for fits, key_of, make in (
+            (_is_plain, _linear_key, _few_rows),
+            (_is_gated, _gated_key, _gated_few_rows),
+        ):
+            groups: dict[Any, list[Any]] = defaultdict(list)
+            for module in filter(fits, model.modules()):
+                groups[(rows, *key_of(module))].append(module)
+            for key, group in groups.items():
+                if key not in self.ours:
+                    self.ours[key] = self._ours_wins(group, make, rows, agree)
+                for module in group if self.ours[key] else ():
+                    changes.set(module, "forward", make(module))
+
+    @torch.no_grad()
+    def _ours_wins(
+        self,
+        group: list[Any],
+        make: Callable[[Any], Callable[[Tensor], Tensor]],
+        rows: int,
+        agree: Callable[[Tensor, Tensor], bool],
+    ) -> bool:
+        """Whether ours agrees with modules of one shape, and is faster on them."""
+        weights = list(group[0].parameters())
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        timed = group[: max(_TIMED_BYTES // max(size, 1), 1)]
+        states = _probe(rows, weights[0])
+        if not agree(make(group[0])(states), group[0](states)):
+            return False
+        theirs = self.clock([functools.partial(module, states) for module in timed])
+        return self.clock([functools.partial(make(module), states) for module in timed]) < theirs
+
+
+def _probe(rows: int, weight: Tensor) -> Tensor:
+    generator = torch.Generator(weight.device).manual_seed(0)
+    shape = (rows, 1, weight.shape[1])
+    return torch.randn(shape, device=weight.device, dtype=weight.dtype, generator=generator)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An ordinary linear layer: neither quantised, nor adapted, nor sharded, nor hooked."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype in _DTYPES and weight.stride(1) == 1
+
+
+def _is_gated(module: Any) -> bool:
+    """A feed-forward layer with the names that SwiGLU layers have throughout transformers."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activation = getattr(module, "act_fn", None)
+    if not all(type(part) is nn.Linear for part in parts) or "forward" in vars(module):
+        return False
+    gate, up, down = parts
+    known = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    plain = all(type(part.weight) is nn.Parameter and part.bias is None for part in (gate, up, down))
+    return known and plain and gate.weight.dtype in _DTYPES and gate.weight.shape == up.weight.shape
+
+
+def _linear_key(module: nn.Linear) -> tuple[Any, ...]:
+    return (module.weight.shape, module.weight.dtype, module.bias is None)
+
+
+def _gated_key(module: Any) -> tuple[Any, ...]:
+    return (type(module), module.gate_proj.weight.shape, module.gate_proj.weight.dtype)
+
+
+def _few_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return lambda states: few_row_linear(states, module.weight, module.bias)
+
+
+def _gated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
+    gate, up = module.gate_proj.weight, module.up_proj.weight
+    return lambda states: module.down_proj(few_row_gated_linear(states, gate, up))

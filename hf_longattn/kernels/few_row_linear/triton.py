@@ -1,0 +1,104 @@
+"""A weight matrix read once for a few rows: every byte of it passes once, and nothing else costs.
+
+    y[m, n] = sum_k x[m, k] W[n, k]  (+ bias[n])            or  silu(x G^T) * (x U^T)
+
+One program makes BLOCK_N columns of y and walks along k. One row is multiplied and summed elementwise, which
+keeps many loads in flight without shared memory; two rows or more go through the tensor cores, padded to 16,
+with the weight tile as the left operand. Sums are fp32. The rows stay in L2: they are read by every program.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """Tile of the weight, and how a program is run."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# One row: with more columns than programs that fit, wider tiles read `x` less often.
+_ONE_ROW = (Config(2, 1024, 4, 1), Config(8, 512, 4, 1))
+# More rows: 16 columns are the least that tensor cores take.
+_MANY_ROWS = (Config(16, 256, 1, 4), Config(32, 256, 2, 4))
+# So many columns give every multiprocessor of a large GPU several programs.
+_WIDE = 8192
+
+
+def choose(rows: int, columns: int) -> Config:
+    """The configuration for x of `rows` rows and a weight of `columns` rows."""
+    return (_ONE_ROW if rows == 1 else _MANY_ROWS)[columns >= _WIDE]
+
+
+@triton.jit
+def _weight_tile(w_ptr, stride, offs_n, offs_k, N, K: tl.constexpr, EVEN: tl.constexpr):
+    pointers = w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :]
+    inside = (offs_n < N)[:, None]
+    if not EVEN:
+        inside = inside & (offs_k < K)[None, :]
+    # Read once: what else is in the cache is worth more.
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _add_product(acc, w, x, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w x: elementwise for one row (summed at the end), else a matrix product."""
+    if ROWS == 1:
+        acc += w.to(tl.float32) * x.to(tl.float32)
+    else:
+        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _few_rows_kernel(
+    x_ptr, w_ptr, up_ptr, bias_ptr, y_ptr, x_stride, w_stride, up_stride, M, N, K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, ROWS)
+    WIDTH: tl.constexpr = BLOCK_K if ROWS == 1 else ROWS
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    acc_up = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        x = tl.load(x_ptr + offs_m[:, None] * x_stride + offs_k[None, :], mask=inside, other=0.0)
+        w = _weight_tile(w_ptr, w_stride, offs_n, offs_k, N, K, EVEN)
+        acc = _add_product(acc, w, x, ROWS, PRECISION)
+        if up_ptr is not None:
+            up = _weight_tile(up_ptr, up_stride, offs_n, offs_k, N, K, EVEN)
+            acc_up = _add_product(acc_up, up, x, ROWS, PRECISION)
+    if ROWS == 1:
+        acc = tl.sum(acc, axis=1)[:, None]
+        acc_up = tl.sum(acc_up, axis=1)[:, None]
+    if up_ptr is not None:
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    pointers = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+def launch(states: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Launches the kernel; arguments as in `few_row_linear`, and `up` as in `few_row_gated_linear`."""
+    x = states.reshape(-1, states.shape[-1])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (M, K), N = x.shape, weight.shape[0]
+    config = choose(M, N)
+    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    _few_rows_kernel[(triton.cdiv(N, config.block_n),)](
+        x, weight, up, bias, y, x.stride(0), weight.stride(0), None if up is None else up.stride(0), M, N, K,
+        ROWS=1 if M == 1 else 16, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y.view(*states.shape[:-1], N)

@@ -1,0 +1,85 @@
+"""Linear maps of a few rows against fp64: one row and many, odd sizes, biases, gates, interpreted too."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
+
+SHAPES = [(1, 70, 96), (1, 33, 1040), (2, 16, 520), (5, 65, 256), (16, 48, 130)]
+IDS = [f"M{m}-N{n}-K{k}" for m, n, k in SHAPES]
+
+
+def inputs(m, n, k, dtype, device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    # Rows of the states lie apart, as slices of a longer tensor do.
+    states = draw(m, 2 * k)[:, :k].to(dtype)
+    return states, (draw(n, k) / k**0.5).to(dtype), (draw(n, k) / k**0.5).to(dtype), draw(n).to(dtype)
+
+
+def check(impl, dtype, shape, device="cpu"):
+    states, weight, up, bias = inputs(*shape, dtype, device)
+    x, w, u, b = (tensor.double() for tensor in (states, weight, up, bias))
+    cases = [
+        (few_row_linear, (states, weight), x @ w.T),
+        (few_row_linear, (states, weight, bias), x @ w.T + b),
+        (few_row_gated_linear, (states, weight, up), torch.nn.functional.silu(x @ w.T) * (x @ u.T)),
+    ]
+    for function, arguments, exact in cases:
+        standard = function(*arguments, impl="reference").double()
+        result = function(*arguments, impl=impl)
+        allowed = (standard - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+        assert (result.double() - exact).norm() <= 1.5 * allowed, function.__name__
+        assert result.dtype == dtype and result.shape == exact.shape
+        batched = function(arguments[0][:, None], *arguments[1:], impl=impl)
+        assert torch.equal(batched[:, 0], result)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernel_under_the_interpreter(dtype, shape):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        check("triton", dtype, shape)
+        return
+    if (dtype, shape) != (torch.float32, SHAPES[0]):
+        pytest.skip("the first case starts the interpreter for all of them")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 14336, 4096), (8, 4096, 14336)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernel_on_a_gpu(dtype, shape):
+    check("triton", dtype, shape, "cuda")
+
+
+def test_on_a_cpu_it_is_torch():
+    states, weight, up, bias = inputs(20, 8, 16, torch.float64)
+    assert torch.equal(few_row_linear(states, weight, bias), torch.nn.functional.linear(states, weight, bias))
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: few_row_gated_linear(states, w, up), (weight,))
+
+
+def test_what_does_not_fit_is_refused():
+    states, weight, up, bias = inputs(2, 8, 16, torch.float32)
+    with pytest.raises(ValueError, match="`weight` of few_row_linear must be"):
+        few_row_linear(states, weight[:, :4])
+    with pytest.raises(ValueError, match="`weight` of few_row_linear must be .* in torch.float32"):
+        few_row_linear(states, weight.half())
+    with pytest.raises(ValueError, match="`bias` must be"):
+        few_row_linear(states, weight, bias[:3])
+    with pytest.raises(ValueError, match="`up` must be"):
+        few_row_gated_linear(states, weight, up[:3])
+    with pytest.raises(ValueError, match="`impl`"):
+        few_row_linear(states, weight, impl="fast")

@@ -148,7 +148,8 @@ def packed_bounds(
     return lower[None], upper[None], diagonal[None]
 
 
-def _is_tracing(tensor: Tensor) -> bool:
+def is_tracing(tensor: Tensor) -> bool:
+    """Whether a graph is being made, by a compiler or by CUDA: what is in `tensor` cannot be looked at."""
     return torch.compiler.is_compiling() or masking_utils.is_tracing(tensor)
 
 
@@ -237,7 +238,7 @@ class LazyMask:
             starts = position_ids == 0
             if self.padding is not None:
                 starts = starts & self.padding.to(starts.device)
-            single = _is_tracing(position_ids) or not bool(self._restarts(position_ids, starts))
+            single = is_tracing(position_ids) or not bool(self._restarts(position_ids, starts))
             self._packed["lower"] = None if single else document_bounds(starts.cumsum(-1))[0]
         lower = self._packed["lower"]
         return limits if lower is None else limits.narrowed(lower=lower.to(position_ids.device))
@@ -296,7 +297,7 @@ class LazyMask:
     def _pad(self, limits: KeyRange, padding: Tensor) -> KeyRange:
         # A few queries read the mask itself, a byte a key; a prefill looks once, since dense attention is
         # worth it.
-        if _is_tracing(padding) or (self.q_length <= _FEW_QUERIES and padding.device.type != "cpu"):
+        if is_tracing(padding) or (self.q_length <= _FEW_QUERIES and padding.device.type != "cpu"):
             return limits.masked(padding)
         starts = padding & ~F.pad(padding[:, :-1], (1, 0))
         missing, most_runs = torch.stack([(~padding).sum(), starts.sum(-1).max()]).tolist()
@@ -412,7 +413,7 @@ def _snapshot(offset: int | Tensor) -> Any:
     """The offset as it is now: caches advance theirs in place, before the mask is read."""
     if not isinstance(offset, Tensor):
         return offset
-    return offset.clone() if _is_tracing(offset) or offset.device.type != "cpu" else int(offset)
+    return offset.clone() if is_tracing(offset) or offset.device.type != "cpu" else int(offset)
 
 
 def _local_padding(

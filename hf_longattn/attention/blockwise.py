@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_longattn.attention.exact import exact_attention, read_options
+from hf_longattn.attention.shared_prefix import shared_prefix_attention
+from hf_longattn.cache.shared_prefix import SharedStates
 from hf_longattn.masking import LazyMask
 
 
@@ -26,4 +28,6 @@ def blockwise_attention_forward(
     """Softmax attention in the signature that transformers calls; arguments as in
     `tree_attention_forward`."""
     options = read_options(module, scaling, dropout, keywords)
+    if isinstance(key, SharedStates) and isinstance(value, SharedStates):
+        return shared_prefix_attention(query, key, value, attention_mask, options), None
     return exact_attention(query, key, value, attention_mask, options, split_kv=False), None

@@ -20,7 +20,7 @@ from hf_longattn.masking import LazyMask, document_bounds, packed_bounds
 # Rows of a general mask that are spelled out at a time: memory stays linear in the number of keys.
 _TILE_ROWS = 512
 # Queries that one read of the cache serves in the split-KV kernel.
-_MAX_DECODE_QUERIES = 16
+MAX_DECODE_QUERIES = 16
 
 # Arguments that reach attention functions and say nothing about the result.
 _WITHOUT_EFFECT = frozenset(
@@ -90,6 +90,23 @@ def read_options(module: Any, scaling: float | None, dropout: float, keywords: d
     return options
 
 
+def unsupported(mask: LazyMask | Tensor | None, options: Options) -> str | None:
+    """The first thing of a call that only attention on one whole cache can do, by its name, or None.
+
+    Args:
+        mask: of the call.
+        options: of the call.
+    """
+    refused = {
+        "dropout": options.dropout > 0,
+        "position_bias": options.bias is not None,
+        "cu_seq_lens_q": options.cu_seqlens is not None,
+        "seq_idx": options.documents is not None,
+        "attention_mask": not isinstance(mask, LazyMask) or mask.pattern is None,
+    }
+    return next((name for name, present in refused.items() if present), None)
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -139,7 +156,7 @@ def exact_attention(
         packing = _pack(KeyRange(), query, key, mask, replace(options, causal=False))
         return _attend_by_tiles(query, key, value, mask, packing, options).transpose(1, 2).contiguous()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    few = query.shape[2] <= _MAX_DECODE_QUERIES
+    few = query.shape[2] <= MAX_DECODE_QUERIES
     if split_kv and few and bias is None and not options.dropout and not gradient:
         output, _ = decode_attention(
             query, key, value, scale=options.scale, mask=limits, softcap=options.softcap, sinks=options.sinks

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longattn.attention.exact import Options
+from hf_longattn.attention.exact import MAX_DECODE_QUERIES, Options, unsupported
 from hf_longattn.cache.placement import Slices
 from hf_longattn.cache.sharded import Shard, ShardedLayer, ShardedSlidingLayer
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
@@ -21,9 +21,6 @@ from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_partials
 from hf_longattn.masking import LazyMask
 from hf_longattn.parallel.reduction import exchange_merge, gather_merge
-
-# Queries that one read of the cache serves in the split-KV kernel.
-_MAX_DECODE_QUERIES = 16
 
 
 def sharded_attention(
@@ -58,16 +55,9 @@ def sharded_attention(
 
 def _run_mask(mask: LazyMask | Tensor | None, options: Options, shard: Shard) -> LazyMask:
     """The mask of the queries of all ranks, worked out once a forward from that of this rank's."""
-    refused = {
-        "dropout": options.dropout > 0,
-        "position_bias": options.bias is not None,
-        "cu_seq_lens_q": options.cu_seqlens is not None,
-        "seq_idx": options.documents is not None,
-        "attention_mask": not isinstance(mask, LazyMask) or mask.pattern is None,
-    }
-    if names := [name for name, present in refused.items() if present]:
+    if (name := unsupported(mask, options)) is not None:
         raise ValueError(
-            f"`{names[0]}`: this kind of attention is not supported over several processes; masks must be "
+            f"`{name}`: this kind of attention is not supported over several processes; masks must be "
             "made of causal order, windows, chunks and padding. Generate in one process."
         )
     assert isinstance(mask, LazyMask)
@@ -92,7 +82,7 @@ def _attend_few(
     query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, options: Options, shard: Shard
 ) -> Tensor:
     held = _held(mask, shard, query.device)
-    attend = decode_attention if query.shape[2] <= _MAX_DECODE_QUERIES else blockwise_attention
+    attend = decode_attention if query.shape[2] <= MAX_DECODE_QUERIES else blockwise_attention
     output, lse = attend(query, key, value, mask=held, **_terms(options, shard))
     return gather_merge(shard.group, output, lse)[0]
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
+from hf_longattn.cache.shared_prefix import share_layers
 
 _FORMAT = "hf_longattn.cache.1"
 
@@ -34,12 +35,24 @@ class LongContextCache(Cache):
         self.signature = _signature(config)
         super().__init__(layers=_make_layers(config, capacity))
 
-    def fork(self, batch_size: int = 1) -> "LongContextCache":
-        """An independent copy, to continue the same prefix in several ways.
+    def fork(self, batch_size: int = 1, rows: int | None = None) -> "LongContextCache":
+        """A cache to continue the same prefix in several ways; this one stays as it is.
 
         Args:
-            batch_size: how many continuations: every row of this cache is repeated that many times.
+            batch_size: how many continuations: a copy, in which every row is repeated that many times.
+            rows: how many continuations of the one sequence of this cache, in the place of `batch_size`: its
+                keys and values stay in memory once, and a decoding step reads them once for all rows. The
+                result takes a batch of `rows` suffixes, with `tree_attention` or `blockwise_attention`.
+
+        Raises:
+            ValueError: `rows` of a cache that is empty, holds several sequences, or has layers without keys.
         """
+        if rows is not None:
+            if batch_size != 1:
+                raise ValueError(f"`rows` takes the place of `batch_size`, got {rows=} and {batch_size=}.")
+            twin = copy.copy(self)
+            twin.layers = cast(Any, share_layers(self.layers, rows))
+            return twin
         twin = copy.deepcopy(self)
         if batch_size != 1:
             twin.batch_repeat_interleave(batch_size)

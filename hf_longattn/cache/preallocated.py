@@ -76,6 +76,8 @@ class PreallocatedLayer(CacheLayerMixin):
         self.capacity = capacity
         self.start = 0
         self.end = 0
+        # Slots that forks of this layer read: they are not written again.
+        self.shared_end = 0
         self.clock: Clock | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -153,16 +155,24 @@ class PreallocatedLayer(CacheLayerMixin):
         self._values[:, :, self.end : self.end + count] = value_states
         self.end += count
 
+    def share(self) -> tuple[Tensor, Tensor]:
+        """Views of keys and values that nothing done to this layer will change."""
+        assert self.keys is not None and self.values is not None
+        self.shared_end = self.end
+        return self.keys, self.values
+
     def _make_room(self, count: int) -> None:
-        if self.end + count <= self.capacity:
+        fits = self.end + count <= self.capacity
+        if fits and self.end >= self.shared_end:
             return
-        self.capacity = grown_capacity(self.capacity, self.end + count)
+        if not fits:
+            self.capacity = grown_capacity(self.capacity, self.end + count)
         self._replace_buffers(lambda filled: filled)
 
     def _replace_buffers(self, change: Any) -> None:
         """Moves `change(filled part)` of keys and values to the front of new buffers of `capacity` tokens."""
         keys, values = change(self.keys), change(self.values)
-        self.start, self.end = 0, keys.shape[2]
+        self.start, self.end, self.shared_end = 0, keys.shape[2], 0
         self.capacity = max(self.capacity, self.end)
         # One buffer is freed before the next is made: growing needs one extra half, not two.
         self._keys = _moved(keys, self.capacity)

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+# `with torch.device(...)` looks the functions that make tensors up once: before they are replaced below.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -42,6 +42,18 @@ def shard_of(key: Tensor) -> Shard | None:
     return getattr(key, _TAG, None)
 
 
+def share_capacity(capacity: int, world_size: int) -> int:
+    """Slots that one rank makes for its share of `capacity` tokens.
+
+    Args:
+        capacity: tokens of the whole sequence; 0 makes none.
+        world_size: P.
+    """
+    # Shares differ by a block, and by the remainders of prompts that do not divide evenly.
+    share = -(-capacity // world_size)
+    return share + share // 64 + 4 * BLOCK if capacity else 0
+
+
 class ShardedLayer(PreallocatedLayer):
     """This rank's share of one full-attention layer.
 
@@ -52,9 +64,7 @@ class ShardedLayer(PreallocatedLayer):
     """
 
     def __init__(self, group: Any, placement: Placement, capacity: int = 0) -> None:
-        # Shares differ by a block, and by the remainders of prompts that do not divide evenly.
-        share = -(-capacity // group.world_size)
-        super().__init__(share + share // 64 + 4 * BLOCK if capacity else 0)
+        super().__init__(share_capacity(capacity, group.world_size))
         self.group_of_ranks, self.placement = group, placement
         self.length = 0
         self.slices: Slices | None = None

@@ -2,64 +2,148 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from hf_longattn.generation.planning import Hardware, Plan, plan_generation, this_hardware
+from hf_longattn.generation.planning import Hardware, Plan, Ranks, plan_generation, this_hardware
 
 _GIB = 1024**3
 
 
-def make_plan(
-    model: str, context: int, batch: int, dtype: str, memory_gib: float | None, bandwidth: float | None
-) -> Plan:
-    """The plan for a model folder or hub id.
+@dataclass(frozen=True)
+class Request:
+    """What `hf-longattn plan` is asked, by the names of its options.
 
     Args:
-        model: folder or id; only its config is read.
+        model: folder, config.json or hub id; only the config is read.
         context: prompt and new tokens together.
+        new_tokens: how many of them are the answer.
         batch: sequences.
+        gpus: GPUs in all.
+        tp: how many of them divide the weights; the others divide the sequence.
         dtype: name of a torch dtype.
-        memory_gib: of the GPU; the one here, else an H100's.
-        bandwidth: GB/s of the GPU; the one here, else an H100's.
+        gpu_memory: GiB of a GPU; the one here, else an H100's.
+        bandwidth: GB/s of a GPU; the one here, else an H100's.
+    """
+
+    model: str
+    context: int
+    new_tokens: int = 0
+    batch: int = 1
+    gpus: int = 1
+    tp: int = 1
+    dtype: str = "bfloat16"
+    gpu_memory: float | None = None
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"`--dtype` must be bfloat16, float16 or float32, got {self.dtype!r}.")
+        if self.gpus % self.tp:
+            raise ValueError(f"`--tp` must divide `--gpus`, got {self.tp} and {self.gpus}.")
+        if self.new_tokens >= self.context:
+            raise ValueError(
+                f"`--new-tokens` must leave room for a prompt in `--context`, got {self.new_tokens} of "
+                f"{self.context}."
+            )
+
+    def hardware(self) -> Hardware:
+        """The GPU to plan for."""
+        hardware = this_hardware(torch.device("cuda")) if torch.cuda.is_available() else Hardware()
+        if self.gpu_memory is not None:
+            hardware = dataclasses.replace(hardware, memory=int(self.gpu_memory * _GIB))
+        if self.bandwidth is not None:
+            hardware = dataclasses.replace(hardware, bandwidth=self.bandwidth * 1e9)
+        return hardware
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of a folder, a config.json or a hub id; what comes from the hub is said on stderr.
+
+    Args:
+        model: path or id.
 
     Raises:
-        ValueError: `dtype` is unknown, or the architecture cannot be planned for.
         OSError: there is no such model.
     """
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"`--dtype` must be bfloat16, float16 or float32, got {dtype!r}.")
-    hardware = this_hardware(torch.device("cuda")) if torch.cuda.is_available() else Hardware()
-    if memory_gib is not None:
-        hardware = dataclasses.replace(hardware, memory=int(memory_gib * _GIB))
-    if bandwidth is not None:
-        hardware = dataclasses.replace(hardware, bandwidth=bandwidth * 1e9)
-    config = AutoConfig.from_pretrained(model)
-    return plan_generation(config, context, batch_size=batch, dtype=getattr(torch, dtype), hardware=hardware)
+    local = Path(model).exists()
+    if not local:
+        Console(stderr=True).print(f"reading the config of {model} from the hub, or from its cache")
+    return AutoConfig.from_pretrained(model, local_files_only=local)
+
+
+def make_plan(request: Request) -> Plan:
+    """The plan of one generation.
+
+    Args:
+        request: the options.
+
+    Raises:
+        ValueError: an option, or an architecture that cannot be planned for.
+        OSError: there is no such model.
+    """
+    return plan_generation(
+        read_config(request.model),
+        request.context,
+        new_tokens=request.new_tokens,
+        batch_size=request.batch,
+        dtype=getattr(torch, request.dtype),
+        ranks=Ranks(request.gpus // request.tp, request.tp),
+        hardware=request.hardware(),
+    )
 
 
 def show(plan: Plan, as_json: bool) -> None:
     """Prints the plan as a table, or as JSON."""
     if as_json:
-        fields = {**dataclasses.asdict(plan), "peak": plan.peak, "fits": plan.fits}
-        Console(soft_wrap=True).print(json.dumps(fields), highlight=False)
+        print_json({**dataclasses.asdict(plan), "peak": plan.peak, "fits": plan.fits})
         return
-    table = Table(show_header=False)
-    for name, size in (
-        ("weights", plan.weights),
-        ("keys and values", plan.cache),
-        ("workspace", plan.workspace),
-    ):
-        table.add_row(name, f"{size / _GIB:.2f} GiB")
-    table.add_row("peak", f"{plan.peak / _GIB:.2f} of {plan.memory / _GIB:.2f} GiB")
-    table.add_row(f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit")
-    table.add_row("longest that fits", f"{plan.longest:,} tokens, prompt and answer together")
-    table.add_row("time to first token", f"about {plan.expected_first_token:.1f} s")
+    gpus = plan.ranks.total
+    rows = [
+        ("weights", _gib(plan.weights)),
+        ("keys and values", _gib(plan.cache)),
+        ("workspace", _gib(plan.workspace.total)),
+        ("peak" if gpus == 1 else "peak a GPU", f"{_gib(plan.peak)} of {_gib(plan.memory)}"),
+        (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
+        ("longest that fits", f"{plan.longest:,} tokens, prompt and answer together"),
+        ("time to first token", f"about {plan.expected_first_token:.1f} s"),
+        ("time a token", _time_a_token(plan)),
+    ]
+    if plan.new_tokens:
+        answer = plan.expected_first_token + plan.new_tokens * plan.expected_a_token
+        rows.append((f"answer of {plan.new_tokens:,}", f"about {answer:.1f} s in all"))
+    print_table(rows if gpus == 1 else [("GPUs", _division(plan.ranks)), *rows])
+
+
+def _time_a_token(plan: Plan) -> str:
     floor, expected = 1e3 * plan.floor_a_token, 1e3 * plan.expected_a_token
-    table.add_row(
-        "time a token", f"about {expected:.1f} ms (at least {floor:.1f}: weights and cache read once)"
-    )
+    return f"about {expected:.1f} ms (at least {floor:.1f}: weights and cache read once)"
+
+
+def _division(ranks: Ranks) -> str:
+    parts = [f"sequence over {ranks.sequence}", f"weights over {ranks.tensor}"]
+    used = [part for part, count in zip(parts, (ranks.sequence, ranks.tensor), strict=True) if count > 1]
+    return f"{ranks.total}: {', '.join(used)}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints names and values, side by side."""
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """Prints one JSON object."""
+    Console(soft_wrap=True).print(json.dumps(fields), highlight=False)

@@ -1,10 +1,32 @@
-"""What a long prompt costs before it runs: bytes, whether they fit, and the time at least.
+"""What a long prompt costs before it runs: bytes on each GPU, whether they fit, and the times to expect.
 
-Weights are counted on the meta device; keys and values by layer kind; the workspace is that of one chunk in
-the widest place of a layer, where the inputs, the gate and the product of a gated MLP are alive together:
-(4 F + 3 D) elements a token. Measured peaks of an 8B shape at 8K and 32K lie within 1 % of the sum.
+Nothing is loaded: weights are counted on the meta device, from the config alone. A rank of P (sequence) x T
+(tensor parallel) GPUs holds
+
+    weights       those that transformers' tensor parallel plan cuts: 1 / T; all others whole
+    keys, values  2 * G / T heads * head width of every token of its share, ceil(context / P) and what
+                  `share_capacity` adds; windows keep two windows, the same on every rank; states of lightning
+                  attention K * V fp32 a head
+    activations   of one chunk in the widest place of a layer: inputs, gate and product of a gated MLP are
+                  alive together, (4 F / T + 3 D) elements a token; or, on P > 1 ranks, six times the queries
+                  of the whole chunk, gathered, attended, merged and sent
+    logits        of the last token of every row: the model's, and two copies in fp32
+    partials      of a decoding step: one (V + 1) fp32 a query head and split of the keys
+    graph         the pool of the captured step: activations and logits of one token a row
+    tokens        ids and mask, twice in int64, and the mask of the graph
+
+and 1 GiB is left for the CUDA context, cuBLAS and the rounding of the allocator. Times:
+
+    a token       (weights read + keys and values of the rank) / bandwidth + launches a layer
+                  + a reduction a layer (`parallel/cost.py`) + 2 all-reduces a layer where T > 1
+    first token   matrix products / (P T) at their rate + attention / (P T) at its own + what travels
+
+The rates, shares of the dense peak, are those at which the measured prefills of an 8B shape agree with it.
 """
 
+import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +35,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache.preallocated import sliding_capacity
-from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS
+from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.sharded import share_capacity
+from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
+from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
 
 # What remains for the context of CUDA, cuBLAS and the allocator's rounding.
-_RESERVE = 1 << 30
+RESERVE = 1 << 30
 # Launches and gaps of a captured step, seconds a layer; an H100 took 3.1 ms over the floor at 32 layers.
 _OVERHEAD_A_LAYER = 97e-6
-# Share of the dense peak that the matrix products and attention of a prefill reach together.
-_PREFILL_SHARE = 0.55
+# Shares of the dense peak that the products and the attention of a prefill reach.
+_PRODUCT_SHARE, _ATTENTION_SHARE = 0.455, 0.593
+# Programs of the split-KV kernel that run at once on a large GPU.
+_SPLIT_SLOTS = 528
+# Tokens that a captured step's mask has room for beyond the context.
+_MASK_ROOM = 4096
+_LONGEST = 1 << 34
 
 
 @dataclass(frozen=True)
@@ -31,33 +61,88 @@ class Hardware:
         memory: bytes.
         bandwidth: bytes a second that a large copy moves.
         operations: dense bf16 floating-point operations a second, by the datasheet.
+        links: what connects several devices.
     """
 
     memory: int = 80 * 1024**3 - 1024**3
     bandwidth: float = 3.0e12
     operations: float = 989e12
+    links: Links = dataclasses.field(default_factory=Links)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many GPUs share one prompt.
+
+    Args:
+        sequence: P, ranks among which the tokens are divided.
+        tensor: T, ranks among which weights and heads are divided.
+    """
+
+    sequence: int = 1
+    tensor: int = 1
+
+    @property
+    def total(self) -> int:
+        """GPUs."""
+        return self.sequence * self.tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model, on one rank.
+
+    Args:
+        total: bytes held.
+        read: bytes that a decoding step of one row reads: no untied input embedding, chosen experts only.
+        products: elements that a token is multiplied with.
+    """
+
+    total: int
+    read: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes beside weights, keys and values; the terms are those of the module's description."""
+
+    activations: int
+    logits: int
+    partials: int
+    graph: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.activations + self.logits + self.partials + self.graph + self.tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds of one generation.
+    """Bytes on one GPU, and seconds, of one generation.
 
     Args:
         context: prompt and new tokens together.
+        new_tokens: how many of them are the answer.
+        ranks: the GPUs.
         weights: bytes.
         cache: bytes of keys and values.
-        workspace: bytes of one chunk of the prompt.
+        workspace: bytes of everything else.
         memory: bytes of the device.
         longest: tokens of prompt and answer that fit.
         floor_a_token: seconds, weights and cache read once.
-        expected_a_token: seconds, with the launches of a captured step.
+        expected_a_token: seconds, with the launches of a captured step, and what the ranks exchange.
         expected_first_token: seconds until the first token.
     """
 
     context: int
+    new_tokens: int
+    ranks: Ranks
     weights: int
     cache: int
-    workspace: int
+    workspace: Workspace
     memory: int
     longest: int
     floor_a_token: float
@@ -67,43 +152,104 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes at the highest point."""
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace.total
 
     @property
     def fits(self) -> bool:
         """Whether it fits the device, with a reserve of 1 GiB."""
-        return self.peak + _RESERVE <= self.memory
+        return self.peak + RESERVE <= self.memory
 
 
-def count_weights(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes of all weights, bytes that a decoding step reads: all but an untied input embedding)."""
+def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The model of a config without memory for its weights.
+
+    Args:
+        config: of a causal language model.
+        dtype: of the weights.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def count_weights(config: PreTrainedConfig, dtype: torch.dtype, tensor_parallel: int = 1) -> Weights:
+    """What a rank holds and reads of a model's parameters.
+
+    Args:
+        config: of the model.
+        dtype: of the weights.
+        tensor_parallel: T; what transformers' plan cuts is divided by it.
+
+    Raises:
+        ValueError: the model has no tensor parallel plan.
+    """
+    model = on_meta(config, dtype)
+    plan = {name: style for name, style in (model.tp_plan or {}).items() if "wise" in style}
+    if tensor_parallel > 1 and not any(".layers." in name for name in plan):
+        raise ValueError(
+            f"`--tp {tensor_parallel}`: transformers has no tensor parallel plan for the layers of "
+            f"{type(model).__name__}; leave it out, so that all GPUs share the sequence."
+        )
+    cut = re.compile("|".join(re.escape(name).replace(r"\*", r"\d+") for name in plan) or "$^")
     embedding: Any = model.get_input_embeddings()
-    tied = model.get_output_embeddings() is None or model.get_output_embeddings().weight is embedding.weight
-    return total, total if tied else total - embedding.weight.numel() * embedding.weight.element_size()
+    head: Any = model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    active = _active_share(config.get_text_config(decoder=True))
+    total = read = 0.0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() / (tensor_parallel if cut.match(name) else 1)
+        total += size
+        if tied or parameter is not embedding.weight:
+            read += size * (active if ".experts." in name else 1.0)
+    return Weights(round(total) * dtype.itemsize, round(read) * dtype.itemsize, round(read))
 
 
-def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one sequence's keys and values; windows keep their window.
+def _active_share(config: PreTrainedConfig) -> float:
+    """Share of the experts that one token goes through."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return min(chosen / experts, 1.0) if experts and chosen else 1.0
+
+
+def head_sizes(config: PreTrainedConfig) -> tuple[int, int, int, int]:
+    """(query heads, key heads, width of a key, width of a value) of an attention layer's cache.
 
     Args:
         config: the text config.
-        tokens: length of the sequence.
+    """
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "kv_lora_rank", None):
+        # Latent attention: keys and values are kept spelled out.
+        return heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, groups, width, width
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
+    """Bytes of one sequence's keys and values on a rank; windows keep their window.
+
+    Args:
+        config: the text config.
+        tokens: length of the whole sequence.
         dtype: of keys and values.
+        ranks: among which it is divided; one rank if left out.
 
     Raises:
         ValueError: a layer is of a kind that keeps no keys and values.
     """
+    ranks = ranks or Ranks()
     kinds, keywords = get_layer_types_and_kwargs(config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_token = 2 * heads * width * dtype.itemsize
+    recurrent = lightning_layers(config)
+    _, groups, key_width, value_width = head_sizes(config)
+    a_token = groups // ranks.tensor * (key_width + value_width) * dtype.itemsize
+    share = tokens if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
-    for kind in kinds:
-        if kind == "full_attention":
-            total += tokens * a_token
+    for index, kind in enumerate(kinds):
+        if index in recurrent:
+            total += config.num_attention_heads * key_width * value_width * 4
+        elif kind == "full_attention":
+            total += share * a_token
         elif kind in ("sliding_attention", "chunked_attention"):
             total += sliding_capacity(keywords["sliding_window"], tokens) * a_token
         else:
@@ -113,68 +259,182 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> in
     return total
 
 
-def workspace_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes alive in the widest place of a layer, for `tokens` tokens of a chunk."""
+def activation_bytes(
+    config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None
+) -> int:
+    """Bytes alive in the widest place of a layer, for one chunk.
+
+    Args:
+        config: the text config.
+        tokens: of the chunk, all rows and all ranks together.
+        dtype: of the activations.
+        ranks: among which the chunk is divided.
+    """
+    ranks = ranks or Ranks()
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    return tokens * (4 * inner * experts + 3 * hidden) * dtype.itemsize
+    own = -(-tokens // ranks.sequence)
+    layer = own * (4 * inner * experts // ranks.tensor + 3 * hidden)
+    heads, _, key_width, _ = head_sizes(config)
+    queries = 0 if ranks.sequence == 1 else 6 * tokens * heads * key_width // ranks.tensor
+    return max(layer, queries + 3 * own * hidden) * dtype.itemsize
+
+
+def workspace_bytes(
+    config: PreTrainedConfig, context: int, batch_size: int, chunk: int, dtype: torch.dtype, ranks: Ranks
+) -> Workspace:
+    """Everything beside weights, keys and values; see the module's description.
+
+    Args:
+        config: the text config.
+        context: prompt and new tokens together.
+        batch_size: sequences.
+        chunk: tokens of a chunk, all rows and all ranks together.
+        dtype: of the activations.
+        ranks: the GPUs.
+    """
+    heads, groups, _, value_width = head_sizes(config)
+    logits = batch_size * config.vocab_size * (dtype.itemsize + 8)
+    programs = max(_SPLIT_SLOTS, batch_size * groups) * -(-heads // groups)
+    step = activation_bytes(config, batch_size, dtype, Ranks(tensor=ranks.tensor))
+    return Workspace(
+        activations=activation_bytes(config, min(chunk, context * batch_size), dtype, ranks),
+        logits=logits,
+        partials=programs * (value_width + 1) * 4,
+        graph=step + batch_size * config.vocab_size * dtype.itemsize,
+        tokens=batch_size * (context * 33 + _MASK_ROOM),
+    )
 
 
 def plan_generation(
     config: PreTrainedConfig,
     context: int,
     *,
+    new_tokens: int = 0,
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    chunk: int = GPU_CHUNK_TOKENS,
+    chunk: int | None = None,
+    ranks: Ranks | None = None,
     hardware: Hardware | None = None,
 ) -> Plan:
-    """The plan of one generation on one GPU with `prepare_generation`.
+    """The plan of one generation with `prepare_generation`.
 
     Args:
         config: of the model.
         context: prompt and new tokens together.
+        new_tokens: how many of them are the answer; they are not part of the time to the first token.
         batch_size: sequences.
         dtype: of weights and cache.
-        chunk: tokens of a chunk, all rows together.
+        chunk: tokens of a chunk, all rows and ranks together; None as `prepare_generation` picks it on a GPU.
+        ranks: the GPUs; one if left out.
         hardware: the device; an H100 if left out.
 
     Raises:
-        ValueError: the architecture keeps something other than keys and values.
+        ValueError: the architecture keeps something other than keys and values, or cannot be divided so.
     """
-    hardware = hardware or Hardware()
+    hardware, ranks = hardware or Hardware(), ranks or Ranks()
     text = config.get_text_config(decoder=True)
-    weights, read = count_weights(config, dtype)
-    workspace = workspace_bytes(text, min(chunk, context * batch_size), dtype)
+    _check_ranks(text, ranks)
+    weights = count_weights(config, dtype, ranks.tensor)
+    chunk = chunk or GPU_CHUNK_TOKENS * min(ranks.sequence, MOST_CHUNKS)
 
     def cache(tokens: int) -> int:
-        return batch_size * cache_bytes(text, tokens, dtype)
+        return batch_size * cache_bytes(text, tokens, dtype, ranks)
 
-    room = hardware.memory - weights - workspace - _RESERVE
-    floor = (read + cache(context)) / hardware.bandwidth
-    attention = 2 * text.num_hidden_layers * text.hidden_size * context**2
-    operations = batch_size * (2 * read / dtype.itemsize * context + attention)
+    def peak(tokens: int) -> int:
+        workspace = workspace_bytes(text, tokens, batch_size, chunk, dtype, ranks)
+        return weights.total + cache(tokens) + workspace.total
+
+    floor = (weights.read + cache(context)) / hardware.bandwidth
+    clock = _Clock(text, weights, ranks, hardware, dtype)
     return Plan(
         context=context,
-        weights=weights,
+        new_tokens=new_tokens,
+        ranks=ranks,
+        weights=weights.total,
         cache=cache(context),
-        workspace=workspace,
+        workspace=workspace_bytes(text, context, batch_size, chunk, dtype, ranks),
         memory=hardware.memory,
-        longest=_longest(cache, room),
+        longest=longest(peak, hardware.memory - RESERVE),
         floor_a_token=floor,
-        expected_a_token=floor + _OVERHEAD_A_LAYER * text.num_hidden_layers,
-        expected_first_token=operations / (_PREFILL_SHARE * hardware.operations),
+        expected_a_token=floor + clock.overhead(batch_size),
+        expected_first_token=batch_size * clock.prefill(max(context - new_tokens, 1)),
     )
 
 
-def _longest(cache: Any, room: int) -> int:
-    """The largest number of tokens whose cache takes no more than `room` bytes, by bisection."""
-    low, high = 0, 1 << 34
+def _check_ranks(config: PreTrainedConfig, ranks: Ranks) -> None:
+    groups = head_sizes(config)[1]
+    if ranks.tensor < 1 or groups % ranks.tensor:
+        raise ValueError(
+            f"`--tp` must divide the {groups} key heads of the model, got {ranks.tensor}; share the sequence "
+            "among more GPUs instead."
+        )
+
+
+def longest(need: Callable[[int], int], room: int) -> int:
+    """The largest number of tokens that needs no more than `room` bytes, by bisection; 0 if none does.
+
+    Args:
+        need: bytes of so many tokens, never falling.
+        room: bytes.
+    """
+    low, high = 0, _LONGEST
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cache(middle) <= room else (low, middle - 1)
+        low, high = (middle, high) if need(middle) <= room else (low, middle - 1)
     return low
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Expected times of one model on some ranks."""
+
+    config: PreTrainedConfig
+    weights: Weights
+    ranks: Ranks
+    hardware: Hardware
+    dtype: torch.dtype
+
+    def overhead(self, batch_size: int) -> float:
+        """Seconds of a step beyond its reads: launches, and what the ranks exchange."""
+        heads, _, _, width = head_sizes(self.config)
+        layers, links = self.config.num_hidden_layers, self.hardware.links
+        message = message_bytes(batch_size, heads // self.ranks.tensor, width, self.dtype.itemsize)
+        a_layer = _OVERHEAD_A_LAYER + reduction_seconds(message, self.ranks.sequence, links)
+        hidden = batch_size * self.config.hidden_size * self.dtype.itemsize
+        # An all-reduce is twice the way of a gather.
+        a_layer += 2 * reduction_seconds(2 * hidden // self.ranks.tensor, self.ranks.tensor, links)
+        return layers * a_layer
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds of the prompt of one row."""
+        peak = self.hardware.operations * self.ranks.total
+        # `products` is the share of a rank.
+        products = 2.0 * self.weights.products * self.ranks.tensor * tokens / (_PRODUCT_SHARE * peak)
+        attention = self._attention(tokens) / (_ATTENTION_SHARE * peak)
+        return products + attention + self._travel(tokens)
+
+    def _attention(self, tokens: int) -> float:
+        """Floating-point operations of the visible pairs."""
+        kinds, keywords = get_layer_types_and_kwargs(self.config)
+        heads, _, key_width, value_width = head_sizes(self.config)
+        pairs = 0.0
+        for kind in kinds:
+            window = keywords.get("sliding_window") or tokens
+            seen = tokens if kind == "full_attention" else min(window, tokens)
+            pairs += seen * (tokens - seen / 2)
+        return 2.0 * heads * (key_width + value_width) * pairs
+
+    def _travel(self, tokens: int) -> float:
+        """Seconds of sending queries and partial results round, and of tensor parallel sums."""
+        heads, _, key_width, value_width = head_sizes(self.config)
+        item, links = self.dtype.itemsize, self.hardware.links
+        sequence, tensor = self.ranks.sequence, self.ranks.tensor
+        shared = tokens * heads // tensor * (key_width + value_width) * item * (sequence - 1) / sequence
+        rate = links.rate if sequence <= links.node_size else links.node_rate
+        summed = 4 * tokens / sequence * self.config.hidden_size * item * (tensor - 1) / tensor
+        return self.config.num_hidden_layers * (shared / rate + summed / links.rate)
 
 
 def this_hardware(device: torch.device) -> Hardware:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GPU_CHUNK_TOKENS = 8192
 _CPU_CHUNK_TOKENS = 512
 # Processes that share a chunk make it longer, up to this many times: its queries meet on every one of them.
-_MOST_CHUNKS = 4
+MOST_CHUNKS = 4
 # Inputs that cannot be cut with the token ids: embeddings, and all that a picture or a sound comes with.
 _WHOLE = ("inputs_embeds", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
@@ -76,7 +76,7 @@ def prefill(
     first = past if whole else 0
     total = input_ids.shape[1] - first
     shared = isinstance(cache, ShardedCache)
-    chunk = asked or _pick_chunk(input_ids) * (min(cache.group.world_size, _MOST_CHUNKS) if shared else 1)
+    chunk = asked or _pick_chunk(input_ids) * (min(cache.group.world_size, MOST_CHUNKS) if shared else 1)
     causal_model = cast(Any, model)
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:

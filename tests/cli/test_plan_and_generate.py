@@ -43,7 +43,7 @@ def test_cache_bytes_are_those_of_the_cache(family, tokens):
 def test_the_longest_context_just_fits():
     config = tiny.CONFIGS["llama"]()
     hardware = Hardware(memory=(1 << 30) + (1 << 25))
-    longest = plan_generation(config, 4096, hardware=hardware).longest
+    longest = plan_generation(config, 4096, hardware=hardware, chunk=4096).longest
     assert plan_generation(config, longest, hardware=hardware, chunk=4096).fits
     assert not plan_generation(config, longest + 1, hardware=hardware, chunk=4096).fits
 
@@ -56,6 +56,7 @@ def test_weights_are_counted():
 
 def test_plan_prints_and_tells_by_its_status(folder):
     assert run("plan", folder, "--context", 1000).exit_code == 0
+    assert run("plan", folder / "config.json", "--context", 1000, "--new-tokens", 10).exit_code == 0
     result = run("plan", folder, "--context", 10**9, "--json")
     assert result.exit_code == 1
     fields = json.loads(result.stdout)

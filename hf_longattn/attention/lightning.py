@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hf_longattn.attention.exact import Options, read_options
 from hf_longattn.attention.tree import tree_attention_forward
-from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, TokenRows, lightning_layers, scan_rows
+from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, lightning_layers
+from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
 from hf_longattn.masking import LazyMask
 

@@ -1,22 +1,17 @@
-"""The cache layer of lightning attention, a state of constant size, and the scan of rows that are not plain.
-
-Padded tokens add nothing to a state and time does not pass for them; packed documents do not see each other.
-Both come down to the operator's `cu_seqlens`: what exists is moved to the front of its row, and the rows go
-through the scan as documents of one long row.
-"""
+"""The cache layer of lightning attention: a state of constant size in the place of keys and values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_longattn.cache.preallocated import Clock, grown_capacity
-from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
+from hf_longattn.cache.token_rows import TokenRows, scan_rows
+from hf_longattn.kernels.lightning_attention import lightning_attention_step
 
 IMPLEMENTATION = "lightning_attention"
 # Recorded tokens beyond which a new recording begins with the next update.
@@ -44,188 +39,6 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     if wrong := [index for index in chosen if not isinstance(index, int) or not 0 <= index < number]:
         raise ValueError(f"`config.lightning_layers` must list layers from 0 to {number - 1}, got {wrong}.")
     return frozenset(chosen)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the tokens of B rows stand in one row of documents.
-
-    Args:
-        bounds: (documents + 1,) cumulative lengths.
-        first: (B,) the document that a row's state enters.
-        last: (B,) the document that leaves a row's state behind.
-        order: (B * T,) the token at each place; None where they stay.
-    """
-
-    bounds: Tensor
-    first: Tensor
-    last: Tensor
-    order: Tensor | None = None
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """(B, heads, T, dim) -> (1, heads, B * T, dim)."""
-        flat = tensor.transpose(1, 2).flatten(0, 1)
-        flat = flat if self.order is None else flat[self.order]
-        return flat.transpose(0, 1)[None]
-
-    def unpack(self, tensor: Tensor, batch: int) -> Tensor:
-        """(1, heads, B * T, dim) -> (B, T, heads, dim)."""
-        flat = tensor[0].transpose(0, 1)
-        if self.order is not None:
-            flat = flat[torch.argsort(self.order)]
-        return flat.unflatten(0, (batch, -1))
-
-
-class TokenRows:
-    """Which of B x T tokens exist, and where documents begin. Worked out once, for all layers of a forward.
-
-    Args:
-        exists: (B, T) bool, or None where all do.
-        starts: (B, T) bool, the first token of each document; None for one document a row.
-        bounds: (documents + 1,) cumulative lengths over the B * T tokens, in place of `starts`.
-        look: whether the device may be asked which tokens exist; otherwise the general way is taken.
-    """
-
-    def __init__(
-        self,
-        exists: Tensor | None = None,
-        starts: Tensor | None = None,
-        bounds: Tensor | None = None,
-        look: bool = True,
-    ) -> None:
-        self.starts, self.bounds = starts, bounds
-        self.left_only = self.contiguous = False
-        if exists is not None and look:
-            begins = exists & ~F.pad(exists[:, :-1], (1, 0))
-            flags = torch.stack([exists.all(), exists[:, -1:].all(), begins.sum(-1).max() <= 1])
-            full, self.left_only, self.contiguous = flags.tolist()
-            exists = None if full else exists
-        self.exists = exists
-        self._packing: Packing | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every token exists and every row is one document."""
-        return self.exists is None and not self.is_packed
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether rows hold documents."""
-        return self.starts is not None or self.bounds is not None
-
-    def edges_only(self, stateful: bool) -> bool:
-        """Whether it is enough that padded tokens have no value: they stand where decay matters to nobody.
-
-        Args:
-            stateful: whether a state leaves the rows, so that padding on the right would count.
-        """
-        return not self.is_packed and self.contiguous and (self.left_only or not stateful)
-
-    def _existing(self) -> tuple[Tensor, Tensor]:
-        """(B * T,) what exists first in each row, and (B,) how much that is."""
-        assert self.exists is not None
-        batch, length = self.exists.shape
-        row = torch.arange(batch, device=self.exists.device)[:, None] * length
-        order = torch.argsort((~self.exists).to(torch.uint8), dim=-1, stable=True) + row
-        return order.flatten(), self.exists.sum(-1)
-
-    def packing(self, batch: int, length: int, device: torch.device) -> Packing:
-        """The rows as documents of one row; worked out at the first call.
-
-        Args:
-            batch: B.
-            length: T.
-            device: of the tokens.
-        """
-        if self._packing is None:
-            row = torch.arange(batch, device=device)
-            pack = self._pack_documents if self.is_packed else self._pack_existing
-            self._packing = pack(row, length)
-        return self._packing
-
-    def _pack_existing(self, row: Tensor, length: int) -> Packing:
-        order, count = self._existing()
-        begin = row * length
-        # Each row's padding is a document of its own, whose state nobody reads.
-        bounds = F.pad(torch.stack([begin, begin + count], 1).flatten(), (0, 1), value=length * len(row))
-        return Packing(bounds, 2 * row, 2 * row, order)
-
-    def _pack_documents(self, row: Tensor, length: int) -> Packing:
-        begin, total = row * length, length * len(row)
-        order, end = None, begin + length
-        if self.bounds is not None:
-            bounds = F.pad(self.bounds.to(begin), (0, 1), value=total)
-        else:
-            assert self.starts is not None
-            starts = self.starts
-            if self.exists is not None:
-                order, count = self._existing()
-                end = begin + count
-                # Documents are numbered from 1; padding, now behind them, is number 0.
-                number = (starts.cumsum(-1) * self.exists).flatten()[order].view_as(starts)
-                starts = number != F.pad(number[:, :-1], (1, 0), value=-1)
-            starts = starts.index_fill(1, begin.new_zeros(1), True)
-            bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=total)
-        last = torch.searchsorted(bounds, end - 1, right=True) - 1
-        return Packing(bounds, torch.searchsorted(bounds, begin, right=True) - 1, last.clamp(min=0), order)
-
-
-def scan_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scale: float,
-    rows: TokenRows,
-    state: Tensor | None = None,
-    *,
-    stateful: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal lightning attention over rows with padding and documents.
-
-    o_t = scale * sum over existing tokens j <= t of its document, of exp(-slope * n) (q_t . k_j) v_j, where n
-    counts the existing tokens from j to t (arXiv 2401.04658, equation 6).
-
-    Args:
-        query: (B, H, T, K).
-        key: (B, G, T, K), where G divides H.
-        value: (B, G, T, V).
-        slopes: (H,) fp32.
-        scale: factor on the output.
-        rows: which tokens exist and belong together.
-        state: (B, H, K, V) fp32 that enters, or None. Rows that hold documents must begin without one.
-        stateful: whether the state behind the last token is wanted.
-
-    Returns:
-        The output (B, T, H, V) in the query's dtype, and the state or None. Outputs of padded tokens mean
-        nothing.
-    """
-    if rows.exists is not None:
-        value = value.masked_fill(~rows.exists[:, None, :, None], 0)
-    if rows.is_plain or (state is None and rows.edges_only(stateful)):
-        result = lightning_attention(
-            query, key, value, slopes, scale=scale, initial_state=state, output_final_state=stateful
-        )
-        output, state = result if stateful else (result, None)
-        assert isinstance(output, Tensor)
-        return output.transpose(1, 2), state
-    batch, _, length, _ = query.shape
-    packing = rows.packing(batch, length, query.device)
-    if state is not None:
-        assert not rows.is_packed
-        state = state.new_zeros(len(packing.bounds) - 1, *state.shape[1:]).index_copy(0, packing.first, state)
-    q, k, v = (packing.pack(tensor) for tensor in (query, key, value))
-    output, state = lightning_attention(
-        q,
-        k,
-        v,
-        slopes,
-        scale=scale,
-        initial_state=state,
-        output_final_state=True,
-        cu_seqlens=packing.bounds,
-    )
-    return packing.unpack(output, batch), state[packing.last] if stateful else None
 
 
 @dataclass

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.recurrent import RecurrentLayer, TokenRows, scan_rows
+from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.instance import Setup
 
 _rows_of_positions = WeakIdKeyDictionary()

@@ -6,7 +6,7 @@ import torch
 import transformers as tf
 from torch._dynamo.testing import CompileCounter
 
-import hf_longattn  # noqa: F401  registers the implementations
+import hf_longattn
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,15 @@ def test_decoding_on_a_static_cache_compiles_once():
             ).logits
             assert tiny.relative_error(logits[:, 0], expected[:, index]) <= 2e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_generates_the_same():
+    plain, ids = tiny.build("llama"), tiny.tokens(2, 23)
+    mask = tiny.padding([23, 15], 23, "left")
+    call = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = plain.generate(ids, **call)
+    model = tiny.build("llama", "tree_attention")
+    model.compile(backend="eager")
+    hf_longattn.prepare_generation(model)
+    assert torch.equal(model.generate(ids, **call), expected)

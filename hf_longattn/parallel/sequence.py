@@ -30,12 +30,14 @@ class SequenceShare:
         length: T, tokens of the whole sequence.
         positions: (..., T) position ids of the whole sequence.
         padding: (B, T) mask of the whole sequence, True where a token exists, or None where all do.
+        documents: (B, T) integer, the document of each token, equal ids contiguous; None for one a row.
     """
 
     group: SequenceGroup
     length: int
     positions: Tensor
     padding: Tensor | None = None
+    documents: Tensor | None = None
 
     @cached_property
     def slices(self) -> Slices:

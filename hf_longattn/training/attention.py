@@ -48,9 +48,12 @@ class PrefixAttention:
         self.values: Tensor | None = None
         self.grad_keys: Tensor | None = None
         self.grad_values: Tensor | None = None
-        self.index, self.rows = 0, slice(0, 0)
+        # The running block among the tokens of this process, and its place in the sequence.
+        self.index, self.rows, self.place = 0, slice(0, 0), slice(0, 0)
         self.stores, self.stops, self.calls = True, False, 0
         self.results: tuple[Tensor, Tensor] | None = None
+        # Keys and values of a block that stopped, with their graph.
+        self.found: tuple[Tensor, Tensor] | None = None
 
     @contextlib.contextmanager
     def block(
@@ -71,7 +74,7 @@ class PrefixAttention:
             results: output (B, H, rows, V) and lse (B, H, rows) of the forward, where they were saved.
         """
         self.index, self.rows, self.stores, self.stops = index, rows, stores, stops
-        self.results, self.calls = results, 0
+        self.place, self.results, self.calls = self._place(rows), results, 0
         token = _running.set(self)
         try:
             yield
@@ -85,6 +88,9 @@ class PrefixAttention:
                 f"that calls it {self.calls} times; train this model unprepared, with gradient checkpointing."
             )
 
+    def _place(self, rows: slice) -> slice:
+        return rows
+
     def store(self, key: Tensor, value: Tensor) -> None:
         """Keeps the keys (B, G, rows, K) and values (B, G, rows, V) of the running block."""
         if self.keys is None or self.values is None:
@@ -96,7 +102,7 @@ class PrefixAttention:
     def attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Output and lse of the running block."""
         if self.results is None:
-            window = self.visibility.window(self.index, self.rows)
+            window = self.visibility.window(self.index, self.place)
             key, value = self._columns(window.keys)
             self.results = blockwise_attention(
                 query, key, value, mask=window.limits, bias=window.bias, **options
@@ -105,14 +111,14 @@ class PrefixAttention:
 
     def gradients(
         self, grad: Tensor, query: Tensor, results: tuple[Tensor, Tensor], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of query, of the block's own keys and values, and of the sinks."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of query, of the block's own keys and values if they are complete, and of the sinks."""
         assert self.keys is not None and self.values is not None
         if self.grad_keys is None or self.grad_values is None:
             dtype = torch.promote_types(self.keys.dtype, torch.float32)
             self.grad_keys = torch.zeros_like(self.keys, dtype=dtype)
             self.grad_values = torch.zeros_like(self.values, dtype=dtype)
-        window = self.visibility.window(self.index, self.rows)
+        window = self.visibility.window(self.index, self.place)
         # Dropout counts columns from the first key of the call, so that call must be the forward's.
         parts = [window] if options["dropout"] else window.parts(_MOST_KEYS)
         grad_query: Tensor | None = None
@@ -128,9 +134,13 @@ class PrefixAttention:
             self.grad_values[:, :, part.keys] += found.value
             grad_query, grad_sinks = _sum(grad_query, found.query, len(parts)), found.sinks
         assert grad_query is not None
+        return grad_query.to(query.dtype), *self._own_gradients(), grad_sinks
+
+    def _own_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        assert self.keys is not None and self.values is not None
+        assert self.grad_keys is not None and self.grad_values is not None
         own_key = self.grad_keys[:, :, self.rows].to(self.keys.dtype)
-        own_value = self.grad_values[:, :, self.rows].to(self.values.dtype)
-        return grad_query.to(query.dtype), own_key, own_value, grad_sinks
+        return own_key, self.grad_values[:, :, self.rows].to(self.values.dtype)
 
     def _columns(self, keys: slice) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
@@ -230,6 +240,7 @@ def layer_attention_forward(
     if layer.stores:
         layer.store(key.detach(), value.detach())
     if layer.stops:
+        layer.found = key, value
         raise KeysKnownError
     output = _BlockAttention.apply(query, key, value, options.sinks, layer, _kernel_options(options))
     return output.transpose(1, 2).contiguous(), None

@@ -4,15 +4,16 @@
     backward, right to left:   K, V again from x;   dx_i = one local backward of block i, with dK, dV of the
                                blocks 0 .. i added to fp32 sums on the way (see `training/attention.py`)
 
+Where the sequence lies on several ranks, K and V of all come together before the first block, and dK, dV are
+complete after the last one (see `training/shared_attention.py`).
+
 Only x is kept (and, where asked for, the output of attention and its lse, which spares its recomputation).
 Parameters are inputs of one autograd function, so that their summed gradients arrive once, and the hooks of
 DDP and FSDP run once. Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370, sections 3 and 4.
 """
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +22,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_longattn.adapters import ForwardHooks
+from hf_longattn.parallel.sequence import SequenceShare
+from hf_longattn.training.arguments import cut
 from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import is_unshared
-from hf_longattn.training.visibility import PACKING, VisibilityCache, split_rows
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-# Arguments that run along the sequence, and the dimension in which they do.
-_ALONG = {"position_embeddings": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
-# Arguments of the length of the sequence that layers receive and hand on, without a use for them.
-_UNUSED = frozenset(("attention_mask", "labels", "shift_labels", *PACKING))
+from hf_longattn.training.shared_attention import SharedAttention
+from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 
 @dataclass
@@ -53,62 +51,16 @@ class Runtime:
         """Whether the set-up that made it still holds."""
         return self.active
 
-    def rows(self, hidden: Tensor) -> list[slice]:
-        """The blocks of (B, T, D) hidden states."""
+    def rows(self, hidden: Tensor, share: SequenceShare | None = None) -> list[slice]:
+        """The blocks of (B, T, D) hidden states, none of them across the two slices of a share."""
         # Large enough that matrix products run at full rate, small enough that their activations are little.
         tokens = 16384 if hidden.device.type != "cpu" else 1024
         size = self.block_size or max(tokens // max(hidden.shape[0], 1), 256)
-        return split_rows(hidden.shape[1], size)
-
-
-def named_arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call by name, those of `**kwargs` among them.
-
-    Args:
-        signature: of the function.
-        args: positional arguments.
-        kwargs: keyword arguments.
-    """
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    rest = next((name for name, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD), None)
-    more = arguments.pop(rest, {}) if rest else {}
-    return {**arguments, **more}
-
-
-def cut(name: str, value: Any, rows: slice, length: int) -> Any:
-    """The part of a layer's argument that belongs to some tokens.
-
-    Args:
-        name: of the argument.
-        value: tensors, perhaps in tuples; anything else is the same for every token.
-        rows: the tokens.
-        length: T.
-
-    Returns:
-        the part.
-
-    Raises:
-        ValueError: a tensor runs along the sequence in a way that is not known here.
-    """
-    if isinstance(value, tuple | list):
-        return type(value)(cut(name, part, rows, length) for part in value)
-    if not isinstance(value, Tensor) or name in _UNUSED:
-        return value
-    dim = _ALONG.get(name)
-    if dim == 1 and value.ndim == 2 and name == "position_embeddings":
-        dim = 0
-    if dim is not None and value.shape[dim] == length:
-        index = (slice(None),) * (dim % value.ndim)
-        return value[(*index, rows)]
-    if length > 1 and length in value.shape or value.requires_grad:
-        raise ValueError(
-            f"`{name}` of shape {tuple(value.shape)} reaches the layers, and `prepare_training` does not "
-            f"know how it runs along the {length} tokens; train this model unprepared, with gradient "
-            "checkpointing."
-        )
-    return value
+        if share is None:
+            return split_rows(hidden.shape[1], size)
+        piece = share.slices.piece
+        first = split_rows(piece, size)
+        return first + [slice(rows.start + piece, rows.stop + piece) for rows in first]
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -131,6 +83,7 @@ class BlockRun:
         seed: of the random numbers of the first block, or None outside training.
         device: of the hidden states.
         hooks: those of the layer's modules, which the backward needs too.
+        share: what this rank computes of a sequence over several.
     """
 
     forward: Callable[..., Any]
@@ -140,6 +93,7 @@ class BlockRun:
     seed: int | None
     device: torch.device
     hooks: ForwardHooks | None = None
+    share: SequenceShare | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -156,7 +110,9 @@ class BlockRun:
             if self.seed is not None:
                 devices = [self.device] if kind == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
-                _seed(self.device, self.seed + index)
+                # Of the place in the sequence: the same block draws the same numbers on whatever rank.
+                rows = self.rows[index]
+                _seed(self.device, self.seed + (rows if self.share is None else self.share.place(rows)).start)
             yield
 
     def block(self, index: int, hidden: Tensor, attention: PrefixAttention | None, **options: Any) -> Tensor:
@@ -239,11 +195,16 @@ def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple
         (B, T, D), and what was kept.
     """
     attention = run.attention() if run.attention is not None else None
+    options = {}
+    if isinstance(attention, SharedAttention):
+        _fill(run, attention, enumerate(hidden[:, rows] for rows in run.rows))
+        attention.gather()
+        options["stores"] = False
     saved = None if runtime is None else Saved(runtime.offloader.keep(_layout(hidden, run.rows), hidden))
     whole: Tensor | None = None
     for index, rows in enumerate(run.rows):
         block = hidden[:, rows]
-        output = run.block(index, block, attention)
+        output = run.block(index, block, attention, **options)
         if whole is None:
             whole = output.new_empty(output.shape[0], hidden.shape[1], *output.shape[2:])
         whole[:, rows] = output
@@ -267,14 +228,21 @@ def _save_results(
     saved.lse.write(index, lse)
 
 
-def _refill(run: BlockRun, saved: Saved, attention: PrefixAttention) -> None:
-    """Keys and values of every block but the last, which brings its own in the pass from right to left."""
-    order = list(range(len(run.rows) - 1))
-    if not order:
-        return
+def _fill(run: BlockRun, attention: PrefixAttention, blocks: Iterable[tuple[int, Tensor]]) -> None:
+    """Keys and values of some blocks, and nothing else of the layer."""
     with torch.no_grad():
-        for index, block in zip(order, saved.hidden.read(order), strict=True):
+        for index, block in blocks:
             run.block(index, block, attention, stops=True)
+
+
+def _refill(run: BlockRun, saved: Saved, attention: PrefixAttention) -> None:
+    """Keys and values again; the last block alone brings its own in the pass from right to left."""
+    shared = isinstance(attention, SharedAttention)
+    order = list(range(len(run.rows) if shared else len(run.rows) - 1))
+    if order:
+        _fill(run, attention, zip(order, saved.hidden.read(order), strict=True))
+    if isinstance(attention, SharedAttention):
+        attention.gather()
 
 
 class _GradientSums:
@@ -290,28 +258,41 @@ class _GradientSums:
     def __init__(
         self, run: BlockRun, parameters: list[Tensor], needs_input: bool, room: Tensor | None
     ) -> None:
-        self.rows, self.parameters, self.needs_input = run.rows, parameters, needs_input
-        self.room = room
+        self.run, self.parameters, self.needs_input = run, parameters, needs_input
+        self.room, self.written = room, set[int]()
         self.hidden: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
-    def add(self, index: int, block: Tensor, output: Tensor, grad: Tensor) -> None:
-        """One local backward, from the gradient (B, rows, D) of one block's output."""
+    def add(self, index: int, block: Tensor, outputs: list[Tensor], grads: list[Tensor]) -> None:
+        """One local backward, from the gradients of what one block (B, rows, D) gave."""
+        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
         wanted = [block, *self.parameters] if self.needs_input else self.parameters
-        parts = list(torch.autograd.grad(output, wanted, grad, allow_unused=True))
+        if not pairs or not wanted:
+            return
+        outputs, grads = map(list, zip(*pairs, strict=True))
+        parts = list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         if self.needs_input and (part := parts.pop(0)) is not None:
-            if self.hidden is None:
-                self.hidden = self._place(part)
-            self.hidden[:, self.rows[index]] = part
+            self._add_hidden(index, part)
         self.sums = [_add(total, part) for total, part in zip(self.sums, parts, strict=True)]
 
+    def _add_hidden(self, index: int, part: Tensor) -> None:
+        if self.hidden is None:
+            self.hidden = self._place(part)
+        if index in self.written:
+            self.hidden[:, self.run.rows[index]] += part
+        else:
+            self.hidden[:, self.run.rows[index]] = part
+        self.written.add(index)
+
     def _place(self, part: Tensor) -> Tensor:
-        shape = (part.shape[0], self.rows[-1].stop, *part.shape[2:])
+        shape = (part.shape[0], self.run.rows[-1].stop, *part.shape[2:])
         fits = self.room is not None and self.room.shape == shape and self.room.dtype == part.dtype
         return self.room if fits and self.room is not None else part.new_empty(shape)
 
     def results(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of the input, and of each parameter in its own dtype."""
+        """The gradient of the input, and of each parameter in its own dtype, summed over the ranks."""
+        if self.run.share is not None:
+            self.sums = self.run.share.add_up_gradients(self.sums, self.parameters)
         pairs = zip(self.sums, self.parameters, strict=True)
         return self.hidden, [None if total is None else total.to(p.dtype) for total, p in pairs]
 
@@ -347,11 +328,30 @@ def run_backward(
     sums = _GradientSums(run, parameters, needs_input, grad if may_overwrite else None)
     for index, block, results in zip(order, saved.hidden.read(order), saved.results(order), strict=True):
         block = block.detach().requires_grad_(needs_input)
-        options = {} if attention is None else {"results": results, "stores": index == last}
+        stores = index == last and not isinstance(attention, SharedAttention)
+        options = {} if attention is None else {"results": results, "stores": stores}
         with torch.enable_grad():
             output = run.block(index, block, attention, **options)
-        sums.add(index, block, output, grad[:, run.rows[index]])
+        sums.add(index, block, [output], [grad[:, run.rows[index]]])
+    if isinstance(attention, SharedAttention):
+        _keys_backward(run, saved, attention, sums)
     return sums.results()
+
+
+def _keys_backward(run: BlockRun, saved: Saved, attention: SharedAttention, sums: _GradientSums) -> None:
+    """The way of the gradients of keys and values to the input and the parameters.
+
+    A second pass, for no block's own dK, dV are complete before every rank has finished its first. To compute
+    norm and projections again costs a tenth of the layer's products and no memory; to keep the graphs of all
+    blocks meanwhile would cost several hidden states a token.
+    """
+    attention.add_up()
+    order = list(range(len(run.rows)))
+    for index, block in zip(order, saved.hidden.read(order), strict=True):
+        block = block.detach().requires_grad_(sums.needs_input)
+        with torch.enable_grad():
+            run.block(index, block, attention, stores=False, stops=True)
+        sums.add(index, block, *attention.found_gradients())
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -400,66 +400,3 @@ def run_blocks(run: BlockRun, runtime: Runtime, module: nn.Module, hidden: Tenso
         return _BlockFunction.apply(run, runtime, hidden, *parameters)
     with torch.no_grad():
         return run_forward(run, hidden, None)[0]
-
-
-def _new_seed(module: nn.Module) -> int | None:
-    # Drawn on the CPU, without a stall; dropout of every block follows from it.
-    return int(torch.randint(2**62, ()).item()) if module.training else None
-
-
-def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
-    """What stands in for the forward of a decoder layer.
-
-    Args:
-        layer: the layer, its forward still its own.
-        runtime: settings of the model.
-
-    Returns:
-        a function with the same signature.
-    """
-    original = layer.forward
-    signature = inspect.signature(original)
-    hidden_name = next(iter(signature.parameters))
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = named_arguments(signature, args, kwargs)
-        hidden = arguments.pop(hidden_name)
-        cached = any(arguments.get(name) is not None for name in _CACHES)
-        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (cached and not layer.training):
-            return original(*args, **kwargs)
-        # As gradient checkpointing does: a layer that trains fills no cache.
-        arguments = {name: value for name, value in arguments.items() if name not in _CACHES}
-        if arguments.get("use_cache"):
-            arguments["use_cache"] = False
-        rows = runtime.rows(hidden)
-        visibility = runtime.visibility.get(arguments.get("attention_mask"), arguments, rows, hidden.device)
-        arguments = {name: value for name, value in arguments.items() if name not in PACKING}
-        attention = functools.partial(PrefixAttention, visibility, hidden.shape[1])
-        hooks = ForwardHooks(layer)
-        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks)
-        return run_blocks(run, runtime, layer, hidden)
-
-    return forward
-
-
-def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """What stands in for the forward of a module that treats every token alone, as the final norm.
-
-    Args:
-        module: the module, its forward still its own.
-        runtime: settings of the model.
-    """
-    original = module.forward
-
-    @functools.wraps(original)
-    def forward(hidden: Tensor) -> Tensor:
-        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0:
-            return original(hidden)
-        rows = runtime.rows(hidden)
-        if len(rows) == 1:
-            return original(hidden)
-        run = BlockRun(original, {}, rows, None, None, hidden.device)
-        return run_blocks(run, runtime, module, hidden)
-
-    return forward

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from hf_longattn.training.layer import named_arguments
+from hf_longattn.parallel.sequence import SequenceShare
+from hf_longattn.training.arguments import named_arguments
+from hf_longattn.training.sequence import SequenceParallel, taking_loss
 
 # Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
 _GPU_LOGITS, _CPU_LOGITS = 1 << 28, 1 << 23
@@ -130,11 +132,13 @@ class LossOptions:
         chunk_size: tokens a chunk, or None.
         smoothing: of the labels.
         ignore_index: label of tokens that do not count.
+        share: the tokens behind the hidden states, where each of several ranks has its own.
     """
 
     chunk_size: int | None
     smoothing: float
     ignore_index: int = -100
+    share: SequenceShare | None = None
 
     def chunk(self, hidden: Tensor, vocab_size: int) -> int:
         """Tokens that go through the head at a time."""
@@ -173,7 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_hidden[tokens] = part[0]
                 for into, part in zip(sums, parts, strict=True):
                     into.add_(0 if part is None else part)
-        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.dtypes, ctx.share = [parameter.dtype for parameter in parameters], options.share
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden.view_as(hidden), *sums)
         return total
@@ -182,7 +186,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *sums = ctx.saved_tensors
-        grads = ((part * grad).to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True))
+        sums = [part * grad for part in sums]
+        if ctx.share is not None:
+            sums = [ctx.share.group.add_up(part.contiguous()) for part in sums]
+        grads = (part.to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True))
         return None, None, None, None, hidden * grad.to(hidden.dtype), *grads
 
 
@@ -199,22 +206,26 @@ def chunked_loss(
 
     Args:
         head: from hidden states to logits.
-        hidden: (B, T, D), after the final norm.
+        hidden: (B, T, D) after the final norm, or a rank's share of it.
         shifted: (B, T), the token that follows each token.
         num_items: what the sum is divided by; the number of tokens that count if None.
-        options: chunk size, label smoothing, ignored label.
+        options: chunk size, label smoothing, ignored label, share.
 
     Returns:
-        a scalar in fp32.
+        a scalar in fp32, the same on every rank.
     """
-    targets = shifted.to(hidden.device).reshape(-1)
+    share, targets = options.share, shifted.to(hidden.device)
+    targets = (targets if share is None else share.take(targets, 1, options.ignore_index)).reshape(-1)
     counted = (targets != options.ignore_index).nonzero()[:, 0]
     parameters = head.parameters() if torch.is_grad_enabled() else []
     total = _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
+    count = counted.new_tensor(len(counted))
+    if share is not None:
+        total, count = share.add_up(total), share.group.add_up(count)
     # Without a token that counts the mean is NaN, as in transformers.
-    return total / (counted.new_tensor(len(counted)) if num_items is None else num_items)
+    return total / (count if num_items is None else num_items)
 
 
 def loss_forward(
@@ -223,6 +234,7 @@ def loss_forward(
     is_active: Callable[[], bool],
     chunk_size: int | None,
     smoothing: float,
+    parallel: SequenceParallel | None = None,
 ) -> Callable[..., Any]:
     """What stands in for the forward of a causal language model.
 
@@ -232,6 +244,7 @@ def loss_forward(
         is_active: whether the set-up still holds.
         chunk_size: tokens a chunk, or None.
         smoothing: of the labels.
+        parallel: the ranks that share a sequence, or None.
 
     Returns:
         a function with the same signature; with labels it returns the loss and no logits.
@@ -245,16 +258,21 @@ def loss_forward(
         asks_for_logits = isinstance(kept := arguments.get("logits_to_keep", 0), Tensor) or kept != 0
         if not is_active() or arguments.get("labels") is None or asks_for_logits:
             return original(*args, **kwargs)
+        given = dict(arguments)
         labels = arguments.pop("labels")
         shifted, num_items = arguments.pop("shift_labels", None), arguments.pop("num_items_in_batch", None)
-        options = LossOptions(chunk_size, smoothing, arguments.pop("ignore_index", -100))
+        ignore_index = arguments.pop("ignore_index", -100)
         returns_dict = arguments.pop("return_dict", None)
         if arguments.get("use_cache") is None:
             arguments["use_cache"] = False
         head = Head(model, trunk, original)
-        output, hidden = head.run_trunk(arguments)
+        with taking_loss(parallel, given) as call:
+            output, hidden = head.run_trunk(arguments)
         if shifted is None:
-            shifted = F.pad(labels, (0, 1), value=options.ignore_index)[..., 1:]
+            shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if num_items is not None and parallel is not None:
+            num_items = num_items * parallel.copies
+        options = LossOptions(chunk_size, smoothing, ignore_index, call.share)
         output.loss = chunked_loss(head, hidden, shifted, num_items, options)
         is_dict = model.config.return_dict if returns_dict is None else returns_dict
         return output if is_dict else output.to_tuple()

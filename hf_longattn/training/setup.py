@@ -15,9 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
 from hf_longattn.training.attention import IMPLEMENTATION, register
-from hf_longattn.training.layer import Runtime, blockwise_forward, tokenwise_forward
+from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
+from hf_longattn.training.layer import Runtime
 from hf_longattn.training.loss import loss_forward
 from hf_longattn.training.offload import Layout, Offloader
+from hf_longattn.training.several import make_parallel, share_sequences
 
 logger = logging.getLogger("hf_longattn")
 
@@ -83,10 +85,19 @@ def prepare_training(
     path. With labels the model returns the loss and no logits. Parameters, state dict and saved config are
     untouched. Called again, it replaces the earlier set-up.
 
+    With an accelerator of several processes or a mesh, these share each sequence: every one of a group is
+    given the same batch and computes T / P of its tokens. The loss is that of the whole batch on each rank,
+    and each ends a backward with the gradient of the whole batch, so that a plain loop, DDP and FSDP go on
+    as with one process. For the time of a layer every rank holds the keys and values of the whole sequence,
+    and their fp32 gradients in the backward. Without labels the final hidden states come together on every
+    rank.
+
     Args:
         model: a decoder of transformers, perhaps wrapped by PEFT, accelerate or DDP.
-        accelerator: an `accelerate.Accelerator` of one process; leave it out for data parallelism.
-        device_mesh: must be None in this version.
+        accelerator: an `accelerate.Accelerator`, whose processes share a sequence: those of "cp" where its
+            `ParallelismConfig` has a `cp_size`, else all; leave it out for data parallelism alone.
+        device_mesh: a `torch.distributed.DeviceMesh` in the place of it, whose dimension "cp" (or "cp_inter"
+            and "cp_intra") shares a sequence; other dimensions train on other batches.
         config: the settings.
         fields: fields of `TrainingSetup`, given straight.
 
@@ -101,28 +112,30 @@ def prepare_training(
     """
     setup = dataclasses.replace(config or TrainingSetup(), **fields)
     inner = instance.unwrap(model)
-    if device_mesh is not None or getattr(accelerator, "num_processes", 1) > 1:
-        raise ValueError(
-            "`accelerator`/`device_mesh`: one sequence over several processes is not supported in this "
-            "version; leave both out to train data-parallel, each process on its own sequences."
-        )
     decoder = _decoder(inner)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     _check_model(inner, layers)
     check_adapters(model, chunked_loss=setup.loss == "chunked")
     trunk = _trunk_of_loss(inner, decoder, setup)
+    parallel = make_parallel(accelerator, device_mesh, decoder, layers)
     changes = instance.begin(inner, "training")
     if inner.config._attn_implementation not in _IMPLEMENTATIONS:
         changes.use_attention("blockwise_attention")
-    runtime = Runtime(setup.block_size, setup.save_attention, Offloader(setup.offload, _reserve(inner)))
+    ranks = 1 if parallel is None else parallel.group.world_size
+    offloader = Offloader(setup.offload, _reserve(inner, ranks))
+    runtime = Runtime(setup.block_size, setup.save_attention, offloader)
     changes.set(runtime, "active", True)
     _patch_layers(changes, decoder, layers, runtime)
+    if parallel is not None:
+        share_sequences(changes, parallel, accelerator, runtime)
     for module in inner.modules():
         if isinstance(module, PreTrainedModel):
             changes.set(module, "gradient_checkpointing_enable", _no_checkpointing)
     if trunk is not None:
         numbers = (setup.loss_chunk_size, setup.label_smoothing)
-        changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers))
+        # What else a model does with hidden states it does with all of them.
+        sharing = parallel if inner._modules[trunk] is decoder else None
+        changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers, sharing))
     instance.setups(inner)["training"] = changes
     return model
 
@@ -199,12 +212,12 @@ def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
     logger.info("gradient checkpointing: left out, since prepared layers recompute their own activations")
 
 
-def _reserve(model: PreTrainedModel) -> Any:
+def _reserve(model: PreTrainedModel, ranks: int) -> Any:
     def reserve(layout: Layout) -> int:
         missing = sum(
             p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None
         )
-        # The layer that runs holds its input, two gradients, keys, values and their fp32 sums.
-        return _ROOM + 8 * layout.num_bytes + missing
+        # The layer that runs holds its input, two gradients, and of all ranks keys, values and fp32 sums.
+        return _ROOM + (4 + 4 * ranks) * layout.num_bytes + missing
 
     return reserve

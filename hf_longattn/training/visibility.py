@@ -1,15 +1,15 @@
 """What the queries of a block see: slices of the model's lazy mask, worked out once a forward."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import LazyMask, document_bounds, packed_bounds
+from hf_longattn.parallel.sequence import SequenceShare
 
 # Arguments of a layer that say how documents are packed into a row.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
@@ -73,7 +73,7 @@ class Visibility:
 
     Args:
         limits: the causal range of the whole sequence.
-        blocks: the blocks of queries.
+        blocks: the blocks of queries that are computed here, in order.
         dense: (B or 1, H or 1, T, T) mask of the caller's, or None.
     """
 
@@ -95,13 +95,11 @@ class Visibility:
 
 def _first_keys(limits: KeyRange, blocks: list[slice]) -> list[int]:
     """The first key that any query of each block may see, at most the block's own first."""
-    if limits.lower is None:
+    lower = limits.lower
+    if lower is None:
         return [0] * len(blocks)
-    size = blocks[0].stop - blocks[0].start
-    missing = len(blocks) * size - blocks[-1].stop
-    lower = F.pad(limits.lower, (0, missing), value=blocks[-1].stop).unflatten(1, (len(blocks), size))
     # The only read of device memory on the host: once a mask, not once a layer.
-    first = lower.amin(dim=(0, 2)).clamp(min=0).tolist()
+    first = torch.stack([lower[:, rows].amin() for rows in blocks]).clamp(min=0).tolist()
     return [min(start, rows.start) for start, rows in zip(first, blocks, strict=True)]
 
 
@@ -117,14 +115,16 @@ class VisibilityCache:
         arguments: dict[str, Any],
         blocks: list[slice],
         device: torch.device,
+        share: SequenceShare | None = None,
     ) -> Visibility:
         """The blocks of a layer's mask.
 
         Args:
             mask: what the model hands to its layers.
             arguments: of the layer: positions, cumulative lengths or document ids.
-            blocks: of queries.
+            blocks: of queries, as places in the sequence.
             device: of the hidden states.
+            share: what this rank computes of a sequence over several.
 
         Returns:
             the `Visibility`.
@@ -132,6 +132,8 @@ class VisibilityCache:
         Raises:
             ValueError: the mask is not causal, or does not cover every token with every token.
         """
+        if share is not None:
+            return self._get_shared(mask, arguments, blocks, device, share)
         length = blocks[-1].stop
         if not isinstance(mask, LazyMask):
             return _dense_visibility(mask, arguments, blocks, device)
@@ -140,12 +142,47 @@ class VisibilityCache:
                 f"`attention_mask` must cover {length} queries and as many keys, got {mask.q_length} and "
                 f"{mask.kv_length}; a prepared model trains without a cache."
             )
-        key = (blocks[0].stop, device, *(arguments.get(name) is None for name in PACKING))
-        found = self._known.get(mask)
-        if found is None or found[0] != key:
-            found = (key, Visibility(_limits(mask, arguments, length, device), blocks))
-            self._known[mask] = found
+        return self._find(mask, mask, arguments, blocks, device)
+
+    def _find(
+        self,
+        key: LazyMask,
+        mask: LazyMask,
+        arguments: dict[str, Any],
+        blocks: list[slice],
+        device: torch.device,
+    ) -> Visibility:
+        options = (blocks[0].stop, device, *(arguments.get(name) is None for name in PACKING))
+        found = self._known.get(key)
+        if found is None or found[0] != options:
+            found = (options, Visibility(_limits(mask, arguments, mask.kv_length, device), blocks))
+            self._known[key] = found
         return found[1]
+
+    def _get_shared(
+        self,
+        mask: LazyMask | Tensor | None,
+        arguments: dict[str, Any],
+        blocks: list[slice],
+        device: torch.device,
+        share: SequenceShare,
+    ) -> Visibility:
+        """The model made its mask from this rank's tokens: the pattern is right, and the lengths are not."""
+        assert isinstance(mask, LazyMask), "dense masks are refused where the sequence is split"
+        count, padding = share.slices.count, share.filled_padding()
+        pattern = mask.pattern
+        if pattern is not None and share.documents is not None:
+            pattern = replace(pattern, documents=share.fill(share.documents, 1, -1))
+        whole = LazyMask(
+            mask.batch_size, count, count, 0, 0, mask.mask_function, padding, mask.device, pattern
+        )
+        documents = arguments.get("seq_idx")
+        whole_arguments = {
+            **arguments,
+            "position_ids": share.filled_positions(),
+            "seq_idx": None if documents is None else share.fill(documents, 1, -1),
+        }
+        return self._find(mask, whole, whole_arguments, blocks, device)
 
 
 def _dense_visibility(

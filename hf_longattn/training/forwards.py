@@ -1,0 +1,114 @@
+"""What stands in for the forwards of a prepared model's modules: a block of tokens at a time."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_longattn.adapters import ForwardHooks
+from hf_longattn.masking import LazyMask
+from hf_longattn.parallel.sequence import SequenceShare, current_share
+from hf_longattn.training.arguments import named_arguments
+from hf_longattn.training.attention import PrefixAttention
+from hf_longattn.training.layer import BlockRun, Runtime, run_blocks
+from hf_longattn.training.shared_attention import SharedAttention
+from hf_longattn.training.visibility import PACKING
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def _new_seed(module: nn.Module) -> int | None:
+    # Drawn on the CPU, without a stall; dropout of every block follows from it.
+    return int(torch.randint(2**62, ()).item()) if module.training else None
+
+
+def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
+    """What stands in for the forward of a decoder layer.
+
+    Args:
+        layer: the layer, its forward still its own.
+        runtime: settings of the model.
+
+    Returns:
+        a function with the same signature.
+    """
+    original = layer.forward
+    signature = inspect.signature(original)
+    hidden_name = next(iter(signature.parameters))
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = named_arguments(signature, args, kwargs)
+        hidden = arguments.pop(hidden_name)
+        cached = any(arguments.get(name) is not None for name in _CACHES)
+        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (cached and not layer.training):
+            return original(*args, **kwargs)
+        # As gradient checkpointing does: a layer that trains fills no cache.
+        arguments = {name: value for name, value in arguments.items() if name not in _CACHES}
+        if arguments.get("use_cache"):
+            arguments["use_cache"] = False
+        share = _share_of(arguments.get("attention_mask"))
+        rows = runtime.rows(hidden, share)
+        attention = _attention(runtime, arguments, rows, hidden, share)
+        arguments = {name: value for name, value in arguments.items() if name not in PACKING}
+        hooks = ForwardHooks(layer)
+        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share)
+        return run_blocks(run, runtime, layer, hidden)
+
+    return forward
+
+
+def _share_of(mask: Any) -> SequenceShare | None:
+    """What this rank computes of the sequence that a mask belongs to."""
+    if not isinstance(mask, LazyMask):
+        return None
+    # Checkpointing of the caller's calls the layer again in the backward, with nothing but its arguments.
+    return mask.derived.setdefault("sequence_share", current_share())
+
+
+def _attention(
+    runtime: Runtime,
+    arguments: dict[str, Any],
+    rows: list[slice],
+    hidden: Tensor,
+    share: SequenceShare | None,
+) -> Callable[[], PrefixAttention]:
+    places = rows if share is None else [share.place(part) for part in rows]
+    mask = arguments.get("attention_mask")
+    visibility = runtime.visibility.get(mask, arguments, places, hidden.device, share)
+    if share is not None:
+        return functools.partial(SharedAttention, visibility, share)
+    return functools.partial(PrefixAttention, visibility, hidden.shape[1])
+
+
+def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """What stands in for the forward of a module that treats every token alone, as the final norm.
+
+    Args:
+        module: the module, its forward still its own; an `nn.Embedding` or `nn.Dropout` computes as ever
+            where no sequence lies on several ranks.
+        runtime: settings of the model.
+    """
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(hidden: Tensor) -> Tensor:
+        share = current_share()
+        if not runtime.active or hidden.numel() == 0 or (share is None and hidden.ndim != 3):
+            return original(hidden)
+        drops = isinstance(module, nn.Dropout)
+        if drops and (share is None or not module.training or module.p == 0):
+            return original(hidden)
+        # A row of an embedding's gradient is small, and a block of it is as large as the whole.
+        is_table = isinstance(module, nn.Embedding)
+        rows = [slice(0, hidden.shape[1])] if is_table else runtime.rows(hidden, share)
+        if len(rows) == 1 and share is None:
+            return original(hidden)
+        seed = _new_seed(module) if drops else None
+        run = BlockRun(original, {}, rows, None, seed, hidden.device, share=share)
+        return run_blocks(run, runtime, module, hidden)
+
+    return forward

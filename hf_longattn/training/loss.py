@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
+from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.sequence import SequenceParallel, taking_loss
 
 # Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
@@ -164,18 +165,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(flat) if needs_grad else None
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         total = torch.zeros((), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+        fused = fused_loss(head, head.model.get_output_embeddings(), flat)
         for tokens in counted.split(options.chunk(flat, head.model.config.get_text_config().vocab_size)):
             block = flat[tokens][None].detach().requires_grad_(needs_grad)
-            with torch.set_grad_enabled(needs_grad), _uncached_autocast(flat.device):
-                logits = head(block)
-            loss, grad = _cross_entropy(logits[0], targets[tokens], options.smoothing, needs_grad)
+            loss, parts = _chunk_loss(head, fused, block, targets[tokens], options.smoothing, parameters)
             total += loss
             if grad_hidden is not None:
-                part, *parts = torch.autograd.grad(
-                    logits, [block, *parameters], grad[None], allow_unused=True
-                )
-                grad_hidden[tokens] = part[0]
-                for into, part in zip(sums, parts, strict=True):
+                grad_hidden[tokens] = parts[0][0]  # pyright: ignore[reportOptionalSubscript]
+                for into, part in zip(sums, parts[1:], strict=True):
                     into.add_(0 if part is None else part)
         ctx.dtypes, ctx.share = [parameter.dtype for parameter in parameters], options.share
         if grad_hidden is not None:
@@ -191,6 +188,27 @@ class _ChunkedLoss(torch.autograd.Function):
             sums = [ctx.share.group.add_up(part.contiguous()) for part in sums]
         grads = (part.to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True))
         return None, None, None, None, hidden * grad.to(hidden.dtype), *grads
+
+
+def _chunk_loss(
+    head: Head,
+    fused: Callable[[Tensor, Tensor, float], Tensor] | None,
+    block: Tensor,
+    targets: Tensor,
+    smoothing: float,
+    parameters: tuple[Tensor, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The summed loss of one chunk (1, n, D), and its gradients of the chunk and of the parameters."""
+    needs_grad = block.requires_grad
+    with torch.set_grad_enabled(needs_grad), _uncached_autocast(block.device):
+        output = head(block) if fused is None else fused(block[0], targets, smoothing)
+    loss, grad = output.detach(), None
+    if fused is None:
+        loss, grad = _cross_entropy(output[0], targets, smoothing, needs_grad)
+        grad = grad[None]
+    if not needs_grad:
+        return loss, []
+    return loss, list(torch.autograd.grad(output, [block, *parameters], grad, allow_unused=True))
 
 
 def _uncached_autocast(device: torch.device) -> torch.autocast:

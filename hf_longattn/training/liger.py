@@ -1,0 +1,95 @@
+"""Liger's fused linear cross-entropy for the chunks of the loss, where it is installed and computes the same.
+
+It projects and takes the loss of a chunk in one autograd function, whose kernel writes the gradient over
+the logits. What it cannot know are soft caps, scales and biases; so it stands in only for a head that is
+shown, by running it, to be one matrix product.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_longattn.kernels.dispatch import log_once, triton_runs_on
+
+_INSTALLED = importlib.util.find_spec("liger_kernel") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Logits of the probe: far out of the straight part of any soft cap, and finite in fp16.
+_LARGE = 1000.0
+
+
+def fused_loss(
+    project: Callable[[Tensor], Tensor], linear: Any, hidden: Tensor
+) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    """Liger's loss for the chunks of one batch, or None where plain torch takes it; says once which.
+
+    Args:
+        project: the model's own way from (1, n, D) hidden states to (1, n, V) logits.
+        linear: the module that the model names as its head, or None.
+        hidden: (N, D) hidden states of the batch.
+
+    Returns:
+        a function of hidden states (n, D), targets (n,) and label smoothing that gives the summed loss; or
+        None.
+    """
+    if not triton_runs_on(hidden.device):
+        return None
+    reason = _obstacle(linear, hidden) or _difference(project, linear, hidden)
+    if reason is not None:
+        log_once(logging.INFO, f"loss: chunks are taken in plain torch, because {reason}")
+        return None
+    log_once(logging.INFO, "loss: chunks are taken by Liger's fused linear cross-entropy")
+    return functools.partial(_liger_loss, linear)
+
+
+def _obstacle(linear: Any, hidden: Tensor) -> str | None:
+    """Why the kernel cannot be used, as far as modules and types show."""
+    if not _INSTALLED:
+        return "liger-kernel is not installed"
+    if "chunk_mem_const" not in inspect.signature(_function()).parameters:
+        return "this version of liger-kernel cuts a chunk again, by the vocabulary; 0.8 does not"
+    if type(linear) is not nn.Linear or linear.bias is not None:
+        return "the head is not a linear layer without bias"
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "the head has forward hooks"
+    if type(linear.weight) is not nn.Parameter or not {linear.weight.dtype, hidden.dtype} <= {*_DTYPES}:
+        return "the weights of the head are sharded, quantised or in fp64"
+    return None
+
+
+def _difference(project: Callable[[Tensor], Tensor], linear: Any, hidden: Tensor) -> str | None:
+    """Whether the model does more to hidden states than this one product, found out on large logits."""
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    probe = torch.randn(4, hidden.shape[1], device=hidden.device, generator=generator).to(hidden.dtype)
+    with torch.no_grad():
+        largest = F.linear(probe, linear.weight).abs().amax().float().clamp(min=1e-6)
+        probe = (probe * (_LARGE / largest)).to(hidden.dtype)
+        logits = project(probe[None])[0]
+        same = torch.equal(logits, F.linear(probe, linear.weight).to(logits.dtype))
+    return None if same else "the head scales or caps its logits"
+
+
+def _function() -> Callable[..., Any]:
+    # Imported here: the module imports triton.
+    return importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+
+
+def _liger_loss(linear: nn.Linear, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    return _function()(
+        hidden,
+        linear.weight,
+        targets,
+        reduction="sum",
+        label_smoothing=smoothing,
+        accum_dtype=torch.float32,
+        # The chunk is small enough already: all of it at once.
+        chunk_mem_const=math.ceil(linear.out_features / linear.in_features),
+    )

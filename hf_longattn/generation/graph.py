@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
 logger = logging.getLogger("hf_longattn")
+
+Result = TypeVar("Result")
 
 # More new tokens than this are a prefill.
 _MAX_TOKENS = 16
@@ -75,6 +77,27 @@ def rehearsal(cache: LongContextCache) -> Iterator[None]:
             state.copy_(copy)
 
 
+def capture(rehearse: Callable[[], Any], step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Captures `step` in a CUDA graph.
+
+    Args:
+        rehearse: what `step` does, without a trace; run once before, so that everything is compiled.
+        step: launches work on buffers that stay where they are, and never waits for the device.
+
+    Returns:
+        the graph, and what `step` returned: tensors that every replay writes anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        rehearse()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+    return graph, result
+
+
 def _can_be_captured(layer: Any) -> bool:
     """Whether a replay does all that the layer's own code would do in a step."""
     if isinstance(layer, RecurrentLayer):
@@ -120,6 +143,13 @@ class GraphDecoder:
         self.products = Products()
         self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
         self.given_up = False
+        self.stand_in: Any = None
+
+    def owns_forward(self) -> bool:
+        """Whether the model's forward is its class's, or ours: `stand_in` is what the instance was given."""
+        found = vars(self.model).get("forward")
+        plain = getattr(self.original, "__func__", None) is type(self.model).forward
+        return plain and getattr(found, "__func__", found) is self.stand_in
 
     def forward(self) -> Callable[..., Any]:
         """A function with the signature of the model's forward."""
@@ -166,13 +196,13 @@ class GraphDecoder:
             layer.make_room(count)
         step = graphs.steps.get(key)
         if step is None or step.buffers != _buffers(cache) or not _copy_inputs(step.inputs, kwargs):
-            if (reason := _obstacle(self.model)) is not None:
-                self._give_up(reason)
+            if (reason := obstacle(self.model)) is not None:
+                self.give_up(reason)
                 return self.original(**kwargs)
             try:
                 step = graphs.steps[key] = self._capture(kwargs, cache, graphs, count)
             except RuntimeError as error:
-                self._give_up(str(error))
+                self.give_up(str(error))
                 return self.original(**kwargs)
         for clock, layer in step.leaders:
             layer.set_clock(clock)
@@ -196,30 +226,38 @@ class GraphDecoder:
             # One layer of a group speaks for all of it.
             leaders = list({id(layer.clock): (layer.clock, layer) for layer in layers}.values())
             clocks = [clock for clock, _ in leaders]
-            self._warm_up(call, clocks, count)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+            def rehearse() -> Any:
                 for clock in clocks:
                     clock.begin(count)
-                output = self.original(**call)
+                return self.original(**call)
+
+            def step() -> Any:
+                output = rehearse()
                 for clock in clocks:
                     clock.advance(count)
+                return output
+
+            # The rehearsal writes what the replay will write again.
+            graph, output = capture(rehearse, step)
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         return Step(graph, inputs, type(output), tensors, leaders, _buffers(cache))
 
-    def _warm_up(self, call: dict[str, Any], clocks: list[Clock], count: int) -> None:
-        """Runs the step once, so that everything is compiled; it writes what the replay will write again."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for clock in clocks:
-                clock.begin(count)
-            self.original(**call)
-        torch.cuda.current_stream().wait_stream(stream)
+    def give_up(self, reason: str) -> None:
+        """Captures nothing more.
 
-    def _give_up(self, reason: str) -> None:
+        Args:
+            reason: for the warning, or the error where a graph is required.
+
+        Raises:
+            ValueError: `cuda_graph=True`.
+        """
         self.given_up = True
         self.graphs.clear()
+        self.refuse(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Says why what comes is not captured; raises as `give_up` does."""
         first = reason.strip().splitlines()[0] if reason.strip() else "the capture failed"
         if self.required:
             raise ValueError(f"`cuda_graph=True` cannot be honoured: {first}; use `cuda_graph='auto'`.")
@@ -231,8 +269,12 @@ class GraphDecoder:
             self.graphs.pop(cache, None)
 
 
-def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why a replay would not do what the model's forward does, or None."""
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why a replay would not do what the model's forward does, or None.
+
+    Args:
+        model: whose hooks and placement are looked at.
+    """
     placement = getattr(model, "hf_device_map", None) or {}
     if len(set(placement.values())) > 1:
         return "the model is spread over several devices"

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.several import share_generation
@@ -110,6 +111,9 @@ def prepare_generation(
     prepare_cache = functools.partial(_prepare_cache, inner, group, original_cache)
     changes.set(inner, "_prepare_cache_for_generation", prepare_cache)
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
+    if group is None and hasattr(inner, "decode_blocks"):
+        decoder.stand_in = vars(inner).get("forward")
+        changes.set(inner, "_sample", functools.partial(sample, inner, setup, decoder))
     instance.setups(inner)["generation"] = changes
     return model
 

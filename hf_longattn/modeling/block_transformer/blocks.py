@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hf_longattn.cache.preallocated import PreallocatedLayer
 
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
@@ -118,27 +121,72 @@ class TokenDecoder(nn.Module):
         Returns:
             States (X, l, D_tok) whose row j predicts token j, and those of the layers asked for.
         """
-        config, prefix = self.config, self.expand(contexts)
+        prefix = self.expand(contexts)
+        inputs = self._inputs(prefix, token_ids, 0)
         options: dict[str, Any] = {"use_cache": False, "output_hidden_states": output_hidden_states}
+        outputs = self._run(inputs, prefix, mask, inputs.shape[1], options)
+        rows = slice(inputs.shape[1] - token_ids.shape[1] - 1, None)
+        others = [None if state is None else state[:, rows] for state in outputs.hidden_states or ()]
+        return self._scaled(outputs.last_hidden_state[:, rows]), others
+
+    def make_cache(self) -> Cache:
+        """Room for the keys and values of one block; `reset()` makes it ready for the next."""
+        config = self.config
+        layers = range(config.token_num_hidden_layers)
+        rows = config.block_length
         if config.decoding_strategy == "prefix":
-            inputs = torch.cat([prefix, self.embed_tokens(token_ids)], dim=1)
-        else:
-            inputs = self.embed_tokens(F.pad(token_ids, (1, 0), value=config.start_token_id))
-        if config.decoding_strategy == "summation":
-            inputs = inputs + prefix[:, : inputs.shape[1]]
-        if config.decoding_strategy == "cross_attention":
+            rows += config.num_prefix_tokens - 1
+        own = Cache(layers=[PreallocatedLayer(rows) for _ in layers])
+        if config.decoding_strategy != "cross_attention":
+            return own
+        crossed = Cache(layers=[PreallocatedLayer(config.num_prefix_tokens) for _ in layers])
+        return EncoderDecoderCache(own, crossed)
+
+    def step(
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, cache: Cache, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Goes on inside a block, behind what is in the cache.
+
+        Args:
+            prefix: (X, P, D_tok), what `expand` made of the contexts.
+            token_ids: (X, l), the next tokens of the block; before its first token perhaps none.
+            cache: what `make_cache` made, with all that this block had before; empty at its begin.
+            mask: (X, tokens of the block so far) bool, those that are attended; None: all.
+
+        Returns:
+            State (X, D_tok) that predicts the token after the last one.
+        """
+        held = int(cache.get_seq_length())
+        before = self.config.num_prefix_tokens - 1 if self.config.decoding_strategy == "prefix" else 0
+        inputs = self._inputs(prefix, token_ids, max(held - before, 0))
+        outputs = self._run(inputs, prefix, mask, held + inputs.shape[1], {"past_key_values": cache})
+        return self._scaled(outputs.last_hidden_state[:, -1])
+
+    def _inputs(self, prefix: torch.Tensor, token_ids: torch.Tensor, row: int) -> torch.Tensor:
+        """What the layers read from row `row` of a block on; rows count from that which predicts slot 0."""
+        strategy = self.config.decoding_strategy
+        if row == 0 and strategy == "prefix":
+            return torch.cat([prefix, self.embed_tokens(token_ids)], dim=1)
+        if row == 0:
+            token_ids = F.pad(token_ids, (1, 0), value=self.config.start_token_id)
+        inputs = self.embed_tokens(token_ids)
+        return inputs + prefix[:, row : row + inputs.shape[1]] if strategy == "summation" else inputs
+
+    def _run(
+        self, inputs: torch.Tensor, prefix: torch.Tensor, mask: torch.Tensor | None, keys: int, options: dict
+    ) -> Any:
+        if self.config.decoding_strategy == "cross_attention":
             options["encoder_hidden_states"] = prefix
         if mask is not None:
             # Pads inside a block are not attended to; what stands before the tokens is.
-            options["attention_mask"] = F.pad(mask, (inputs.shape[1] - mask.shape[1], 0), value=True)
-        outputs = self.decoder(inputs_embeds=inputs, **options)
-        rows = slice(inputs.shape[1] - token_ids.shape[1] - 1, None)
-        others = [None if state is None else state[:, rows] for state in outputs.hidden_states or ()]
-        states = outputs.last_hidden_state[:, rows]
-        if config.decoding_strategy == "cross_attention":
-            # A T5 head is tied to the table, which is scaled.
-            states = states * config.token_hidden_size**-0.5
-        return states, others
+            options["attention_mask"] = F.pad(mask, (keys - mask.shape[1], 0), value=True)
+        return self.decoder(inputs_embeds=inputs, **options)
+
+    def _scaled(self, states: torch.Tensor) -> torch.Tensor:
+        if self.config.decoding_strategy != "cross_attention":
+            return states
+        # A T5 head is tied to the table, which is scaled.
+        return states * self.config.token_hidden_size**-0.5
 
 
 def without_table(config: Any) -> PreTrainedModel:

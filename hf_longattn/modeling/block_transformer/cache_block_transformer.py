@@ -42,10 +42,18 @@ class BlockWrite:
 
 
 class BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer of the block decoder, (B, G, capacity, K); `keys` is the part in use."""
+    """Keys and values of one layer of the block decoder, (B, G, capacity, K); `keys` is the part in use.
+
+    Args:
+        capacity: key positions to make room for at the first write; more are added as needed.
+    """
 
     is_sliding = False
     is_croppable = True
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Notes dtype and device; the memory comes with the first write."""
@@ -63,16 +71,25 @@ class BlockLayer(CacheLayerMixin):
         write: BlockWrite = kwargs["write"]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._reserve(kwargs["batch_size"], write.length)
-        self.length = max(self.length, write.length)
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        self.reserve(kwargs["batch_size"], write.length)
+        self.extend(write.length)
         return self._write(self._keys, key_states, write), self._write(self._values, value_states, write)
 
-    def _reserve(self, batch_size: int, length: int) -> None:
+    def extend(self, length: int) -> None:
+        """Notes that the first `length` key positions are in use."""
+        self.length = max(self.length, length)
+        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def reserve(self, batch_size: int, length: int) -> None:
+        """Makes room for `length` key positions of `batch_size` rows."""
         held = self._keys.shape
         if held[0] == batch_size and held[2] >= length:
             return
-        room = length if held[2] == 0 else -(-max(length, held[2] + held[2] // 8) // GROWTH) * GROWTH
+        room = (
+            max(length, self.capacity)
+            if held[2] == 0
+            else -(-max(length, held[2] + held[2] // 8) // GROWTH) * GROWTH
+        )
 
         def grown(old: torch.Tensor) -> torch.Tensor:
             # Zeros, because masked places are still multiplied by a weight of 0.
@@ -125,6 +142,7 @@ class BlockTransformerCache(Cache):
 
     Args:
         config: a `BlockTransformerConfig`.
+        capacity: tokens a row to make room for at the first forward; the cache grows beyond.
 
     Example:
         ```python
@@ -134,10 +152,11 @@ class BlockTransformerCache(Cache):
         ```
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(layers=[BlockLayer() for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
         self.block_length = config.block_length
         self.keys_per_block = config.n_embedding_tokens
+        self.capacity = -(-capacity // self.block_length) * self.keys_per_block
+        super().__init__(layers=[BlockLayer(self.capacity) for _ in range(config.num_hidden_layers)])
         self.fill_id = config.fill_token_id
         self.by_column = config.block_alignment == "columns"
         self._clear()
@@ -342,7 +361,7 @@ class BlockTransformerCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.layers = [BlockLayer() for _ in self.layers]
+        self.layers = [BlockLayer(self.capacity) for _ in self.layers]
         self._clear()
 
 

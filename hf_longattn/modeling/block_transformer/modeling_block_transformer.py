@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -30,15 +30,8 @@ from .blocks import (
 )
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
-from .layout import (
-    BlockLayout,
-    TokenWindow,
-    column_mask,
-    document_starts,
-    lay_out,
-    offset_pads,
-    prompt_offset,
-)
+from .decoding import BlockGenerationMixin
+from .layout import BlockLayout, TokenWindow, column_mask, document_starts, lay_out, offset_pads
 
 
 class BlockTransformerPreTrainedModel(PreTrainedModel):
@@ -352,7 +345,7 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         return window.rows(hidden, valid), others or None
 
 
-class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMixin):
+class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerationMixin):
     """A Block Transformer with a language modelling head: `logits[:, i]` (B, T, V) predicts token i + 1.
 
     Example:
@@ -455,38 +448,6 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, GenerationMix
             self.config.block_decoding_loss,
         )
         return loss + self.config.block_decoding_loss_weight * auxiliary
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Makes the cache, and says how many pads fill the first block of each prompt."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "`cache_implementation` must be None or 'dynamic' for a Block Transformer, got "
-                f"{generation_config.cache_implementation!r}; it has a BlockTransformerCache of its own."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache:
-            cache = model_kwargs["past_key_values"] = BlockTransformerCache(self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        elif cache is not None:
-            cache._is_user_defined = True
-        mask = model_kwargs.get("attention_mask")
-        given = model_kwargs.get("block_offset") is not None
-        if mask is None or given or (cache is not None and cache.get_seq_length() > 0):
-            return
-        by_column = self.config.block_alignment == "columns"
-        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
 
 
 __all__ = [

@@ -38,6 +38,11 @@ def triton_runs_on(device: torch.device) -> bool:
     return has_triton() and (device.type in ("cuda", "xpu") or (device.type == "cpu" and interpreting()))
 
 
+def lacks_fp8(device: torch.device) -> bool:
+    """Whether `device` is a GPU without conversions from and to fp8: those before compute capability 8.9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+
+
 def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, ...]) -> None:
     """Refuses an `impl` that is unknown, or that cannot run on `device`.
 

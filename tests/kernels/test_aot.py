@@ -50,16 +50,17 @@ def _merge_partials(num_parts, num_rows, width, dtype="fp32"):
     return Case(f"merge_partials-N{num_parts}-R{num_rows}-V{width}", kernel, signature, constexprs)
 
 
-def _decode_attention(dtype, head_dim, num_rows, masked, slow=False):
-    """`decode_attention` with its own configuration, bare or with every option at once."""
+def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
+    """`decode_attention` with its own configuration, bare or with every option at once; `keys` in 8 bits."""
     from hf_longattn.kernels.decode_attention.triton import pick_config, pick_rows
 
     itemsize = 4 if dtype == "fp32" else 2
     rows = pick_rows(num_rows, itemsize)
-    config = pick_config(head_dim, head_dim, itemsize, rows)
+    config = pick_config(head_dim, head_dim, itemsize, rows, 1 if keys else itemsize)
     block = max(16, triton.next_power_of_2(head_dim))
     signature = {
-        "q_ptr": f"*{dtype}:16", "k_ptr": f"*{dtype}:16", "v_ptr": f"*{dtype}:16", "o_ptr": "*fp32:16",
+        "q_ptr": f"*{dtype}:16", "k_ptr": f"*{keys or dtype}:16", "v_ptr": f"*{keys or dtype}:16",
+        "scales_ptr": "*fp32:16", "scales_strides": ("i64:16",) * 2 + (2, 1), "o_ptr": "*fp32:16",
         "lse_ptr": "*fp32:16", "q_strides": ("i32:16",) * 3 + (1,), "k_strides": ("i64:16",) * 3 + (1,),
         "v_strides": ("i64:16",) * 3 + (1,), "lower_strides": ("i32", 1), "upper_strides": ("i32", 1),
         "key_mask_strides": ("i32", 1), "o_strides": ("i32:16",) * 4 + (1,),
@@ -73,13 +74,32 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False):
     options = {"lower_ptr": "*i32:16", "upper_ptr": "*i32:16", "key_mask_ptr": "*u8:16", "cap": "fp32"}
     signature |= options if masked else {}
     constexprs |= {} if masked else dict.fromkeys(options)
-    id = f"decode_attention-K{head_dim}-R{rows}-{dtype}-{'masked' if masked else 'bare'}"
+    if not keys:
+        constexprs["scales_ptr"] = None
+        signature["scales_strides"] = (0, 0, 0, 0)
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    id = f"decode_attention-K{head_dim}-R{rows}-{keys or dtype}-{'masked' if masked else 'bare'}"
     kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
     # All options at once cost a few bytes of registers at the size that streams fastest without them.
     spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
     return Case(
         id, kernel, signature, constexprs, config.num_warps, config.num_stages, max_spills=spills, slow=slow
     )
+
+
+def _quantized_states(eight, num_rows):
+    """`quantized_states` as decoding (a row a program) and prefill launch it."""
+    signature = {"k_ptr": "*bf16:16", "v_ptr": "*bf16:16", "scales_ptr": "*fp32:16"}
+    signature |= dict.fromkeys(("k_out_ptr", "v_out_ptr"), f"*{eight}:16")
+    signature |= dict.fromkeys(("k_strides", "v_strides"), ("i64:16",) * 3 + (1,))
+    signature |= dict.fromkeys(("G", "T", "num_rows"), "i32")
+    constexprs = {
+        "K": 128, "V": 128, "LARGEST_NUMBER": 127.0 if eight == "i8" else 448.0, "BLOCK_R": num_rows,
+        "BLOCK_K": 128, "BLOCK_V": 128,
+    }  # fmt: skip
+    kernel = "hf_longattn.kernels.quantized_states.triton:_quantize_kernel"
+    warps = 1 if num_rows == 1 else 4
+    return Case(f"quantized_states-R{num_rows}-{eight}", kernel, signature, constexprs, warps)
 
 
 def _lightning_scan(dtype, head_dim, options=(), max_spills=0, slow=False):
@@ -218,6 +238,13 @@ CASES: list[Case] = [
     *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),
     *(_decode_attention("bf16", dim, 64, masked=True, slow=True) for dim in (64, 128, 256)),
     *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),
+    _decode_attention("bf16", 128, 4, masked=True, keys="i8"),
+    _decode_attention("bf16", 128, 4, masked=True, keys="fp8e4nv"),
+    *(_decode_attention("bf16", dim, 4, masked=True, keys="i8", slow=True) for dim in (48, 64, 256)),
+    *(_decode_attention("fp16", 128, rows, masked=True, keys="fp8e4nv", slow=True) for rows in (4, 64)),
+    _decode_attention("bf16", 128, 64, masked=True, keys="i8", slow=True),
+    _quantized_states("i8", 1),
+    _quantized_states("fp8e4nv", 16),
     _lightning_scan("bf16", 64, max_spills=16),
     # A few registers too many at the size that counts most; narrower tiles would read more.
     _lightning_scan("bf16", 128, max_spills=64),

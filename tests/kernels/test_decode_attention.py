@@ -14,6 +14,7 @@ from hf_longattn.kernels.decode_attention import reference as reference_module
 from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.quantized_states import quantized_states
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
 
@@ -96,6 +97,33 @@ def assert_exact(inputs, mask=None, softcap=None, sinks=None, **options):
     assert (lse.double() - want_lse)[live].abs().max() <= 1.5 * (error + eps)
 
 
+def assert_exact_in_8_bits(inputs, eight, mask, softcap=None, sinks=None, **options):
+    """Against fp64 attention over the dequantised cache, at the bound of `assert_exact`; the standard
+    implementation dequantises to its own dtype. Slots that nobody sees have NaN scales."""
+    query, key, value = inputs
+    key, value, scales = quantized_states(key, value, eight, impl="reference")
+    exact = [states.double() * scales[..., i : i + 1] for i, states in enumerate((key, value))]
+    visible = visibility(mask, query, key)
+    want, want_lse = dense(query, *exact, visible, softcap, sinks)
+    plain, _ = dense(query, *(x.to(query.dtype) for x in exact), visible, softcap, sinks, query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    _, plain_lse = dense(query, *(x.to(wide) for x in exact), visible, softcap, sinks, wide)
+    scales = scales.masked_fill(~visible.any(2).expand(key.shape[:3])[..., None], torch.nan)
+    output, lse = decode_attention(
+        query, key, value, mask=mask, softcap=softcap, sinks=sinks, scales=scales, **options
+    )
+    live = want_lse > -torch.inf
+    assert torch.equal(lse > -torch.inf, live) and (output[~live] == 0).all()
+    # Norms: rows of the cache differ in size, and the largest single error is a matter of luck.
+    error, eps = (plain.double() - want)[live].norm(), torch.finfo(query.dtype).eps * want[live].norm()
+    assert (output.double() - want)[live].norm() <= 1.5 * (error + eps)
+    error, eps = (
+        (plain_lse.double() - want_lse)[live].norm(),
+        torch.finfo(lse.dtype).eps * want_lse[live].norm(),
+    )
+    assert (lse.double() - want_lse)[live].norm() <= 1.5 * (error + eps)
+
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (1, 4, 2, 1, 63, 64, 64),
@@ -150,6 +178,27 @@ def test_reference_on_any_shape(data):
     )
 
 
+EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
+
+
+def spread(inputs):
+    """Keys and values whose rows differ in size by many powers of two, below what fp16 holds as a scale."""
+    query, key, value = inputs
+    key = key * torch.logspace(-2, 0.3, key.shape[2])[:, None].to(key.dtype)
+    return query, key, value * torch.logspace(-5, -3, value.shape[2])[:, None].to(value.dtype)
+
+
+@pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("kind", ["all", "everything", "gaps"])
+def test_reference_in_8_bits(kind, dtype, eight):
+    inputs = spread(make_inputs(2, 6, 2, 3, 150, 48, 80, dtype))
+    sinks = torch.randn(6)
+    for softcap, extra in ((None, None), (3.0, sinks)):
+        mask = make_mask(kind, 2, 3, 150)
+        assert_exact_in_8_bits(inputs, eight, mask, softcap, extra, impl="reference", num_splits=4)
+
+
 def cut(inputs, mask, edges):
     """Parts over disjoint keys, merged."""
     query, key, value = inputs
@@ -199,6 +248,9 @@ def test_compiles_in_one_graph_and_passes_opcheck():
     torch.library.opcheck(torch.ops.hf_longattn.decode_attention.default, (*inputs, *options))
 
 
+BYTES = {name: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for name in ("key", "value")}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -222,6 +274,10 @@ def test_compiles_in_one_graph_and_passes_opcheck():
         ({"mask": KeyRange(upper=torch.zeros(1, 1))}, TypeError, "`mask.upper` must be an integer dtype"),
         ({"mask": KeyRange(key_mask=torch.zeros(1, 9).int())}, TypeError, "`mask.key_mask` must be bool"),
         ({"impl": "flash"}, ValueError, "`impl` of decode_attention"),
+        ({"scales": torch.ones(1, 2, 9, 2)}, TypeError, "`scales` belong to `key` and `value`"),
+        ({**BYTES, "scales": torch.ones(1, 2, 9)}, ValueError, r"`scales` must be \(1, 2, 9, 2\)"),
+        ({**BYTES, "scales": torch.ones(1, 2, 9, 2).half()}, TypeError, "`scales` must be float32"),
+        (BYTES, TypeError, "or give the `scales`"),
     ],
 )
 def test_refuses(change, error, message):
@@ -294,6 +350,17 @@ def test_triton_without_keys():
     _, lse = decode_attention(*make_inputs(1, 2, 2, 1, 0, 16, 16), sinks=torch.arange(2.0), impl="triton")
     assert torch.equal(lse, torch.arange(2.0)[None, :, None])
     assert decode_attention(*make_inputs(0, 2, 2, 1, 4, 16, 16), impl="triton")[0].shape == (0, 2, 1, 16)
+
+
+@interpreted
+@pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+@pytest.mark.parametrize("kind", ["all", "everything", "gaps"])
+def test_triton_in_8_bits(kind, dtype, eight):
+    inputs = spread(make_inputs(2, 2, 1, 3, 90, 16, 48, dtype))
+    for softcap, sinks in ((None, None), (3.0, torch.randn(2))):
+        mask = make_mask(kind, 2, 3, 90)
+        assert_exact_in_8_bits(inputs, eight, mask, softcap, sinks, impl="triton", num_splits=2)
 
 
 @pytest.mark.skipif(interpreting(), reason="is that process")

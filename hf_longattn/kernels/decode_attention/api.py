@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels.decode_attention.reference import decode_reference
-from hf_longattn.kernels.dispatch import check_impl, interpreting, triton_runs_on, warn_slow
+from hf_longattn.kernels.dispatch import check_impl, interpreting, lacks_fp8, triton_runs_on, warn_slow
 from hf_longattn.kernels.key_range import KeyRange
 
 MAX_QUERIES = 16
 _MAX_HEAD_DIM = 256
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 
 def decode_attention(
@@ -22,6 +23,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     num_splits: int | None = None,
+    scales: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of at most 16 queries over a cache of any length, and its log-sum-exp for a merge.
@@ -39,13 +41,17 @@ def decode_attention(
         query: (B, H, T, K), T from 1 to 16; bf16, fp16, fp32, or fp64 (reference only). Any strides,
             for all three.
         key: (B, G, S, K) of the same dtype, H a multiple of G; a view of a larger cache is used in place.
-        value: (B, G, S, V) of the same dtype. K and V from 1 to 256 on a GPU.
+            Where `scales` is given, int8 or float8_e4m3fn.
+        value: (B, G, S, V) of the dtype of `key`. K and V from 1 to 256 on a GPU.
         scale: factor of the scores; K ** -0.5 where None.
         mask: which keys each query sees; all of them where None.
         softcap: positive bound of the scores, or None.
         sinks: (H,) floating-point logits that take part in the denominator and add no value, or None.
         num_splits: programs that share the keys of one sequence and key head (chunks, in the reference); None
             picks it from the shapes and the device. The result does not depend on it but for rounding.
+        scales: (B, G, S, 2) fp32 factors of each key and of each value, as `quantized_states` makes them;
+            what is attended to is then `key * scales[..., :1]` and `value * scales[..., 1:]`, worked out in
+            registers.
         impl: "triton", "reference", or "auto" for the faster one that runs on the device.
 
     Returns:
@@ -64,6 +70,7 @@ def decode_attention(
     Source: Shyam et al., Tree Attention, arXiv 2408.04093; sinks as in GPT-OSS.
     """
     _check_shapes(query, key, value)
+    _check_dtypes(query, key, value, scales)
     _check_options(query, softcap, sinks, num_splits)
     mask = KeyRange() if mask is None else mask
     _check_mask(mask, query, key)
@@ -76,7 +83,7 @@ def decode_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _decode(
         query, key, value, scale, mask.causal, mask.lower, mask.upper, mask.key_mask,
-        softcap, sinks, num_splits, impl,
+        softcap, sinks, num_splits, impl, scales,
     )  # fmt: skip
 
 
@@ -100,16 +107,34 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"`query` must hold 1 to {MAX_QUERIES} positions, got {T=}; use `blockwise_attention` for more."
         )
-    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"`query`, `key` and `value` must share one floating-point dtype, got {query.dtype}, {key.dtype} "
-            f"and {value.dtype}; convert with `.to({query.dtype})`."
-        )
     if not query.device == key.device == value.device:
         raise ValueError(
             f"`query`, `key` and `value` must be on one device, got {query.device}, {key.device} "
             f"and {value.device}."
         )
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None) -> None:
+    if scales is None:
+        if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+            raise TypeError(
+                f"`query`, `key` and `value` must share one floating-point dtype, got {query.dtype}, "
+                f"{key.dtype} and {value.dtype}; convert with `.to({query.dtype})`, or give the `scales` of "
+                "keys and values in 8 bits."
+            )
+        return
+    if key.dtype not in _EIGHT_BITS or value.dtype != key.dtype or not query.is_floating_point():
+        raise TypeError(
+            "`scales` belong to `key` and `value` that are both int8 or both float8_e4m3fn, for a "
+            f"floating-point `query`, got {key.dtype}, {value.dtype} and {query.dtype}; leave `scales` out."
+        )
+    if scales.shape != (*key.shape[:3], 2) or scales.device != query.device:
+        raise ValueError(
+            f"`scales` must be {(*key.shape[:3], 2)} on {query.device}, one factor for each key and one for "
+            f"each value, got {tuple(scales.shape)} on {scales.device}."
+        )
+    if scales.dtype != torch.float32:
+        raise TypeError(f"`scales` must be float32, got {scales.dtype}.")
 
 
 def _check_options(
@@ -153,7 +178,7 @@ def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
             raise TypeError(f"`mask.{name}` must be {wanted}, got {tensor.dtype}.")
 
 
-def _use_triton(impl: str, query: Tensor, value: Tensor) -> bool:
+def _use_triton(impl: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
     check_impl("decode_attention", impl, query.device, ("auto", "triton", "reference"))
     head_dim = max(query.shape[-1], value.shape[-1])
     reason = None
@@ -161,6 +186,8 @@ def _use_triton(impl: str, query: Tensor, value: Tensor) -> bool:
         reason = f"the kernel knows bf16, fp16 and fp32, not {query.dtype}"
     elif head_dim > _MAX_HEAD_DIM:
         reason = f"the kernel holds head dims up to {_MAX_HEAD_DIM}, not {head_dim}"
+    elif key.dtype == torch.float8_e4m3fn and lacks_fp8(key.device):
+        reason = "this GPU has no fp8; int8 runs on it"
     if impl == "triton" and reason:
         raise ValueError(
             f"`impl='triton'` of decode_attention cannot run: {reason}; use 'auto' or 'reference'."
@@ -187,13 +214,14 @@ def _decode(
     sinks: Tensor | None,
     num_splits: int | None,
     impl: str,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     mask = KeyRange(causal, lower, upper, key_mask)
-    if not _use_triton(impl, query, value):
-        return decode_reference(query, key, value, scale, mask, softcap, sinks, num_splits)
+    if not _use_triton(impl, query, key, value):
+        return decode_reference(query, key, value, scale, mask, softcap, sinks, num_splits, scales)
     from hf_longattn.kernels.decode_attention.triton import decode_forward
 
-    return decode_forward(query, key, value, scale, mask, softcap, sinks, num_splits)
+    return decode_forward(query, key, value, scale, mask, softcap, sinks, num_splits, scales)
 
 
 @_decode.register_fake
@@ -210,6 +238,7 @@ def _(
     sinks: Tensor | None,
     num_splits: int | None,
     impl: str,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -20,6 +20,7 @@ def decode_reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     num_splits: int | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends chunk by chunk and merges, in fp32 (fp64 for fp64); arguments as in `decode_attention`."""
     num_keys = key.shape[2]
@@ -27,7 +28,7 @@ def decode_reference(
     outputs, lses = [], []
     for start in range(0, max(num_keys, 1), max(chunk, 1)):
         columns = slice(start, min(start + chunk, num_keys))
-        output, lse = _attend_chunk(query, key, value, scale, mask, softcap, columns)
+        output, lse = _attend_chunk(query, key, value, scale, mask, softcap, columns, scales)
         outputs.append(output)
         lses.append(lse)
     if sinks is not None:
@@ -45,12 +46,16 @@ def _attend_chunk(
     mask: KeyRange,
     softcap: float | None,
     columns: slice,
+    scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, V) and lse (B, H, T) over the keys of `columns`: 0 and -inf where none is visible."""
     B, H, T, K = query.shape
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys, values = key[:, :, columns].to(dtype), value[:, :, columns].to(dtype)
+    if scales is not None:
+        factors = scales[:, :, columns].to(dtype)
+        keys, values = keys * factors[..., :1], values * factors[..., 1:]
     # The H / G heads that share keys become rows of one product, so that no key is repeated in memory.
     rows = query.to(dtype).reshape(B, G, H // G * T, K)
     scores = (rows @ keys.transpose(-1, -2)).view(B, G, H // G, T, keys.shape[2]) * scale

@@ -10,6 +10,10 @@ its blocks are dealt evenly to the splits, so the cost follows the visible keys 
 cache, and a replayed CUDA graph stays balanced while the interval grows. The partial results are fp32 and
 joined by the kernel of `merge_partials`, where the sinks enter. The work is bound by reading K and V once:
 everything else hides behind those loads. Tree Attention, arXiv 2408.04093; split keys as in Flash-Decoding.
+
+Keys and values in 8 bits become the dtype of the queries in registers, exactly. A key's scale multiplies its
+score in fp32; a value's scale multiplies its probability, which has the range for it in bf16 and fp32, and
+the value itself in fp16.
 """
 
 import functools
@@ -51,6 +55,18 @@ MANY_ROWS: dict[int, DecodeConfig] = {
     256: DecodeConfig(block_n=64, num_warps=8),
     512: DecodeConfig(block_n=32, num_warps=8),
 }
+# Keys and values in 8 bits, by the same two sums of head dims: half the bytes a key, so that more steps are
+# in flight.
+EIGHT_BITS_FEW_ROWS: dict[int, DecodeConfig] = {
+    128: DecodeConfig(block_n=128, num_warps=8, num_stages=4, programs_per_sm=2),
+    256: DecodeConfig(block_n=128, num_warps=8, num_stages=4),
+    512: DecodeConfig(block_n=64, num_warps=8, num_stages=4),
+}
+EIGHT_BITS_MANY_ROWS: dict[int, DecodeConfig] = {
+    128: DecodeConfig(block_n=64, num_stages=4, programs_per_sm=2),
+    256: DecodeConfig(block_n=64, num_warps=8, num_stages=4),
+    512: DecodeConfig(block_n=32, num_warps=8, num_stages=4),
+}
 # Exact fp32 products take no tensor core, so tiles are small and hold 16 rows.
 FULL_PRECISION = DecodeConfig(block_n=32, num_warps=8)
 
@@ -60,11 +76,16 @@ def pick_rows(num_rows: int, itemsize: int) -> int:
     return min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(num_rows)))
 
 
-def pick_config(head_dim: int, value_dim: int, itemsize: int, block_r: int) -> DecodeConfig:
-    """The configuration for a pair of head dims, an element size in bytes and the rows of a program."""
+def pick_config(
+    head_dim: int, value_dim: int, itemsize: int, block_r: int, key_itemsize: int | None = None
+) -> DecodeConfig:
+    """The configuration for a pair of head dims, the element size of the queries in bytes, the rows of a
+    program, and the element size of the keys where it is another."""
     if itemsize > 2:
         return FULL_PRECISION
     table = FEW_ROWS if block_r == 16 else MANY_ROWS
+    if key_itemsize == 1:
+        table = EIGHT_BITS_FEW_ROWS if block_r == 16 else EIGHT_BITS_MANY_ROWS
     width = _block_dim(head_dim) + _block_dim(value_dim)
     return table[min((bound for bound in table if bound >= width), default=max(table))]
 
@@ -140,8 +161,9 @@ def _share(first, last, S, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, lower_strides, upper_strides, key_mask_strides, o_strides, lse_strides,
+    q_ptr, k_ptr, v_ptr, scales_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, scales_strides, lower_strides, upper_strides, key_mask_strides,
+    o_strides, lse_strides,
     scale, cap, T, S,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, GAPS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -181,7 +203,11 @@ def _split_kernel(
             real = tl.max(visible.to(tl.int32), 0) > 0
         k_base = k_ptr + offset((batch, group, n0, 0), k_strides)
         k = tl.load(k_base + k_tile, mask=real[:, None] & mask_k[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+        if scales_ptr is not None:
+            scales_base = scales_ptr + offset((batch, group, n0, 0), scales_strides)
+            k_scale = tl.load(scales_base + offs_n * scales_strides[2], mask=real, other=0.0)
+            score = score * k_scale[None, :]
         if cap is not None:
             score = _soft_cap(score, cap)
         score = tl.where(visible, score, float("-inf"))
@@ -193,8 +219,15 @@ def _split_kernel(
         v_base = v_ptr + offset((batch, group, n0, 0), v_strides)
         v = tl.load(v_base + v_tile, mask=real[:, None] & mask_v[None, :], other=0.0)
         l = l * shrink + tl.sum(p, 1)
-        # The probabilities are rounded to the dtype of the values; sums stay fp32.
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        if scales_ptr is not None:
+            v_base = scales_base + scales_strides[3]
+            v_scale = tl.load(v_base + offs_n * scales_strides[2], mask=real, other=0.0)
+            if q.dtype == tl.float16:
+                v = v.to(tl.float32) * v_scale[:, None]
+            else:
+                p = p * v_scale[None, :]
+        # The probabilities are rounded to the dtype of the queries; sums stay fp32.
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
         m = peak
 
     split = tl.program_id(0)
@@ -222,6 +255,7 @@ def decode_forward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     num_splits: int | None = None,
+    scales: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the split kernel and the merge; arguments as in `decode_attention`, `config` for tuning."""
@@ -231,7 +265,7 @@ def decode_forward(
         return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
     block_r = pick_rows(H // G * T, query.element_size())
     row_tiles = triton.cdiv(H // G * T, block_r)
-    config = config or pick_config(K, V, query.element_size(), block_r)
+    config = config or pick_config(K, V, query.element_size(), block_r, key.element_size())
     if num_splits is None:
         slots = _num_processors(query.device) * config.programs_per_sm
         num_splits = pick_num_splits(triton.next_power_of_2(S), B * G * row_tiles, slots)
@@ -242,8 +276,8 @@ def decode_forward(
     key_mask, key_mask_strides = _per_batch(mask.key_mask, B)
     gaps = T > 1 and lower is not None and (upper is not None or mask.causal)
     _split_kernel[(num_splits, G * row_tiles, B)](
-        query, key, value, lower, upper, key_mask, outputs, lse,
-        query.stride(), key.stride(), value.stride(),
+        query, key, value, scales, lower, upper, key_mask, outputs, lse,
+        query.stride(), key.stride(), value.stride(), (0,) * 4 if scales is None else scales.stride(),
         lower_strides, upper_strides, key_mask_strides, outputs.stride(), lse.stride(),
         scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E if softcap else None, T, S,
         GROUP=H // G, K=K, V=V, CAUSAL=mask.causal, GAPS=gaps, PRECISION=config.precision,

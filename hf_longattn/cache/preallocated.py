@@ -172,12 +172,13 @@ class PreallocatedLayer(CacheLayerMixin):
     def _replace_buffers(self, change: Any) -> None:
         """Moves `change(filled part)` of keys and values to the front of new buffers of `capacity` tokens."""
         keys, values = change(self.keys), change(self.values)
-        self.start, self.end, self.shared_end = 0, keys.shape[2], 0
+        self.start, self.end = 0, keys.shape[2]
         self.capacity = max(self.capacity, self.end)
         # One buffer is freed before the next is made: growing needs one extra half, not two.
         self._keys = _moved(keys, self.capacity)
         del keys
         self._values = _moved(values, self.capacity)
+        self.shared_end = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys that attention will see, position of the first) once `query_length` tokens are appended."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
@@ -146,6 +147,7 @@ def _prepare_cache(
     before = model_kwargs.get("past_key_values")
     if isinstance(before, LongContextCache):
         before.check_model(model.config)
+        _check_continuation(int(before.get_seq_length()), generation_mode, model_kwargs.get("attention_mask"))
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")
@@ -159,3 +161,20 @@ def _prepare_cache(
     model_kwargs["past_key_values"] = cache
     if generation_config.is_assistant:
         model_kwargs["past_key_values"].activate_past_recording()
+
+
+def _check_continuation(held: int, mode: Any, mask: Any) -> None:
+    """Refuses what transformers would get wrong, silently, on a cache that holds tokens."""
+    if held and mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"`past_key_values` holds {held} tokens, which assisted and prompt-lookup decoding of transformers "
+            "would read again; leave `assistant_model` and `prompt_lookup_num_tokens` out, or give an empty "
+            "cache."
+        )
+    # It tells by the mask whether the ids are those of the whole sequence.
+    if mask is not None and mask.ndim == 2 and mask.shape[1] <= held:
+        raise ValueError(
+            f"`attention_mask` covers {mask.shape[1]} tokens, but `past_key_values` holds {held}; pass the ids "
+            "of the whole sequence, or those of the new tokens with a mask of both: ones for what is held, "
+            "then the mask of the new tokens."
+        )

@@ -167,14 +167,14 @@ def _check_continuation(held: int, mode: Any, mask: Any) -> None:
     """Refuses what transformers would get wrong, silently, on a cache that holds tokens."""
     if held and mode == GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
-            f"`past_key_values` holds {held} tokens, which assisted and prompt-lookup decoding of transformers "
-            "would read again; leave `assistant_model` and `prompt_lookup_num_tokens` out, or give an empty "
-            "cache."
+            f"`past_key_values` holds {held} tokens, which assisted and prompt-lookup decoding of "
+            "transformers would read again; leave `assistant_model` and `prompt_lookup_num_tokens` out, or "
+            "give an empty cache."
         )
     # It tells by the mask whether the ids are those of the whole sequence.
     if mask is not None and mask.ndim == 2 and mask.shape[1] <= held:
         raise ValueError(
-            f"`attention_mask` covers {mask.shape[1]} tokens, but `past_key_values` holds {held}; pass the ids "
-            "of the whole sequence, or those of the new tokens with a mask of both: ones for what is held, "
-            "then the mask of the new tokens."
+            f"`attention_mask` covers {mask.shape[1]} tokens, but `past_key_values` holds {held}; pass the "
+            "ids of the whole sequence, or those of the new tokens with a mask of both: ones for what is "
+            "held, then the mask of the new tokens."
         )

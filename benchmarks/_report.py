@@ -50,11 +50,11 @@ def facts() -> dict:
 
 
 class Report:
-    """Rows of one benchmark, in `$OUT` or benchmarks/results; every `add` rewrites the file."""
+    """Rows of one benchmark, in `folder`, `$OUT` or benchmarks/results; every `add` rewrites the file."""
 
-    def __init__(self, name: str, deadline: float = float("inf")):
+    def __init__(self, name: str, deadline: float = float("inf"), folder: Path | None = None):
         self.start, self.deadline = time.time(), deadline
-        folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+        folder = folder or Path(os.environ.get("OUT") or Path(__file__).parent / "results")
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.machine, self.rows = folder / f"{name}.json", facts(), []
 

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from _common import Rows
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,19 +36,6 @@ class Recipe:
     held_out: int = field(default=2, metadata={"help": "pieces kept for the loss by position"})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread evenly"})
     smoke: bool = field(default=False, metadata={"help": "a tiny random model and text, a few steps"})
-
-
-class Pieces(Dataset):
-    """One long text, cut in pieces of equal length."""
-
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        self.rows = tokens[: len(tokens) // length * length].view(-1, length)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def stretch(config: LlamaConfig, length: int) -> None:
@@ -91,7 +78,7 @@ def load_smoke(recipe: Recipe) -> tuple[PreTrainedModel, Tensor]:
 
 
 @torch.no_grad()
-def loss_by_position(model: PreTrainedModel, pieces: Dataset, length: int) -> dict[str, float]:
+def loss_by_position(model: PreTrainedModel, pieces: Rows, length: int) -> dict[str, float]:
     """Mean loss of the tokens between powers of two; each call projects the tokens of one range alone."""
     model.eval()
     edges = [0, *(length >> shift for shift in (5, 4, 3, 2, 1, 0))]
@@ -114,8 +101,8 @@ def main() -> None:
     training.per_device_train_batch_size, training.prediction_loss_only = 1, True
     training.dataloader_pin_memory = False
     model, tokens = load_smoke(recipe) if recipe.smoke else load(recipe)
-    held_out = Pieces(tokens[: recipe.held_out * recipe.length], recipe.length)
-    train = Pieces(tokens[recipe.held_out * recipe.length :], recipe.length)
+    held_out = Rows(tokens[: recipe.held_out * recipe.length], recipe.length)
+    train = Rows(tokens[recipe.held_out * recipe.length :], recipe.length)
     hf_longattn.prepare_training(
         model, block_size=128 if recipe.smoke else None, label_smoothing=recipe.label_smoothing
     )

@@ -1,0 +1,484 @@
+"""What the training recipes share: text to packed rows, defaults for Trainer, the loss curve, the report.
+
+    text files -> documents -> tokens (cached by `datasets`) -> rows of equal length -> Trainer
+
+A document is held out or trained on by the hash of its text, so that a second copy of it is on the same side.
+Documents follow each other with the end token between them; only the last row is padded, so no token is lost.
+The rows have one order for a seed: runs with the same text, length and seed see the same tokens in the same
+order.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import lzma
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_longattn
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+from _report import Report  # noqa: E402  the format of the result files has one home
+
+# A longer document goes to the tokenizer in parts, cut behind a line.
+PART = 1 << 20
+
+
+@dataclass
+class Text:
+    """What is read, and how it is cut."""
+
+    text: list[str] = field(default_factory=list, metadata={"help": "files and folders to read"})
+    suffixes: list[str] = field(
+        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cpp", ".cu", ".jsonl"],
+        metadata={"help": "which files of a folder are text; each may end in .xz too"},
+    )
+    length: int = field(default=2048, metadata={"help": "tokens of a row"})
+    tokens: int = field(default=100_000_000, metadata={"help": "tokens to train on"})
+    held_out: int = field(default=100, metadata={"help": "one document in so many is held out"})
+    eval_rows: int = field(default=256, metadata={"help": "held-out rows that are scored"})
+    readers: int = field(default=1, metadata={"help": "processes that read and tokenise"})
+    smoke: bool = field(default=False, metadata={"help": "tiny models on the project's own text, on a CPU"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint"})
+
+
+@dataclass
+class Training(TrainingArguments):
+    """Trainer's own arguments with other defaults.
+
+    Weights and optimizer state are fp32, products bf16 by autocast: updates of 1e-4 of a weight are lost in
+    bf16 weights. Nothing waits for the GPU between two lines of the log.
+    """
+
+    bf16: bool = field(default_factory=torch.cuda.is_available)
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    warmup_steps: float = 0.02
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    logging_steps: float = 10
+    # Looking for NaN would wait for the GPU at every step.
+    logging_nan_inf_filter: bool = False
+    eval_strategy: str = "steps"
+    eval_on_start: bool = True
+    eval_steps: float | None = 0.05
+    prediction_loss_only: bool = True
+    save_steps: float = 0.2
+    save_total_limit: int | None = 1
+    # The rows come shuffled.
+    train_sampling_strategy: str = "sequential"
+    dataloader_num_workers: int = 4
+
+
+# ---- text
+
+
+def find_files(text: Text) -> list[tuple[str, int, int]]:
+    """(path, size, time of change) of every file to read: a changed file is tokenised again."""
+    found = set()
+    for name in text.text:
+        path = Path(name)
+        if not path.exists():
+            raise SystemExit(f"--text: there is no {path}")
+        files = [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
+        found |= {p for p in files if p == path or p.name.removesuffix(".xz").endswith(tuple(text.suffixes))}
+    if not found:
+        raise SystemExit("--text names no file to read")
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(found)]
+
+
+def documents_of(path: str) -> Iterator[str]:
+    """The documents of one file: its lines' `text` fields if it is .jsonl, or the whole of it."""
+    opened = lzma.open if path.endswith(".xz") else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        if path.removesuffix(".xz").endswith(".jsonl"):
+            yield from (json.loads(line)["text"] for line in file if line.strip())
+        else:
+            yield file.read()
+
+
+def parts_of(document: str) -> Iterator[str]:
+    """The document in parts of about `PART` characters."""
+    start = 0
+    while start < len(document):
+        newline = document.find("\n", start + PART)
+        stop = len(document) if newline < 0 else newline + 1
+        yield document[start:stop]
+        start = stop
+
+
+def read_parts(files: list[tuple[str, int, int]], held_out: int) -> Iterator[dict[str, Any]]:
+    """Parts of documents, with the side that their document is on and whether they end it."""
+    for path, _, _ in files:
+        for document in documents_of(path):
+            digest = hashlib.sha256(document.encode("utf-8", "replace")).digest()
+            side = int.from_bytes(digest[:8], "big") % held_out == 0
+            parts = list(parts_of(document))
+            for index, part in enumerate(parts):
+                yield {"text": part, "held_out": side, "ends": index == len(parts) - 1}
+
+
+def tokenise(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Ids of the parts, with the end token behind each document."""
+    ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
+    end = [tokenizer.eos_token_id]
+    return {"input_ids": [part + end * ends for part, ends in zip(ids, batch["ends"], strict=True)]}
+
+
+def tokens_of(text: Text, tokenizer: PreTrainedTokenizerFast) -> dict[bool, np.ndarray]:
+    """All tokens to train on (False) and all that are held out (True), int32."""
+    files = find_files(text)
+    readers = min(text.readers, len(files))
+    parts = datasets.Dataset.from_generator(
+        read_parts,
+        gen_kwargs={"files": files, "held_out": text.held_out},
+        num_proc=readers if readers > 1 else None,
+    )
+    # A tokenizer changes its own hash when it is used, so the cache is named by what it says of itself.
+    print_of_both = f"{parts._fingerprint} {tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
+    table = parts.map(
+        tokenise,
+        batched=True,
+        batch_size=64,
+        remove_columns=["text", "ends"],
+        fn_kwargs={"tokenizer": tokenizer},
+        features=datasets.Features(
+            {"held_out": datasets.Value("bool"), "input_ids": datasets.List(datasets.Value("int32"))}
+        ),
+        num_proc=readers if readers > 1 else None,
+        new_fingerprint=hashlib.sha256(print_of_both.encode()).hexdigest()[:32],
+    ).data.table
+    found = {}
+    for side in (False, True):
+        chunks = table.filter(pc.field("held_out") == side)["input_ids"].chunks
+        found[side] = np.concatenate([c.flatten().to_numpy() for c in chunks] or [np.empty(0, np.int32)])
+    return found
+
+
+class Rows(Dataset):
+    """A run of tokens cut in rows of equal length; the last one is filled up with tokens that do not count.
+
+    Args:
+        tokens: (n,) ids.
+        length: tokens of a row.
+        order: which row comes when; as they stand where left out.
+        unscored: the first tokens of a row that no model predicts.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray | Tensor, length: int, order: np.ndarray | None = None, unscored: int = 0
+    ) -> None:
+        self.tokens, self.length, self.unscored = np.asarray(tokens), length, unscored
+        self.order = np.arange(-(-len(self.tokens) // length)) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = int(self.order[index]) * self.length
+        row = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        ids, labels = row.new_zeros(self.length), row.new_full((self.length,), -100)
+        ids[: len(row)] = row
+        labels[self.unscored : len(row)] = row[self.unscored :]
+        return {"input_ids": ids, "labels": labels}
+
+
+@dataclass
+class Data:
+    """Rows to train on and rows to score, and how much text there was."""
+
+    train: Rows
+    held_out: Rows
+    num_tokens: int
+
+    def after(self, rows: int) -> "Data":
+        """The same text from a later row on; what was passed comes last."""
+        order = np.roll(self.train.order, -rows)
+        return Data(
+            Rows(self.train.tokens, self.train.length, order, self.train.unscored),
+            self.held_out,
+            self.num_tokens,
+        )
+
+
+def load_rows(text: Text, tokenizer: PreTrainedTokenizerFast, seed: int, unscored: int = 0) -> Data:
+    """Reads, tokenises, packs and shuffles.
+
+    Args:
+        text: what to read.
+        tokenizer: with an end token.
+        seed: of the order of the rows.
+        unscored: as in `Rows`.
+    """
+    tokens = tokens_of(text, tokenizer)
+    train, held_out = tokens[False], tokens[True]
+    num_rows, num_held_out = -(-len(train) // text.length), min(len(held_out) // text.length, text.eval_rows)
+    if not num_rows or not num_held_out:
+        raise SystemExit(
+            f"too little text: {len(train)} tokens to train on and {len(held_out)} held out, and a row has "
+            f"{text.length}; name more files, or hold out more documents with a smaller --held_out"
+        )
+    print(f"{len(train):,} tokens to train on, {len(held_out):,} held out", flush=True)
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return Data(
+        Rows(train, text.length, order, unscored),
+        Rows(held_out, text.length, np.arange(num_held_out), unscored),
+        len(train),
+    )
+
+
+# ---- smoke mode
+
+
+def smoke(text: Text, training: Training) -> None:
+    """Shrinks everything for a run of seconds on a CPU: bytes of the project's own pages, or of `--text`."""
+    text.text = text.text or [str(ROOT / "docs")]
+    text.length, text.eval_rows, text.held_out = 64, 16, 4
+    text.tokens = min(text.tokens, 40 * 8 * text.length)
+    training.use_cpu, training.bf16, training.dataloader_num_workers = True, False, 0
+    training.gradient_accumulation_steps, training.learning_rate = 1, 1e-2
+    training.logging_steps, training.eval_steps, training.save_steps = 5, 0.25, 0.5
+    training.dataloader_pin_memory = False
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(["<end>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+# ---- training
+
+
+class Curve(TrainerCallback):
+    """Writes every line of the log as JSON; a resumed run goes on where its checkpoint was.
+
+    Args:
+        path: the file to write.
+        step_tokens: tokens of a step.
+        first_tokens: tokens that an earlier stage took.
+    """
+
+    def __init__(self, path: Path, step_tokens: int, first_tokens: int = 0) -> None:
+        self.path, self.step_tokens, self.first_tokens = path, step_tokens, first_tokens
+        self.start = time.perf_counter()
+
+    def rows(self) -> list[dict]:
+        """What has been written."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def points(self) -> dict[int, float]:
+        """Held-out losses by tokens."""
+        return {row["tokens"]: row["eval_loss"] for row in self.rows() if "eval_loss" in row}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets what was logged behind the checkpoint."""
+        kept = [row for row in self.rows() if row["step"] <= state.global_step] if state.global_step else []
+        self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Adds a line."""
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            row = {
+                "step": state.global_step,
+                "tokens": self.first_tokens + state.global_step * self.step_tokens,
+            }
+            names = ("loss", "eval_loss", "learning_rate", "grad_norm")
+            row |= {name: float(logs[name]) for name in names if name in logs}
+            row["seconds"] = round(time.perf_counter() - self.start, 3)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def narrow_residual(model: nn.Module) -> None:
+    """Has embeddings follow autocast: in fp32 they would keep the sums of all layers in fp32 too."""
+
+    def follow(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        kind = output.device.type
+        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(follow)
+
+
+def flops_a_token(model: PreTrainedModel, shares: dict[str, float] | None = None) -> float:
+    """Operations of the products with weights, forward and backward, a token; attention scores left out.
+
+    Args:
+        model: a language model; tables are looked up, not multiplied, but the head counts.
+        shares: how often a weight is used a token, by the beginning of its name; once where none fits.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = 1.0 * model.get_output_embeddings().weight.numel()
+    for name, weight in model.named_parameters():
+        if id(weight) not in tables and weight is not model.get_output_embeddings().weight:
+            total += weight.numel() * next((s for p, s in (shares or {}).items() if name.startswith(p)), 1.0)
+    return 6 * total
+
+
+def train(
+    model: nn.Module,
+    training: Training,
+    text: Text,
+    data: Data,
+    folder: Path,
+    *,
+    first_tokens: int = 0,
+    trainer: type[Trainer] = Trainer,
+    flops: float = 0.0,
+) -> dict[str, Any]:
+    """Trains on `text.tokens` less `first_tokens` and scores the held-out rows before, meanwhile and after.
+
+    Args:
+        model: what Trainer trains.
+        training: its arguments; `folder` takes the place of the output folder.
+        text: the budget, and whether to resume.
+        data: the rows.
+        folder: for checkpoints, `curve.jsonl` and `curve.png`.
+        first_tokens: tokens that an earlier stage took.
+        trainer: the class, called as Trainer is.
+        flops: operations a token, for the time that is announced.
+
+    Returns:
+        held-out losses before and after, tokens, seconds with evaluations and checkpoints, and the held-out
+        losses by tokens.
+    """
+    arguments = copy.copy(training)
+    arguments.output_dir = str(folder)
+    step_tokens = text.length * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    step_tokens *= arguments.world_size
+    arguments.max_steps = max((text.tokens - first_tokens) // step_tokens, 1)
+    if flops:
+        work = flops * step_tokens * arguments.max_steps
+        print(f"{work:.3g} FLOP: {work / 60 / 3e14:.1f} minutes at 300 TFLOP/s", flush=True)
+    narrow_residual(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    curve = Curve(folder / "curve.jsonl", step_tokens, first_tokens)
+    worker = trainer(
+        model, arguments, train_dataset=data.train, eval_dataset=data.held_out, callbacks=[curve]
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if text.resume else None
+    worker.train(resume_from_checkpoint=checkpoint)
+    tokens = first_tokens + arguments.max_steps * step_tokens
+    if tokens not in curve.points():
+        worker.evaluate()
+    draw(folder / "curve.png", {folder.name: curve.rows()})
+    points, seconds = curve.points(), curve.rows()[-1]["seconds"]
+    return {
+        "loss_before": points[first_tokens],
+        "loss": points[tokens],
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": (tokens - first_tokens) / seconds,
+        "tflop_per_s": flops * (tokens - first_tokens) / seconds / 1e12,
+        "points": points,
+    }
+
+
+@torch.no_grad()
+def passkeys(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int], trials: int
+) -> dict[int, float]:
+    """Share of five-digit keys that the model repeats, by the length of the prompt.
+
+    Args:
+        model: on its device.
+        tokenizer: of the model.
+        lengths: of the prompts, in tokens.
+        trials: prompts of each length; the key moves from the beginning to the end.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    filler, ask, found = ids(" The grass is green. The sky is blue."), ids(" The pass key is"), {}
+    keys = torch.randint(10000, 100000, (trials,), generator=torch.Generator().manual_seed(0)).tolist()
+    hf_longattn.prepare_generation(model.eval(), cuda_graph=False)
+    for length in lengths:
+        prompts = []
+        for trial, key in enumerate(keys):
+            needle = ids(f" The pass key is {key}. Remember it.")
+            room = max(length - len(needle) - len(ask), 0)
+            place, around = room * trial // trials, (filler * (room // len(filler) + 1))[:room]
+            prompts.append(around[:place] + needle + around[place:] + ask)
+        rows = torch.tensor(prompts, device=model.device)
+        call = {"attention_mask": torch.ones_like(rows), "pad_token_id": tokenizer.eos_token_id}
+        answers = model.generate(rows, max_new_tokens=8, do_sample=False, **call)
+        said = tokenizer.batch_decode(answers[:, rows.shape[1] :])
+        found[length] = sum(str(key) in text for key, text in zip(keys, said, strict=True)) / trials
+    hf_longattn.restore(model)
+    return found
+
+
+def draw(path: Path, curves: dict[str, list[dict]]) -> None:
+    """Losses against tokens, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = FigureCanvasAgg(figure).figure.subplots()
+    for name, rows in curves.items():
+        for kind, style in (("loss", "-"), ("eval_loss", "o")):
+            points = [(row["tokens"], row[kind]) for row in rows if kind in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, markersize=4, label=f"{name}, {kind}")
+    axis.set(xlabel="tokens", ylabel="loss, nats a token")
+    axis.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def write_report(
+    name: str, training: Training, runs: dict[str, dict[str, Any]], more: list[dict[str, Any]] | None = None
+) -> None:
+    """The result file `NAME.json` in the output folder: every run, its curve, and what was probed.
+
+    Args:
+        name: of the recipe.
+        training: whose `output_dir` it is written to.
+        runs: what `train` returned and anything else that describes the run, by its name.
+        more: rows of their own.
+    """
+    report = Report(name, folder=Path(training.output_dir))
+    for run, result in runs.items():
+        report.add(section="result", run=run, **{k: v for k, v in result.items() if k != "points"})
+    for row in more or []:
+        report.add(**row)
+    for run, result in runs.items():
+        for tokens, loss in result["points"].items():
+            report.add(section="curve", run=run, tokens=tokens, loss=loss)

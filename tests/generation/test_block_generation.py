@@ -1,14 +1,20 @@
 """Prepared Block Transformers: several tokens a program, and all that plain `generate` gives."""
 
+import logging
+import string
+
 import pytest
 import torch
 import transformers as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, logits_process
 
 import hf_longattn
 from hf_longattn.generation import blocks
+from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.modeling.block_transformer import BlockTransformerConfig, BlockTransformerForCausalLM
 
 PAD, END = 60, 59
@@ -102,6 +108,11 @@ class RecordedGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
+@pytest.fixture(autouse=True)
+def warned_anew():
+    log_once.cache_clear()
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Programs are captured in recorded graphs, which it lists."""
@@ -156,3 +167,277 @@ def test_tokens_equal_those_of_the_plain_model(embedder, decoder, length, option
     assert torch.equal(fast, plain)
     assert recorded and recorded[0].replays >= 2
     assert plain[:, 9:].unique().numel() > 8, "a model that repeats itself would hide an error"
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("options", [GREEDY, DRAW], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("length", [pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("alignment", ["tokens", pytest.param("columns", marks=pytest.mark.slow)])
+def test_rows_at_different_slots_decode_together(alignment, length, options, recorded):
+    fields = {"projection_method": "projection_layer"} if length == 3 else {}
+    model = make(block_alignment=alignment, block_length=length, **fields)
+    plain, fast = both(model, *prompts(2, 9, 12, 7, 11), **options)
+    assert torch.equal(fast, plain)
+    assert len(recorded) == 1 and recorded[0].replays >= 2
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_any_number_of_new_tokens(captured, request):
+    graphs = request.getfixturevalue("recorded") if captured else []
+    model, (ids, mask) = make(), prompts(6, 9)
+    for count in (1, 4, 5, 6, 10):
+        plain, fast = both(model, ids, mask, **{**GREEDY, "max_new_tokens": count})
+        assert torch.equal(fast, plain) and fast.shape[1] == 9 + count
+    # A program that would be replayed once is not worth a capture.
+    assert len(graphs) == (2 if captured else 0)
+
+
+def ends_inside(plain, row, place):
+    """A token that row `row` has at new place `place`, and neither it nor the other row before."""
+    new = plain[:, 9:]
+    token = int(new[row, place])
+    assert token not in new[row, :place].tolist() + new[1 - row, : place + 1].tolist()
+    return token
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+@pytest.mark.parametrize("place", [5, *(pytest.param(place, marks=pytest.mark.slow) for place in (3, 6))])
+def test_a_row_that_ends_inside_a_block_is_padded(place, captured, request):
+    graphs = request.getfixturevalue("recorded") if captured else []
+    options = {**GREEDY, "repetition_penalty": 1.5, "max_new_tokens": 17}
+    model, (ids, mask) = make(), prompts(9, 9)
+    end = ends_inside(generate(model, ids, mask, **options), 0, place)
+    options["eos_token_id"] = [end, 58]
+    plain, fast = both(model, ids, mask, **options)
+    assert torch.equal(fast, plain)
+    assert (fast[0, 9 + place + 1 :] == PAD).all() and bool(graphs) == captured
+    plain, fast = both(model, ids[:1], mask[:1], **options)
+    assert torch.equal(fast, plain) and fast.shape[1] == 9 + place + 1
+
+
+class Collect:
+    def __init__(self):
+        self.parts = []
+
+    def put(self, value):
+        assert value.device.type == "cpu"
+        self.parts.append(value.tolist())
+
+    def end(self):
+        self.parts.append("end")
+
+
+class EndAt:
+    """Ends each row at a length of its own, and notes what it was shown."""
+
+    def __init__(self, *lengths):
+        self.lengths, self.seen = torch.tensor(lengths), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append((input_ids.shape[1], None if scores is None else len(scores)))
+        return input_ids.shape[1] >= self.lengths
+
+
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+@pytest.mark.parametrize("end", [None, END], ids=["no-eos", "eos"])
+def test_streamers_and_criteria_see_every_token_in_order(end):
+    model, (ids, mask), results = make(), prompts(9, 9), []
+    for prepared in (False, True):
+        if prepared:
+            hf_longattn.prepare_generation(model)
+        streamer, criterion = Collect(), EndAt(12, 19)
+        # Plain `generate` streams one row only; its check is on beams alone.
+        options = {**GREEDY, "max_new_tokens": 15, "eos_token_id": end, "streamer": streamer}
+        tokens = generate(model, ids, mask, stopping_criteria=tf.StoppingCriteriaList([criterion]), **options)
+        results.append((tokens.tolist(), streamer.parts, criterion.seen))
+    assert results[0] == results[1]
+    assert len(results[1][0][0]) == 19 and results[1][1][-1] == "end"
+
+
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+def test_stop_strings_end_inside_a_block():
+    from tokenizers import Tokenizer, decoders, models
+
+    letters = (string.ascii_letters + string.digits)[:61]
+    words = Tokenizer(models.BPE({letter: token for token, letter in enumerate(letters)}, merges=[]))
+    words.decoder = decoders.Fuse()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words)
+    options = {**GREEDY, "repetition_penalty": 1.5, "max_new_tokens": 17, "tokenizer": tokenizer}
+    model, (ids, mask) = make(), prompts(9, 9)
+    stop = ends_inside(generate(model, ids, mask, **options), 0, 5)
+    plain, fast = both(model, ids[:1], mask[:1], stop_strings=[letters[stop]], **options)
+    assert torch.equal(fast, plain) and fast.shape[1] == 9 + 6
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("options", [GREEDY, DRAW], ids=["greedy", "sampling"])
+def test_scores_and_logits_are_those_of_the_plain_model(options, recorded, caplog):
+    kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        plain, fast = both(make(), *prompts(9, 6), **options, **kept)
+    assert torch.equal(fast.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        assert len(fast[name]) == len(plain[name]) == 11
+        for ours, theirs in zip(fast[name], plain[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+    assert not recorded
+    assert any("`output_scores` keeps" in record.message for record in caplog.records)
+
+
+class Forbid(logits_process.LogitsProcessor):
+    """Forbids the token three places back; needs the exact tokens so far."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids[:, -3:-2], -torch.inf)
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_processors_of_others_run_one_by_one_with_a_warning(recorded, caplog):
+    processors = logits_process.LogitsProcessorList([Forbid()])
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        plain, fast = both(make(), *prompts(9, 6), logits_processor=processors, min_new_tokens=4, **GREEDY)
+    assert torch.equal(fast, plain) and not recorded
+    assert sum("`Forbid`" in record.message or "MinNew" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+@pytest.mark.parametrize("new", [9, *(pytest.param(new, marks=pytest.mark.slow) for new in (6, 10))])
+@pytest.mark.parametrize("alignment", ["tokens", "columns"])
+def test_a_second_turn_goes_on_from_the_cache(alignment, new):
+    model, (ids, mask) = make(block_alignment=alignment), prompts(12, 9, 2)
+    options = {**GREEDY, "max_new_tokens": new, "return_dict_in_generate": True}
+    answers = []
+    for prepared in (False, True):
+        if prepared:
+            hf_longattn.prepare_generation(model)
+        turn, seen, cache, said = ids, mask, None, []
+        for _ in range(3):
+            result = generate(model, turn, seen, past_key_values=cache, **options)
+            cache = result.past_key_values
+            assert cache.get_seq_length() == result.sequences.shape[1] - 1
+            said.append((result.sequences, cache.num_blocks.clone(), cache.context_valid.clone()))
+            turn = torch.cat([result.sequences, prompts(5, 5, 5)[0]], dim=1)
+            seen = torch.nn.functional.pad(seen, (0, turn.shape[1] - seen.shape[1]), value=1)
+        answers.append(said)
+    for plain, fast in zip(*answers, strict=True):
+        assert torch.equal(fast[0], plain[0])
+
+
+@torch.no_grad()
+def test_the_cache_left_behind_is_that_of_a_forward(recorded):
+    model, (ids, mask) = make(), prompts(12, 9, 6)
+    hf_longattn.prepare_generation(model)
+    options = {**GREEDY, "max_new_tokens": 11, "return_dict_in_generate": True}
+    result = generate(model, ids, mask, **options)
+    cache, every = result.past_key_values, torch.nn.functional.pad(mask, (0, 11), value=1)
+    seen = model(result.sequences[:, :-1], attention_mask=every[:, :-1]).past_key_values
+    assert recorded and torch.equal(cache.num_slots, seen.num_slots)
+    for row, (held, whole) in enumerate(zip(cache.num_blocks, seen.num_blocks, strict=True)):
+        # Tokens decoded beyond the end open their block again, and the one before it.
+        assert whole - 1 <= held <= whole
+        for ours, theirs in zip(cache.layers, seen.layers, strict=True):
+            for name in ("keys", "values"):
+                pair = (getattr(layer, name)[row, :, :held] for layer in (ours, theirs))
+                torch.testing.assert_close(*pair, rtol=1e-4, atol=2e-4)
+    last = result.sequences[:, -1:]
+    logits = model(last, attention_mask=every, past_key_values=cache).logits
+    torch.testing.assert_close(
+        logits, model(last, attention_mask=every, past_key_values=seen).logits, rtol=1e-4, atol=2e-4
+    )
+
+
+def test_bytes_of_the_caches(monkeypatch):
+    held = {}
+    real = blocks.BlockProgram.__init__
+
+    def spy(self, decoding, *args):
+        real(self, decoding, *args)
+        own = [buffer for group in decoding.groups for buffer in group.state() if buffer.ndim == 4]
+        held["token"] = sum(buffer.numel() for buffer in own)
+        layers = decoding.cache.layers
+        held["block"] = sum(layer._keys.numel() + layer._values.numel() for layer in layers)
+
+    monkeypatch.setattr(blocks.BlockProgram, "__init__", spy)
+    model = hf_longattn.prepare_generation(make(token_num_hidden_layers=3))
+    generate(model, *prompts(40, 40, 40), **{**GREEDY, "max_new_tokens": 24})
+    # Two blocks more than the text has: programs run to the end of their last block.
+    assert held["block"] == 2 * 3 * 2 * (64 // 4 + 2) * 32
+    assert held["token"] == 3 * 3 * 2 * (2 + 4 - 1) * 32
+
+
+def test_a_token_costs_one_row_of_the_token_decoder(monkeypatch):
+    from hf_longattn.modeling.block_transformer.blocks import TokenDecoder
+
+    rows, real = [], TokenDecoder._run
+    monkeypatch.setattr(
+        TokenDecoder, "_run", lambda self, x, *a: (rows.append(x.shape[1]), real(self, x, *a))[1]
+    )
+    model = hf_longattn.prepare_generation(make())
+    generate(model, *prompts(8, 8), **{**GREEDY, "max_new_tokens": 10})
+    # The prompt's last row, the prefix of the open block, then nine steps: two vectors where a block begins.
+    assert rows[-9:] == [1, 1, 1, 2, 1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_what_has_no_program_gives_the_tokens_of_the_plain_model(options, recorded):
+    rows = (9,) if "prompt_lookup_num_tokens" in options else (9, 6)
+    plain, fast = both(make(), *prompts(*rows), **{**GREEDY, **options})
+    assert torch.equal(fast, plain) and not recorded
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_changed_models_decode_token_by_token_with_a_warning(change, caplog):
+    model, (ids, mask), calls = make(), prompts(9, 6), []
+    plain = generate(model, ids, mask, **GREEDY)
+    if change == "forward":
+        own = model.forward
+        model.forward = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    hf_longattn.prepare_generation(model)
+    if change == "hook":
+        model.model.block_decoder.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        fast = [generate(model, ids, mask, **GREEDY) for _ in range(2)]
+    assert all(torch.equal(tokens, plain) for tokens in fast) and len(calls) >= 3
+    assert sum("slower path" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_prepared_models_are_copied_plain_and_restored():
+    import copy
+
+    model, (ids, mask) = make(), prompts(9, 6)
+    hf_longattn.prepare_generation(hf_longattn.prepare_generation(model))
+    assert "_sample" in vars(model) and "_sample" not in vars(copy.deepcopy(model))
+    fast = generate(model, ids, mask, **GREEDY)
+    assert torch.equal(fast, generate(hf_longattn.restore(model), ids, mask, **GREEDY))
+    assert "_sample" not in vars(model)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 5),
+    st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    st.integers(1, 13),
+    st.sampled_from(["tokens", "columns"]),
+    st.sampled_from([None, [3, 17, 29, 44]]),
+    st.booleans(),
+)
+def test_any_lengths(block_length, lengths, new, alignment, ends, draw):
+    fields = {"block_length": block_length, "projection_method": "projection_layer", "num_hidden_layers": 1}
+    model = make(block_alignment=alignment, **fields)
+    options = {**(DRAW if draw else GREEDY), "max_new_tokens": new, "eos_token_id": ends}
+    plain, fast = both(model, *prompts(*lengths), **options)
+    assert torch.equal(fast, plain)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import LazyMask, Pattern
@@ -43,19 +43,14 @@ class HeldBlocks(Cache):
         device = self.buffers[0][0].device
         self.each = cache.keys_per_block
         self.rows = torch.arange(batch, device=device)[:, None]
-        self.start = (cache.num_blocks[rows, None] * self.each).to(
-            device
-        )  # (R, 1), where the next block goes
+        # (R, 1) and (R, n_e), where the block that is computed next goes.
+        self.start = (cache.num_blocks[rows, None] * self.each).to(device)
+        self.places = self.start + torch.arange(self.each, device=device)
         self.key_mask = None  # (R, room) bool, False at blocks of pads alone; None: there are none
         if cache.block_mask is not None:
             held = cache.block_mask[rows].repeat_interleave(self.each, dim=1)
             self.key_mask = torch.ones(batch, self.room, dtype=torch.bool, device=device)
             self.key_mask[:, : held.shape[1]] = held
-
-    @property
-    def places(self) -> Tensor:
-        """(R, n_e), the key positions of the block that is being computed."""
-        return self.start + torch.arange(self.each, device=self.start.device)
 
     def mask(self) -> "HeldMask":
         """What the queries of one new block see: all of it and all before it."""
@@ -66,10 +61,14 @@ class HeldBlocks(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes (R, G, n_e, K) at `places`; returns the whole buffers."""
         keys, values = self.buffers[layer_idx]
-        index = self.rows, self.places
-        keys.transpose(1, 2)[index] = key_states.transpose(1, 2)
-        values.transpose(1, 2)[index] = value_states.transpose(1, 2)
+        keys.transpose(1, 2)[self.rows, self.places] = key_states.transpose(1, 2)
+        values.transpose(1, 2)[self.rows, self.places] = value_states.transpose(1, 2)
         return keys, values
+
+    def advance(self) -> None:
+        """Goes on to the next block."""
+        self.start.add_(self.each)
+        self.places.add_(self.each)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are given, and the mask says what is visible."""
@@ -149,7 +148,7 @@ class BlockGroup:
         )
         self.context.copy_(outputs.last_hidden_state)
         self.prefix.copy_(self.model.token_decoder.expand(outputs.last_hidden_state))
-        held.start.add_(held.each)
+        held.advance()
         self.tokens.reset()
         for tensor in (self.attended, self.valid):
             if tensor is not None:
@@ -160,9 +159,12 @@ class BlockGroup:
 
     def state(self) -> list[Tensor]:
         """Every tensor that `feed` changes, but for the keys and values of blocks, which it only adds to."""
-        caches = [getattr(self.tokens, f"{name}_attention_cache", self.tokens) for name in ("self", "cross")]
+        caches = [self.tokens]
+        if isinstance(self.tokens, EncoderDecoderCache):
+            caches = [self.tokens.self_attention_cache, self.tokens.cross_attention_cache]
         layers: list[Any] = [layer for cache in caches for layer in cache.layers]
-        own = [self.block_ids, self.context, self.prefix, self.held.start, self.attended, self.valid]
+        own = [self.block_ids, self.context, self.prefix, self.attended, self.valid]
+        own += [self.held.start, self.held.places]
         own += [buffer for layer in layers for buffer in (layer._keys, layer._values)]
         return [tensor for tensor in own if tensor is not None]
 

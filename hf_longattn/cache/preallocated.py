@@ -174,10 +174,16 @@ class PreallocatedLayer(CacheLayerMixin):
         keys, values = change(self.keys), change(self.values)
         self.start, self.end = 0, keys.shape[2]
         self.capacity = max(self.capacity, self.end)
-        # One buffer is freed before the next is made: growing needs one extra half, not two.
-        self._keys = _moved(keys, self.capacity)
-        del keys
-        self._values = _moved(values, self.capacity)
+        try:
+            # One buffer is freed before the next is made: growing needs one extra half, not two.
+            self._keys = _moved(keys, self.capacity)
+            del keys
+            self._values = _moved(values, self.capacity)
+        except torch.OutOfMemoryError:
+            # There is room for what both buffers have room for.
+            buffers = [buffer for buffer in (self._keys, self._values) if buffer is not None]
+            self.capacity = min(buffer.shape[2] for buffer in buffers)
+            raise
         self.shared_end = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:

@@ -76,7 +76,8 @@ def prefill(
     first = past if whole else 0
     total = input_ids.shape[1] - first
     shared = isinstance(cache, ShardedCache)
-    chunk = asked or _pick_chunk(input_ids) * (min(cache.group.world_size, MOST_CHUNKS) if shared else 1)
+    ranks = cache.group.world_size if shared else 1
+    chunk = asked or pick_chunk(input_ids.shape[0], input_ids.device, ranks)
     causal_model = cast(Any, model)
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:
@@ -130,9 +131,16 @@ def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:
     return cut
 
 
-def _pick_chunk(input_ids: Tensor) -> int:
-    tokens = _CPU_CHUNK_TOKENS if input_ids.device.type == "cpu" else GPU_CHUNK_TOKENS
-    return max(tokens // input_ids.shape[0], 64)
+def pick_chunk(rows: int, device: torch.device, ranks: int = 1) -> int:
+    """Tokens of each row that go through the model at a time, where nobody asks for a number.
+
+    Args:
+        rows: of the batch.
+        device: of the model.
+        ranks: that share a chunk.
+    """
+    tokens = _CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS
+    return max(tokens // rows, 64) * min(ranks, MOST_CHUNKS)
 
 
 @contextlib.contextmanager

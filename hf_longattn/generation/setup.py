@@ -16,6 +16,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import prefill
+from hf_longattn.generation.room import Room
 from hf_longattn.generation.several import share_generation
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.prefill import ShardedForward
@@ -103,6 +104,8 @@ def prepare_generation(
         _replace_minimax(changes, inner)
     original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
+    room = Room(inner, setup.prefill_chunk_size)
+    room.watch(changes)
     if group is not None:
         step = decoder.forward() if setup.cuda_graph else inner.forward
         changes.set_forward(inner, ShardedForward(inner.forward, step).forward())
@@ -110,7 +113,8 @@ def prepare_generation(
     elif setup.cuda_graph:
         changes.set_forward(inner, decoder.forward())
     prepare_cache = functools.partial(_prepare_cache, inner, group, original_cache)
-    changes.set(inner, "_prepare_cache_for_generation", prepare_cache)
+    counted = functools.partial(room.prepare_cache, prepare_cache)
+    changes.set(inner, "_prepare_cache_for_generation", counted)
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
     if group is None and hasattr(inner, "decode_blocks"):
         decoder.stand_in = vars(inner).get("forward")

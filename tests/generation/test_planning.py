@@ -1,6 +1,6 @@
 """The plan against what was measured, and against what the caches and the tensor parallel plan hold."""
 
-import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ import transformers as tf
 
 from hf_longattn.cache.sharded import ShardedLayer
 from hf_longattn.generation.planning import (
-    Hardware,
     Ranks,
     cache_bytes,
     count_weights,
@@ -19,38 +18,14 @@ from hf_longattn.generation.planning import (
 )
 from hf_longattn.parallel.cost import Links, message_bytes, received_bytes, reduction_seconds
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-# The shape of Llama-3.1-8B, as benchmarks/bench_generation.py builds it.
-SHAPE = tf.LlamaConfig(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, vocab_size=128256, max_position_embeddings=1 << 20,
-)  # fmt: skip
-NEW_TOKENS = 48
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_tables.py"
+TABLES = runpy.run_path(str(SCRIPT), run_name="plan_tables")
+SHAPE, MEASURED = TABLES["SHAPE"], list(TABLES["measured"]())
 
 
-def measured():
-    """Rows of prepared generation of that shape that are neither an error nor of another kind of cache."""
-    for path in sorted(RESULTS.glob("generation*.json")):
-        for row in json.loads(path.read_text()):
-            plain = row["peer"] == "prepared" and row["layers"] == 32 and "peak_gib" in row
-            if plain and not row.get("cache_dtype") and "H100" in row["gpu"]:
-                yield row
-
-
-def tree_decode():
-    """(keys, microseconds that the reduction added to the captured step of one rank) of two GPUs."""
-    cases = {}
-    for row in json.loads((RESULTS / "tree_decode.json").read_text()):
-        cases.setdefault(row["case"], {})[row["form"]] = row
-    for name, forms in cases.items():
-        yield name, forms["ours"]["graph_us"] - forms["local"]["graph_us"]
-
-
-@pytest.mark.parametrize("row", list(measured()), ids=lambda r: f"{r['prompt']}-B{r['batch']}-pad{r['pad']}")
+@pytest.mark.parametrize("row", MEASURED, ids=lambda r: f"{r['prompt']}-B{r['batch']}-pad{r.get('pad', 0)}")
 def test_memory_and_times_are_those_measured(row):
-    hardware = Hardware(bandwidth=row["copy_rate"])
-    sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"]}
-    plan = plan_generation(SHAPE, row["prompt"] + NEW_TOKENS, hardware=hardware, **sizes)
+    plan = TABLES["plan_of"](row)
     assert plan.peak == pytest.approx(row["peak_gib"] * 2**30, rel=0.05)
     assert plan.expected_first_token == pytest.approx(row["first_token_s"], rel=0.10)
     assert 1e3 * plan.expected_a_token == pytest.approx(row["token_ms"], rel=0.10)
@@ -58,14 +33,21 @@ def test_memory_and_times_are_those_measured(row):
 
 
 def test_there_are_measurements_to_hold_the_plan_against():
-    assert len(list(measured())) >= 6
+    assert len(MEASURED) >= 6
+
+
+def test_the_tables_of_the_page_are_up_to_date():
+    text = TABLES["PAGE"].read_text()
+    assert TABLES["filled"](text) == text, "run `python benchmarks/plan_tables.py`"
 
 
 def test_the_reduction_is_that_measured_with_two_gpus():
     links = Links()
     message = message_bytes(1, 32, 128)
-    for name, added in tree_decode():
-        assert 1e6 * reduction_seconds(message, 2, links) == pytest.approx(added, rel=0.10), name
+    found = list(TABLES["reductions"]())
+    assert len(found) >= 3
+    for keys, own, step, _ in found:
+        assert 1e6 * reduction_seconds(message, 2, links) == pytest.approx(step - own, rel=0.10), keys
     assert reduction_seconds(message, 1, links) == 0.0
 
 

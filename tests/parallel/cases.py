@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -23,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_longattn
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache, ShardedLayer
+from hf_longattn.generation import room
 from hf_longattn.generation.graph import device_lengths
 from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel.group import SequenceGroup
@@ -495,6 +497,30 @@ def fails(rank, size, mesh):
     call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail)
     message = error_of(MemoryError if rank == 1 else RuntimeError, call)
     assert "no room for another token" in message, message
+    ranks.os._exit(0)
+
+
+def runs_out(rank, size, mesh):
+    """Too little memory on one rank is refused by all; memory that runs out there stops all."""
+    model, ids = prepare("gemma2", mesh, timeout=10.0), tiny.tokens(1, 23)
+    first = generate(model, ids, do_sample=False)
+    cache, held = first.past_key_values, first.past_key_values.get_seq_length()
+    conversation = torch.cat([first.sequences, tiny.tokens(1, 17, seed=4)], 1)
+    call = functools.partial(generate, model, conversation, past_key_values=cache, do_sample=False)
+    with patch.object(room, "free_memory", lambda device: 100 if rank == 1 else 1 << 40):
+        message = error_of(ValueError, call)
+    assert "tokens of prompt and answer fit" in message, message
+    assert cache.get_seq_length() == held
+
+    def hook(module, args):
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[-1].mlp.register_forward_pre_hook(hook)
+    message = error_of(torch.OutOfMemoryError if rank == 1 else RuntimeError, call)
+    assert "58 tokens of prompt and answer were asked for and about" in message, message
+    assert all(layer.get_seq_length() == held for layer in cache.layers)
+    assert cache.placement.length == held
     ranks.os._exit(0)
 
 

@@ -40,7 +40,7 @@ def test_meshes_of_two_dimensions():
     run("4", "nodes", "tensor_parallel")
 
 
-SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away")]
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away", "runs_out")]
 
 
 @pytest.mark.parametrize("fault", ["dies", *SLOW])

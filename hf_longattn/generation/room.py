@@ -1,0 +1,226 @@
+"""Whether a call of `generate` fits the memory that is free, and what is left when it runs out after all.
+
+Before any work, the keys and values that a call will add and the activations of one chunk are held against
+the free memory of the device; on a CPU against all memory that the machine has, for what the system can free
+is not known. The counts are those of `hf-longattn plan`. Where memory runs out in the middle of a call, the
+cache that the caller passed is taken back to what it held, and the error says how many tokens fit.
+"""
+
+import functools
+import os
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import OutOfMemoryError
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.cache.snapshot import Snapshot
+from hf_longattn.generation.planning import RESERVE, Ranks, activation_bytes, cache_bytes, longest
+from hf_longattn.generation.prefill import pick_chunk
+from hf_longattn.instance import Setup
+
+_GIB = 1024**3
+# Measured peaks of activations lie up to 6 % below what is counted: nothing that fits may be refused.
+_CERTAIN = 0.9
+_PLANNED = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a call may take on a device, None where they are not known.
+
+    On a GPU, what the driver and the allocator have free; on a CPU, all that the machine has.
+
+    Args:
+        device: of the model.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `generate`, as far as its memory is concerned.
+
+    Args:
+        model: that generates.
+        rows: sequences, beams among them.
+        prompt: tokens of the prompt, those in the cache included.
+        total: tokens of prompt and answer that the cache will hold: all but the last.
+        past: tokens that the cache holds.
+        spare: bytes that the cache has room for beyond what it holds.
+        dtype: of keys and values.
+        chunk: tokens of a chunk, all rows and ranks together.
+        ranks: that share the prompt.
+    """
+
+    model: PreTrainedModel
+    rows: int
+    prompt: int
+    total: int
+    past: int
+    spare: int
+    dtype: torch.dtype
+    chunk: int
+    ranks: Ranks
+
+    def need(self, total: int) -> int:
+        """Bytes on this rank beyond what is held, once the cache holds so many tokens."""
+        config = self.model.config.get_text_config(decoder=True)
+        sizes = (cache_bytes(config, tokens, self.dtype, self.ranks) for tokens in (total, self.past))
+        added, held = sizes
+        new = max(min(total, self.prompt) - self.past, 1) * self.rows
+        work = activation_bytes(config, min(new, self.chunk), self.model.dtype, self.ranks)
+        return max(self.rows * (added - held) - self.spare, 0) + int(_CERTAIN * work)
+
+    def fitting(self, room: int) -> int:
+        """Tokens of prompt and answer that fit in `room` bytes, the last of which is never cached."""
+        return max(longest(self.need, room), self.past) + 1
+
+    def refusal(self, room: int) -> str:
+        """Why it does not fit, and what would."""
+        fitting = self.fitting(room)
+        name = "max_new_tokens" if self.prompt < fitting else "input_ids"
+        rows = f" in each of {self.rows} rows" if self.rows > 1 else ""
+        ways = ["ask for fewer tokens"]
+        if self.rows > 1:
+            ways.append("pass fewer rows or beams at a time")
+        if self.dtype.itemsize > 1 and self.ranks.sequence == 1:
+            ways.append("keep the cache in 8 bits with `cache_dtype='int8'`")
+        ways.append("share the prompt among more GPUs with `accelerator=`")
+        return (
+            f"`{name}`: a prompt of {self.prompt:,} tokens and {self.total + 1 - self.prompt:,} new{rows} "
+            f"need {self.need(self.total) / _GIB:.2f} GiB for keys, values and a chunk of the prompt, and "
+            f"{room / _GIB:.2f} GiB are there on {self.model.device}; {fitting:,} tokens of prompt and "
+            f"answer fit. To make it fit, {'; '.join(ways)}."
+        )
+
+
+class Room:
+    """Watches over the memory of the calls of one prepared model.
+
+    Args:
+        model: the transformers model.
+        chunk: tokens of a chunk that the set-up asks for, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk: int | None) -> None:
+        self.model, self.chunk = model, chunk
+        self.call: Call | None = None
+        self.before: int | None = None
+
+    def watch(self, changes: Setup) -> None:
+        """Puts itself around `generate`.
+
+        Args:
+            changes: where the change is noted.
+        """
+        original: Any = self.model.generate
+        changes.set(self.model, "generate", functools.wraps(original)(functools.partial(self._run, original)))
+
+    def prepare_cache(self, prepare: Any, *args: Any) -> None:
+        """Makes the cache of a call, and refuses the call if it cannot fit.
+
+        Args:
+            prepare: `_prepare_cache_for_generation`, which makes the cache.
+            args: its arguments.
+
+        Raises:
+            ValueError: with the number of tokens that fit.
+        """
+        prepare(*args)
+        self.call = self._read(*args)
+        if self.call is None:
+            return
+        self.before = self._free(args[1]["past_key_values"])
+        if self.before is not None and self.call.need(self.call.total) > self.before:
+            raise ValueError(self.call.refusal(self.before))
+
+    def _free(self, cache: Any) -> int | None:
+        """The least that any rank has free, so that all of them refuse alike."""
+        free = free_memory(self.model.device)
+        if free is None or not isinstance(cache, ShardedCache):
+            return free
+        return int(cache.group.control.gather(torch.tensor([free], device=self.model.device)).min())
+
+    def _read(
+        self, generation_config: Any, model_kwargs: Any, mode: Any, batch_size: int, max_cache_length: int
+    ) -> Call | None:
+        """What the call asks for; None where its memory is not ours to count."""
+        cache = model_kwargs.get("past_key_values")
+        placement = getattr(self.model, "hf_device_map", None) or {}
+        if not isinstance(cache, LongContextCache) or len(set(placement.values())) > 1:
+            return None
+        kinds, _ = get_layer_types_and_kwargs(self.model.config.get_text_config(decoder=True))
+        if any(kind not in _PLANNED for kind in kinds):
+            return None
+        ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
+        mask = model_kwargs.get("attention_mask")
+        new = generation_config.max_new_tokens or 1
+        known = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        prompt = mask.shape[1] if known else max_cache_length + 1 - new
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        chunk = self.chunk or pick_chunk(rows, self.model.device, ranks)
+        return Call(
+            model=self.model,
+            rows=rows,
+            prompt=prompt,
+            total=max(max_cache_length, prompt),
+            past=int(cache.get_seq_length()),
+            spare=_spare(cache),
+            dtype=getattr(cache, "cache_dtype", None) or self.model.dtype,
+            chunk=chunk * rows,
+            ranks=Ranks(ranks, getattr(self.model, "tp_size", None) or 1),
+        )
+
+    def _run(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        self.call = self.before = None
+        snapshot = Snapshot(cache) if isinstance(cache, LongContextCache) else None
+        try:
+            return original(*args, **kwargs)
+        except OutOfMemoryError as error:
+            # What the frames of the call hold would stay as long as the error does.
+            traceback.clear_frames(error.__traceback__)
+            if snapshot is not None:
+                snapshot.restore()
+            raise OutOfMemoryError(self._explain(error)) from error
+        except RuntimeError:
+            # What stops another rank stops this one too.
+            if snapshot is not None and isinstance(cache, ShardedCache):
+                snapshot.restore()
+            raise
+
+    def _explain(self, error: OutOfMemoryError) -> str:
+        reason = str(error).strip().splitlines()[:1]
+        words = f"memory ran out on {self.model.device} ({reason[0] if reason else 'no reason given'})"
+        now = free_memory(self.model.device)
+        if self.call is None or self.before is None or now is None:
+            return f"{words}; the model and the cache are as they were before the call."
+        # What was free was not enough: less of it is promised now.
+        room = min(self.before, now) - min(RESERVE, min(self.before, now) // 8)
+        fitting = max(min(self.call.fitting(room), self.call.total), self.call.past)
+        return (
+            f"{words}: {self.call.total + 1:,} tokens of prompt and answer were asked for and about "
+            f"{fitting:,} fit; the model and the cache are as they were before the call."
+        )
+
+
+def _spare(cache: LongContextCache) -> int:
+    """Bytes of the room that the layers have beyond what they hold."""
+    layers: list[Any] = cache.layers
+    spare = 0
+    for layer in layers:
+        for buffer in (getattr(layer, "_keys", None), getattr(layer, "_values", None)):
+            if buffer is not None:
+                left = max(buffer.shape[2] - layer.end, 0)
+                spare += buffer.numel() // max(buffer.shape[2], 1) * left * buffer.element_size()
+    return spare

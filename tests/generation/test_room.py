@@ -1,0 +1,217 @@
+"""Calls that cannot fit are refused before any work; where memory runs out after all, nothing is lost."""
+
+import re
+
+import pytest
+import tiny
+import torch
+
+import hf_longattn
+from hf_longattn.cache import LongContextCache, preallocated
+from hf_longattn.cache.snapshot import Snapshot
+from hf_longattn.generation import room
+from hf_longattn.generation.planning import activation_bytes, cache_bytes
+
+FAMILIES = ["llama", "gemma2", "mistral-window", "gpt-oss", "llama4"]
+
+
+def prepare(family="llama", **fields):
+    return hf_longattn.prepare_generation(tiny.build(family), **{"prefill_chunk_size": 5, **fields})
+
+
+def generate(model, ids, **kwargs):
+    mask = torch.ones_like(ids)
+    call = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, **kwargs}
+    return model.generate(input_ids=ids, **call).tolist()
+
+
+def count_forwards(model):
+    calls = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    return calls
+
+
+def bytes_of(model, tokens, rows=1, chunk=5):
+    """What `tokens` of prompt and answer take, a chunk of the prompt among them."""
+    work = activation_bytes(model.config, chunk * rows, torch.float32)
+    return rows * cache_bytes(model.config, tokens, torch.float32) + int(0.9 * work)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the bytes that are free."""
+    return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
+
+
+def test_what_cannot_fit_is_refused_before_any_work(free):
+    model, ids = prepare(), tiny.tokens(1, 23)
+    calls = count_forwards(model)
+    # The last token is never put in the cache.
+    free(bytes_of(model, 23 + 40 - 1))
+    generate(model, ids, max_new_tokens=40)
+    calls.clear()
+    with pytest.raises(ValueError, match="`max_new_tokens`: a prompt of 23 tokens and 41 new") as error:
+        generate(model, ids, max_new_tokens=41)
+    assert not calls
+    assert " 63 tokens of prompt and answer fit" in str(error.value)
+    assert "`cache_dtype='int8'`" in str(error.value) and "`accelerator=`" in str(error.value)
+    free(bytes_of(model, 20))
+    with pytest.raises(ValueError, match="`input_ids`: a prompt of 23 tokens"):
+        generate(model, ids)
+    assert not calls
+    free(None)
+    generate(model, ids)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
+def test_beams_and_returned_sequences_are_rows(free, kwargs):
+    model, ids = prepare(), tiny.tokens(2, 23)
+    free(bytes_of(model, 28, rows=6))
+    generate(model, ids, **kwargs)
+    free(bytes_of(model, 28, rows=6) - 1)
+    with pytest.raises(ValueError, match="in each of 6 rows.*pass fewer rows"):
+        generate(model, ids, **kwargs)
+
+
+def test_a_filled_cache_needs_no_more_than_is_new(free):
+    model, ids = prepare(), tiny.tokens(1, 23)
+    work = bytes_of(model, 0)
+    cache = LongContextCache(model.config, capacity=28)
+    generate(model, ids[:, :15], past_key_values=cache, max_new_tokens=1)
+    free(work)
+    generate(model, ids, past_key_values=cache)
+    assert cache.get_seq_length() == 28
+    # The fewer new tokens, the smaller the chunk, and the more room for keys.
+    with pytest.raises(ValueError, match="; (29|30|31|32) tokens of prompt and answer fit"):
+        generate(model, torch.cat([ids, ids], 1), past_key_values=cache)
+
+
+def test_windows_do_not_grow_with_the_prompt(free):
+    model = prepare("mistral-window")
+    free(bytes_of(model, 10_000) + 1000)
+    generate(model, tiny.tokens(1, 400))
+
+
+def test_a_cpu_counts_all_of_its_memory_and_other_devices_none():
+    assert room.free_memory(torch.device("cpu")) > 1 << 30
+    assert room.free_memory(torch.device("meta")) is None
+
+
+def run_out(model, call_number):
+    """Memory runs out in the last layer at one of its calls; returns the hook."""
+    seen = []
+
+    def hook(module, args):
+        seen.append(1)
+        if len(seen) == call_number:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+
+    # Behind the attention, so that the last layer's keys are written already.
+    return model.model.layers[-1].post_attention_layernorm.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("call_number", [2, 6], ids=["prefill", "decode"])
+def test_memory_that_runs_out_leaves_model_and_cache_as_they_were(family, call_number):
+    model, conversation = prepare(family), tiny.tokens(1, 11)
+    cache = LongContextCache(model.config)
+    first = torch.tensor(generate(model, conversation, past_key_values=cache))
+    held = cache.get_seq_length()
+    # Longer than the windows, which have moved on by the time of the error.
+    second = torch.cat([first, tiny.tokens(1, 19, seed=4)], 1)
+    hook = run_out(model, call_number)
+    with pytest.raises(torch.OutOfMemoryError, match="as they were before the call") as error:
+        generate(model, second, past_key_values=cache)
+    hook.remove()
+    found = re.search(r"about ([\d,]+) fit", str(error.value))
+    assert found and held <= int(found[1].replace(",", "")) < second.shape[1] + 6
+    assert cache.get_seq_length() == held
+    assert generate(model, second, past_key_values=cache) == generate(prepare(family), second)
+
+
+def test_an_empty_cache_gives_its_memory_back():
+    model, ids = prepare(), tiny.tokens(1, 23)
+    cache = LongContextCache(model.config, capacity=64)
+    hook = run_out(model, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, ids, past_key_values=cache)
+    hook.remove()
+    assert all(layer._keys is None for layer in cache.layers) and cache.get_seq_length() == 0
+    assert generate(model, ids, past_key_values=cache) == generate(prepare(), ids)
+
+
+@pytest.mark.parametrize("buffer", [1, 2, 3, 4])
+def test_buffers_that_could_not_grow_hold_what_they_held(monkeypatch, buffer):
+    model = prepare(prefill_chunk_size=50)
+    cache = LongContextCache(model.config, capacity=16)
+    first = torch.tensor(generate(model, tiny.tokens(1, 11), past_key_values=cache))
+    ids = torch.cat([first, tiny.tokens(1, 200, seed=4)], 1)
+    real, made = preallocated._moved, []
+
+    def moved(filled, capacity):
+        made.append(1)
+        if len(made) == buffer:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(filled, capacity)
+
+    monkeypatch.setattr(preallocated, "_moved", moved)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, ids, past_key_values=cache)
+    assert cache.get_seq_length() == 16
+    assert generate(model, ids, past_key_values=cache) == generate(prepare(), ids)
+
+
+def test_states_are_copied_and_put_back():
+    config = tiny.CONFIGS["llama"]()
+    model = tiny.build("llama")
+    model.config._attn_implementation = config._attn_implementation = "lightning_attention"
+    cache, ids = LongContextCache(config), tiny.tokens(1, 23)
+    with torch.no_grad():
+        model(input_ids=ids[:, :9], past_key_values=cache)
+        snapshot = Snapshot(cache)
+        expected = model(input_ids=ids[:, 9:], past_key_values=cache).logits
+        snapshot.restore()
+        assert cache.get_seq_length() == 9
+        assert torch.equal(model(input_ids=ids[:, 9:], past_key_values=cache).logits, expected)
+
+
+def test_other_errors_leave_the_cache_to_the_caller():
+    model, ids = prepare(), tiny.tokens(1, 23)
+    cache = LongContextCache(model.config)
+    stop = []
+
+    def hook(module, args):
+        stop.append(1)
+        if len(stop) == 3:
+            raise RuntimeError("something else")
+
+    model.model.layers[-1].mlp.register_forward_pre_hook(hook)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        generate(model, ids, past_key_values=cache)
+    assert cache.layers[0].get_seq_length() == 15
+
+
+def test_restore_gives_generate_back():
+    model = prepare()
+    assert "generate" in vars(model)
+    hf_longattn.restore(model)
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.gpu
+def test_what_is_counted_is_not_more_than_what_is_taken():
+    import transformers as tf
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "vocab_size": 1024}
+    config = tf.LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4, eos_token_id=None)
+    with torch.device("cuda"):
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = hf_longattn.prepare_generation(model)
+    generate(model, tiny.tokens(1, 64).cuda())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    generate(model, tiny.tokens(1, 1 << 17).cuda(), max_new_tokens=2)
+    taken = torch.cuda.max_memory_allocated() - before
+    needed = cache_bytes(config, (1 << 17) + 1, torch.bfloat16)
+    needed += 0.9 * activation_bytes(config, 8192, torch.bfloat16)
+    assert 0.85 * taken <= needed <= taken

@@ -19,9 +19,11 @@ from torch import Tensor
 from hf_longattn.attention.exact import Options, read_options
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, lightning_layers
+from hf_longattn.cache.sharded import Run, ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
 from hf_longattn.masking import LazyMask
+from hf_longattn.parallel.lightning import scan_slices
 
 NORM_EPS = 1e-6
 # Fewer new tokens than this on a GPU are not worth asking the device which of them exist.
@@ -142,12 +144,54 @@ def lightning_attention_forward(
     layer = getattr(key, "recurrent_layer", None)
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
     _check_lengths(mask, query, key, layer)
-    rows = _rows(mask, query, key, layer, options)
-    if layer is not None:
+    if isinstance(layer, ShardedRecurrentLayer) and layer.run is not None:
+        output = attend_run(layer, layer.run, query, keys, value, slopes, scale)
+    elif layer is not None:
+        rows = _rows(mask, query, key, layer, options)
         output = layer.attend(query, keys, value, slopes, scale, rows)
     else:
+        rows = _rows(mask, query, key, layer, options)
         output = _attend_to_all(query, keys, value, slopes, scale, rows, mask)
     return normalised(output), None
+
+
+def attend_run(
+    layer: ShardedRecurrentLayer,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scale: float,
+) -> Tensor:
+    """Lightning attention of tokens that the ranks compute together; all of them enter the layer's state.
+
+    Args:
+        layer: of the cache; the state in it is the same on every rank, before and after.
+        run: the tokens.
+        query: (B, H, t, K), this rank's slices.
+        key: (B, G, t, K).
+        value: (B, G, t, V).
+        slopes: (H,) fp32.
+        scale: factor on the output.
+
+    Returns:
+        (B, t, H, V).
+    """
+    output, state = scan_slices(
+        layer.group_of_ranks,
+        query,
+        key,
+        value,
+        slopes,
+        scale,
+        run.rows,
+        layer.recurrent_state,
+        stateful=True,
+    )
+    assert state is not None
+    layer.take_run(key, value, slopes, state)
+    return output
 
 
 def normalised(output: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hf_longattn.kernels.lightning_attention import lightning_attention_step
 
 IMPLEMENTATION = "lightning_attention"
 # Recorded tokens beyond which a new recording begins with the next update.
-_MAX_RECORDED = 256
+MAX_RECORDED = 256
 
 
 def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
@@ -23,7 +23,8 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
 
     Args:
         config: of a model with `attn_implementation="lightning_attention"`, or a `LightningConfig`; its
-            `lightning_layers` lists the indices, all layers where it is None or missing.
+            `lightning_layers` lists the indices, all layers where it is None or missing. Of MiniMax, the
+            `linear_attention` layers.
 
     Returns:
         indices; none where the model is of another kind.
@@ -31,6 +32,8 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     Raises:
         ValueError: an index is not a layer of the model.
     """
+    if config.model_type == "minimax":
+        return frozenset(i for i, kind in enumerate(config.layer_types) if kind == "linear_attention")
     if IMPLEMENTATION not in (config._attn_implementation, config.model_type):
         return frozenset()
     number = config.num_hidden_layers
@@ -101,12 +104,15 @@ class RecurrentLayer(CacheLayerMixin):
                 "pass a new cache, or `cache.fork(batch_size)`."
             )
         if self.clock is None:
-            self.make_room(key_states.shape[2])
-            self.length += key_states.shape[2]
+            self.make_room(self._count_new(key_states))
+            self.length += self._count_new(key_states)
         # An alias of its own: the model's tensor keeps no reference to the cache.
         key_states = key_states.view_as(key_states)
         key_states.recurrent_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def _count_new(self, key_states: Tensor) -> int:
+        return key_states.shape[2]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float, rows: TokenRows
@@ -133,9 +139,13 @@ class RecurrentLayer(CacheLayerMixin):
         before = self.recurrent_state
         output, state = scan_rows(query, key, value, slopes, scale, rows, before, stateful=True)
         assert state is not None
-        # In place: a CUDA graph goes on writing where it was captured.
-        self.recurrent_state = state if before is None or gradient else before.copy_(state)
+        self._take(state, gradient)
         return output
+
+    def _take(self, state: Tensor, gradient: bool) -> None:
+        # In place: a CUDA graph goes on writing where it was captured.
+        before = self.recurrent_state
+        self.recurrent_state = state if before is None or gradient else before.copy_(state)
 
     @property
     def mask_length(self) -> int:
@@ -161,7 +171,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.length += count
 
     def _record(self, key: Tensor, value: Tensor, exists: Tensor | None) -> None:
-        if self._recording is None or len(self._recording) > _MAX_RECORDED:
+        if self._recording is None or len(self._recording) > MAX_RECORDED:
             state = self.recurrent_state
             self._recording = Recording(None if state is None else state.clone(), [])
         self._recording.tokens.append((key, value, exists))

@@ -1,14 +1,14 @@
 """`ShardedCache`: a KV cache cut along the sequence over the ranks of a group.
 
 Every full-attention layer holds this rank's share of the tokens and reports the length of the whole sequence
-to transformers. Layers with a window hold the last window on every rank, which needs no communication to
-decode. What a layer returns to the model is tagged with a `Shard`, by which the attention function knows that
-the keys are not all there are.
+to transformers. Layers with a window hold the last window on every rank, and lightning layers their state,
+which needs no communication to decode. What a layer returns to the model is tagged with a `Shard`, by which
+the attention function knows that the keys are not all there are.
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig
 from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.placement import BLOCK, Placement, Slices
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.recurrent import MAX_RECORDED, Recording, RecurrentLayer
+from hf_longattn.cache.token_rows import TokenRows
 
 _TAG = "_hf_longattn_shard"
 
@@ -54,6 +56,31 @@ def share_capacity(capacity: int, world_size: int) -> int:
     return share + share // 64 + 4 * BLOCK if capacity else 0
 
 
+def _place(layer: Any, count: int) -> None:
+    """Gives out the next tokens, if no layer before this one has."""
+    if layer.placement.length != layer.length:
+        return
+    if layer.slices is None:
+        layer.placement.place(count)
+    else:
+        layer.placement.place_slices(layer.slices)
+
+
+def _roomier(layer: Any, count: int) -> int:
+    """The slots that a layer needs for `count` more tokens of the whole sequence, the same on every rank."""
+    needed = layer.placement.most(layer.length + count) + 1
+    if needed <= layer.capacity:
+        return layer.capacity
+    return needed + needed // 4 if layer.is_initialized else needed
+
+
+def _mask_sizes(layer: Any, query_length: int) -> tuple[Any, Any]:
+    """(tokens of the whole sequence, 0) once the new tokens of all ranks are appended."""
+    if layer.clock is not None:
+        return layer.group_of_ranks.world_size * layer.capacity, layer.clock.offset
+    return layer.length + (query_length if layer.slices is None else layer.slices.count), 0
+
+
 class ShardedLayer(PreallocatedLayer):
     """This rank's share of one full-attention layer.
 
@@ -83,11 +110,7 @@ class ShardedLayer(PreallocatedLayer):
         if self.clock is not None:
             return self._write_by_clock(self.clock, key_states, value_states)
         count = key_states.shape[2] if self.slices is None else self.slices.count
-        if self.placement.length == self.length:
-            if self.slices is None:
-                self.placement.place(count)
-            else:
-                self.placement.place_slices(self.slices)
+        _place(self, count)
         self.make_room(count)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -130,27 +153,22 @@ class ShardedLayer(PreallocatedLayer):
         Args:
             count: tokens.
         """
-        needed = self.placement.most(self.length + count) + 1
-        if needed <= self.capacity:
+        capacity = _roomier(self, count)
+        if capacity == self.capacity:
             return
+        self.capacity = capacity
         if self.is_initialized:
-            self.capacity = needed + needed // 4
             self._replace_buffers(lambda filled: filled)
-        else:
-            self.capacity = needed
 
     def advanced(self, count: int) -> None:
         """Counts tokens of the whole sequence that a CUDA graph has written."""
-        if self.placement.length == self.length:
-            self.placement.place(count)
+        _place(self, count)
         self.length += count
         self.end = self.placement.count(self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys of the whole sequence, 0) once the new tokens of all ranks are appended."""
-        if self.clock is not None:
-            return self.group_of_ranks.world_size * self.capacity, self.clock.offset
-        return self.length + (query_length if self.slices is None else self.slices.count), 0
+        return _mask_sizes(self, query_length)
 
     def get_seq_length(self) -> Any:
         """Tokens of the whole sequence."""
@@ -205,6 +223,145 @@ class ShardedSlidingLayer(PreallocatedSlidingLayer):
         return super().get_mask_sizes(query_length if self.slices is None else self.slices.count)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Tokens that the ranks compute together, as lightning layers need to know them.
+
+    Args:
+        slices: whose they are.
+        exists: (B, count) bool, which of the run exist, or None where all do.
+        rows: those of this rank's two slices.
+    """
+
+    slices: Slices
+    exists: Tensor | None
+    rows: tuple[TokenRows, TokenRows]
+
+    @classmethod
+    def of(cls, slices: Slices, mask: Tensor | None) -> "Run":
+        """The run of a (B, sequence so far) mask of existing tokens, or of None."""
+        if mask is None:
+            return cls(slices, None, (TokenRows(), TokenRows()))
+        exists = mask[:, slices.start : slices.start + slices.count].bool()
+        first, second = (TokenRows(exists[:, part]) for part in slices.own)
+        return cls(slices, exists, (first, second))
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run that `crop` may undo, with this rank's keys and values; the recording goes on behind it."""
+
+    state: Tensor | None
+    key: Tensor
+    value: Tensor
+    exists: Tensor | None
+    slices: Slices
+
+
+class ShardedRecurrentLayer(RecurrentLayer):
+    """The state of one lightning layer, the same on every rank.
+
+    Args:
+        group: the `SequenceGroup`.
+        placement: who holds what in the layers beside it.
+        capacity: tokens of the whole sequence to make room for in the layers beside it.
+    """
+
+    def __init__(self, group: Any, placement: Placement, capacity: int = 0) -> None:
+        super().__init__(share_capacity(capacity, group.world_size))
+        self.group_of_ranks, self.placement = group, placement
+        self.slices: Slices | None = None
+        self.run: Run | None = None
+        self._recorded_run: RecordedRun | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Counts new tokens, all or this rank's slices of a run; returns them with a reference to this layer.
+
+        Args:
+            key_states: (B, G, T, K).
+            value_states: (B, G, T, V).
+            args: unused.
+            kwargs: unused.
+        """
+        if self.clock is None:
+            _place(self, self._count_new(key_states))
+            # First, as the layers beside this one: what is made first has no room to spare.
+            self.make_room(self._count_new(key_states))
+        return super().update(key_states, value_states)
+
+    def _count_new(self, key_states: Tensor) -> int:
+        return key_states.shape[2] if self.slices is None else self.slices.count
+
+    def take_run(self, key: Tensor, value: Tensor, slopes: Tensor, state: Tensor) -> None:
+        """Takes over the state behind a run.
+
+        Args:
+            key: (B, G, t, K), this rank's slices.
+            value: (B, G, t, V).
+            slopes: (H,) fp32.
+            state: (B, H, K, V) fp32, the same on every rank.
+        """
+        self._slopes = slopes
+        if self.record_past:
+            assert self.run is not None
+            before = None if self.recurrent_state is None else self.recurrent_state.clone()
+            self._recorded_run = RecordedRun(before, key, value, self.run.exists, self.run.slices)
+            self._recording = Recording(state.clone(), [])
+        self._take(state, torch.is_grad_enabled())
+
+    def _record(self, key: Tensor, value: Tensor, exists: Tensor | None) -> None:
+        recorded, run = self._recording, self._recorded_run
+        # A long run may be undone together with what follows it at once, and then no more.
+        if recorded is None or (run and recorded.tokens and run.slices.count + len(recorded) > MAX_RECORDED):
+            self._recorded_run = None
+        super()._record(key, value, exists)
+
+    def _roll_back(self, drop: int) -> None:
+        if self._recording is not None and self._recorded_run is not None and drop > len(self._recording):
+            run, group = self._recorded_run, self.group_of_ranks
+            key, value = (run.slices.in_order(group.gather(part)) for part in (run.key, run.value))
+            tokens = [(key, value, run.exists), *self._recording.tokens]
+            self._recording = Recording(run.state, tokens)
+        super()._roll_back(drop)
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change_rows(change)
+        if (run := self._recorded_run) is not None:
+            state, exists = (None if part is None else change(part) for part in (run.state, run.exists))
+            self._recorded_run = replace(
+                run, state=state, key=change(run.key), value=change(run.value), exists=exists
+            )
+
+    @property
+    def mask_length(self) -> int:
+        """Columns of the mask behind `update`, as in the layers beside this one."""
+        return self.length if self.clock is None else self.group_of_ranks.world_size * self.capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
+        """(tokens of the whole sequence, 0) once the new tokens of all ranks are appended."""
+        return _mask_sizes(self, query_length)
+
+    def make_room(self, count: int) -> None:
+        """Grows the capacity as the layers beside this one do.
+
+        Args:
+            count: tokens of the whole sequence.
+        """
+        self.capacity = _roomier(self, count)
+
+    def set_clock(self, clock: Clock) -> None:
+        """Tells the device the length of the whole sequence, and the positions of all slots."""
+        super().set_clock(clock)
+        self.placement.look_ahead(self.capacity - 1, self.device)
+
+    def advanced(self, count: int) -> None:
+        """Counts tokens of the whole sequence that a CUDA graph has taken in."""
+        _place(self, count)
+        super().advanced(count)
+
+
 class ShardedCache(LongContextCache):
     """A `LongContextCache` of which every rank holds its share.
 
@@ -217,7 +374,7 @@ class ShardedCache(LongContextCache):
         capacity: tokens of the whole sequence to make room for.
 
     Raises:
-        ValueError: a layer is neither full attention nor a window.
+        ValueError: a layer is none of full attention, a window and lightning attention.
     """
 
     def __init__(self, config: PreTrainedConfig, group: Any, capacity: int = 0) -> None:
@@ -231,27 +388,41 @@ class ShardedCache(LongContextCache):
     def _sharded(self, index: int, layer: Any, capacity: int) -> Any:
         if isinstance(layer, PreallocatedSlidingLayer):
             return ShardedSlidingLayer(self.group, layer.sliding_window, capacity)
+        if isinstance(layer, RecurrentLayer):
+            return ShardedRecurrentLayer(self.group, self.placement, capacity)
         if isinstance(layer, PreallocatedLayer):
             return ShardedLayer(self.group, self.placement, capacity)
         raise ValueError(
             f"`model`: layer {index} keeps a {type(layer).__name__}, which cannot be cut along the sequence "
-            "over several processes; models with attention layers alone can."
+            "over several processes; models with softmax and lightning attention alone can."
         )
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a forward carries this rank's slices of a run."""
+        return self.layers[0].slices is not None
+
     @contextlib.contextmanager
-    def computing(self, slices: Slices) -> Iterator[None]:
+    def computing(self, slices: Slices, mask: Tensor | None = None) -> Iterator[None]:
         """Inside, a forward carries this rank's slices of a run.
 
         Args:
             slices: the run.
+            mask: (B, sequence with the run), 0 at pads, or None.
         """
+        recurrent = [layer for layer in self.layers if isinstance(layer, ShardedRecurrentLayer)]
+        run = Run.of(slices, mask) if recurrent else None
         for layer in self.layers:
             layer.slices = slices
+        for layer in recurrent:
+            layer.run = run
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.slices = None
+            for layer in recurrent:
+                layer.run = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens of the whole sequence.

@@ -67,7 +67,7 @@ class ShardedForward:
             # The logits of these tokens are not wanted; 0 would mean all.
             "logits_to_keep": 1,
         }
-        with cache.computing(slices):
+        with cache.computing(slices, mask):
             return self.run(**shared)
 
 
@@ -93,4 +93,8 @@ def shared_tokens(kwargs: dict[str, Any]) -> int:
     if unknown or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         return 0
     pieces = 2 * cache.group.world_size
-    return max(ids.shape[1] - keep, 0) // pieces * pieces
+    count = max(ids.shape[1] - keep, 0) // pieces * pieces
+    # A token alone counts as decoded, and so as no padding (`create_recurrent_attention_mask` of transformers
+    # 5.17); a prompt goes on behind this one, which may be padding.
+    alone = keep == 0 and mask is not None and ids.shape[1] - count == 1
+    return max(count - pieces, 0) if alone else count

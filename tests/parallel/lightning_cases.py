@@ -6,22 +6,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import cases
 import ranks
 import tiny
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+import transformers as tf
 
+import hf_longattn
+from hf_longattn import LightningConfig, LightningForCausalLM
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.sharded import ShardedCache, ShardedLayer, ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.lightning import scan_slices
 
-TIMEOUT = 30.0
-
-
-def mesh_of(size):
-    return init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
-
+TIMEOUT = cases.TIMEOUT
 
 # One scan of a sequence in slices, against one scan of the whole
 
@@ -131,15 +131,238 @@ def scan(rank, size, mesh):
                 assert error <= bound, f"{case}, {zigzag=}: {name} is off by {error}, more than {bound}"
 
 
+# Generation: prompts in slices, states that are the same on every rank
+
+MODELS = ["model", "hybrid", "flag", "flag-hybrid", "minimax"]
+KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+
+
+def build(name):
+    """A tiny model of the kind, the same weights on every rank."""
+    if name.startswith("flag"):
+        config = tiny.CONFIGS["llama"](lightning_layers=[0, 2] if name == "flag-hybrid" else None)
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="lightning_attention")
+    elif name == "minimax":
+        config = tf.MiniMaxConfig(
+            vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, layer_types=KINDS, num_local_experts=2,
+            num_experts_per_tok=2, block_size=16, max_position_embeddings=512, pad_token_id=0,
+            bos_token_id=1, eos_token_id=None,
+        )  # fmt: skip
+        model = tf.MiniMaxForCausalLM(config)
+    else:
+        config = LightningConfig(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            lightning_layers=[1, 2] if name == "hybrid" else None, eos_token_id=None,
+        )  # fmt: skip
+        model = LightningForCausalLM(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.shape[1] > 1:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def prepare(name, mesh=None, **fields):
+    return hf_longattn.prepare_generation(build(name), device_mesh=mesh, timeout=TIMEOUT, **fields)
+
+
+def alone(name):
+    """The model in one process; MiniMax of transformers loses its state in beam search."""
+    return prepare(name) if name == "minimax" else build(name)
+
+
+def answer(name, mode, length=None):
+    ids, mask = cases.batch_for(mode) if length is None else (tiny.tokens(1, length), None)
+    key = (name, mode, length)
+    if key not in EXPECTED:
+        EXPECTED[key] = cases.result(cases.generate(alone(name), ids, mask, **cases.MODES[mode]))
+    return EXPECTED[key]
+
+
+def generation(rank, size, mesh):
+    """Every kind of model in every mode, left padding, the prompt in chunks and whole."""
+    for name in MODELS:
+        for mode, kwargs in cases.MODES.items():
+            for chunk in (9, None) if mode == "greedy" else (None,):
+                model = prepare(name, mesh, prefill_chunk_size=chunk)
+                output = cases.generate(model, *cases.batch_for(mode), **kwargs)
+                cases.assert_same(f"{name}-{mode}-{chunk}", output, answer(name, mode))
+                if size > 1:
+                    assert_shared(output.past_key_values)
+
+
+def assert_shared(cache):
+    assert isinstance(cache, ShardedCache)
+    kinds = {type(layer) for layer in cache.layers}
+    assert ShardedRecurrentLayer in kinds and kinds <= {ShardedRecurrentLayer, ShardedLayer}
+    for layer in cache.layers:
+        if isinstance(layer, ShardedRecurrentLayer):
+            everyone = cache.group.gather(layer.recurrent_state)
+            assert torch.equal(everyone, everyone[:1].expand_as(everyone)), "states differ between ranks"
+
+
+LENGTHS = (1, 2, 3, 5, 8, 13)
+
+
+def lengths(rank, size, mesh):
+    """Prompts shorter than the number of ranks, and remainders."""
+    for name in ("model", "flag-hybrid", "minimax"):
+        model = prepare(name, mesh)
+        for length in LENGTHS:
+            output = cases.generate(model, tiny.tokens(1, length), do_sample=False)
+            cases.assert_same(f"{name}-T{length}", output, answer(name, "greedy", length))
+
+
+def prompts(rank, size, mesh):
+    """A rank computes its slices of a prompt, and no more of it."""
+    for name in ("model", "flag", "minimax"):
+        model, widths = prepare(name, mesh), []
+        layer = model.model.layers[0]
+        hook = lambda module, args, kwargs, widths=widths: widths.append((args or (*kwargs.values(),))[0])  # noqa: E731
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        cases.generate(model, tiny.tokens(1, 61), do_sample=False, max_new_tokens=1)
+        shared = 60 // (2 * size) * 2
+        tokens = [hidden.shape[1] for hidden in widths]
+        assert tokens == ([61] if size == 1 else [shared, 61 - shared * size]), tokens
+
+
+def turns(rank, size, mesh):
+    """A conversation on a filled cache: the tokens of one process."""
+    for name in ("hybrid", "flag", "minimax"):
+        model, conversation, cache = prepare(name, mesh, prefill_chunk_size=16), tiny.tokens(1, 30), None
+        for turn, tokens in enumerate(conversations(name)):
+            kwargs = {} if cache is None else {"past_key_values": cache}
+            output = cases.generate(model, conversation, do_sample=False, max_new_tokens=12, **kwargs)
+            assert torch.equal(output.sequences, tokens), f"{name}, turn {turn}"
+            cache = output.past_key_values
+            conversation = torch.cat([tokens, tiny.tokens(1, 13, seed=turn)], 1)
+
+
+def conversations(name):
+    if (name, "turns") not in EXPECTED:
+        model, conversation, every = prepare(name), tiny.tokens(1, 30), []
+        for turn in range(3):
+            every.append(cases.generate(model, conversation, do_sample=False, max_new_tokens=12).sequences)
+            conversation = torch.cat([every[-1], tiny.tokens(1, 13, seed=turn)], 1)
+        EXPECTED[name, "turns"] = every
+    return EXPECTED[name, "turns"]
+
+
+class Pair:
+    """A model on a shared cache beside one on a cache of one process; both are done to alike."""
+
+    def __init__(self, name, mesh, group):
+        self.name, models = name, (prepare(name, mesh), prepare(name))
+        self.models, config = models, models[0].config
+        self.caches = [ShardedCache(config, group), LongContextCache(config)]
+        self.mask = torch.ones(2, 0, dtype=torch.long)
+
+    def change(self, method, *args):
+        """Calls a method of the caches; the caller changes the rows of the mask alike."""
+        for cache in self.caches:
+            getattr(cache, method)(*args)
+
+    def crop(self, count):
+        self.change("crop", -count)
+        self.mask = self.mask[:, :-count]
+
+    def feed(self, count, mask=None):
+        ids = tiny.tokens(len(self.mask), count, seed=count)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids) if mask is None else mask], 1)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
+        call = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        with torch.no_grad():
+            got, want = (
+                model(**call, logits_to_keep=3, past_key_values=cache).logits
+                for model, cache in zip(self.models, self.caches, strict=True)
+            )
+        error = tiny.relative_error(got, want)
+        assert error <= cases.BOUND, (self.name, self.mask.shape, error)
+        assert self.caches[0].get_seq_length() == self.caches[1].get_seq_length() == self.mask.shape[1]
+
+
+def operations(rank, size, mesh):
+    """Crops into a shared prompt and behind it, reorder, repeat, select, fork and reset, as one process."""
+    group = SequenceGroup(mesh.get_group("cp") if size > 1 else None, timeout=TIMEOUT)
+    for name in ("hybrid", "flag"):
+        pair = Pair(name, mesh, group)
+        pair.change("activate_past_recording")
+        pair.feed(41, tiny.padding([30, 41], 41, "left"))
+        # The prompt is recorded: a crop may reach into it, past what followed it, and change its rows first.
+        for count in (1, 11, 40):
+            pair.crop(count)
+            pair.feed(41)
+        pair.feed(3)
+        pair.crop(20)
+        pair.feed(41)
+        pair.change("reorder_cache", torch.tensor([1, 0]))
+        pair.mask = pair.mask[[1, 0]]
+        pair.crop(7)
+        pair.change("batch_repeat_interleave", 2)
+        pair.mask = pair.mask.repeat_interleave(2, 0)
+        pair.feed(20)
+        pair.change("batch_select_indices", torch.tensor([3, 0]))
+        pair.mask = pair.mask[[3, 0]]
+        pair.crop(5)
+        pair.caches = [cache.fork() for cache in pair.caches]
+        pair.feed(9)
+        pair.change("reset")
+        pair.mask = pair.mask[:, :0]
+        pair.feed(33)
+
+
+def clocks(rank, size, mesh):
+    """Steps with lengths on the device, as a CUDA graph takes them, states beside shares of keys."""
+    group = SequenceGroup(mesh.get_group("cp") if size > 1 else None, timeout=TIMEOUT)
+    for name in ("flag-hybrid", "hybrid", "model"):
+        model, plain = prepare(name, mesh), prepare(name)
+        ids, mask = tiny.tokens(2, 90), tiny.padding([90, 75], 90, "left")
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        caches = ShardedCache(model.config, group, capacity=18), LongContextCache(plain.config)
+        known, start = {}, 0
+        for count in (23, 1, 1, 3, *[1] * 30, 17, *[1] * 8):
+            stop = start + count
+            step = {
+                "input_ids": ids[:, start:stop],
+                "position_ids": positions[:, start:stop],
+                "logits_to_keep": 2,
+            }
+            with torch.no_grad():
+                want = plain(**step, attention_mask=mask[:, :stop], past_key_values=caches[1]).logits
+                if count > 16:
+                    got = model(**step, attention_mask=mask[:, :stop], past_key_values=caches[0]).logits
+                else:
+                    future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
+                    call = {**step, "attention_mask": future}
+                    got = cases.step_by_clock(model, call, caches[0], known, count)
+            error = tiny.relative_error(got, want)
+            assert error <= cases.BOUND, (name, start, count, error)
+            assert len({layer.capacity for layer in caches[0].layers}) == 1
+            start = stop
+
+
 def expect(topics):
     """Computes the expectations here, so that every rank inherits them."""
     if "scan" in topics:
         for case in scans():
             EXPECTED[case] = [whole_scan(*case, dtype) for dtype in (torch.float64, torch.float32)]
+    if "generation" in topics:
+        for name in MODELS:
+            for mode in cases.MODES:
+                answer(name, mode)
+    if "lengths" in topics:
+        for name in ("model", "flag-hybrid", "minimax"):
+            for length in LENGTHS:
+                answer(name, "greedy", length)
+    if "turns" in topics:
+        for name in ("hybrid", "flag", "minimax"):
+            conversations(name)
 
 
 def enter(rank, size, topics):
-    mesh = mesh_of(size)
+    mesh = cases.mesh_of(size)
     for topic in topics:
         started = time.time()
         globals()[topic](rank, size, mesh)

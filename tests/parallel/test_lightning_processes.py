@@ -10,7 +10,6 @@ import torch
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 
 CASES = Path(__file__).parent / "lightning_cases.py"
-FAST = ["scan"]
 
 
 def run(sizes, *topics):
@@ -19,9 +18,21 @@ def run(sizes, *topics):
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]
 
 
-@pytest.mark.parametrize("sizes", ["1,2,3", pytest.param("4", marks=pytest.mark.slow)], ids="P{}".format)
-def test_every_topic(sizes):
-    run(sizes, *FAST)
+TOPICS = [
+    ("1,2", ("scan", "generation", "operations", "prompts")),
+    ("3", ("scan", "lengths", "turns")),
+    pytest.param("3", ("clocks", "generation", "operations"), marks=pytest.mark.slow),
+    pytest.param(
+        "4",
+        ("scan", "generation", "lengths", "prompts", "turns", "operations", "clocks"),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("sizes", "topics"), TOPICS)
+def test_equals_one_process(sizes, topics):
+    run(sizes, *topics)
 
 
 def test_documents_by_their_bounds_cut_the_rows_and_let_the_first_state_in():

@@ -13,25 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
+from hf_longattn.attention.lightning import attend_run
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.cache.sharded import ShardedCache, ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.instance import Setup
+from hf_longattn.parallel.group import SequenceGroup
 
 _rows_of_positions = WeakIdKeyDictionary()
 
 
-class MiniMaxLongContextCache(LongContextCache, MiniMaxCache):
-    """A `LongContextCache` that passes for a `MiniMaxCache`, which the model asks for.
-
-    Args:
-        config: of the MiniMax model.
-        capacity: tokens to make room for in the softmax layers.
-    """
+class _AnyLayers(MiniMaxCache):
+    """A `MiniMaxCache` of the layers that it is given, with the methods of every other cache."""
 
     __len__ = Cache.__len__
     batch_repeat_interleave = Cache.batch_repeat_interleave
@@ -39,21 +36,28 @@ class MiniMaxLongContextCache(LongContextCache, MiniMaxCache):
     crop = Cache.crop
     is_croppable = Cache.is_croppable  # type: ignore[assignment]
 
-    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
-        MiniMaxCache.__init__(self)
-        layers = LongContextCache(_without_linear_layers(config), capacity)
-        self.signature = layers.signature
-        self.layer_class_to_replicate = None
-        self.layers = [
-            RecurrentLayer(capacity) if kind == "linear_attention" else layer
-            for kind, layer in zip(config.layer_types, layers.layers, strict=True)
-        ]
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers, self.layer_class_to_replicate = layers, None
 
 
-def _without_linear_layers(config: PreTrainedConfig) -> PreTrainedConfig:
-    copy = type(config)(**config.to_dict())
-    copy.layer_types = ["full_attention"] * config.num_hidden_layers
-    return copy
+class MiniMaxLongContextCache(LongContextCache, _AnyLayers):  # type: ignore[misc]
+    """A `LongContextCache` that passes for a `MiniMaxCache`, which the model asks for.
+
+    Args:
+        config: of the MiniMax model.
+        capacity: tokens to make room for in the softmax layers.
+    """
+
+
+class MiniMaxShardedCache(ShardedCache, _AnyLayers):  # type: ignore[misc]
+    """A `ShardedCache` that passes for a `MiniMaxCache`.
+
+    Args:
+        config: of the MiniMax model.
+        group: the `SequenceGroup` whose ranks share the sequence.
+        capacity: tokens of the whole sequence to make room for in the softmax layers.
+    """
 
 
 def minimax_slopes(num_heads: int, layer_idx: int, num_layers: int) -> list[float]:
@@ -84,19 +88,21 @@ def replace_lightning_layers(changes: Setup, model: PreTrainedModel) -> None:
             changes.set(module, "forward", fast)
 
 
-def replace_cache(changes: Setup, model: PreTrainedModel) -> None:
-    """Makes `generate` use a `MiniMaxLongContextCache` where it would leave the cache to the model.
+def replace_cache(changes: Setup, model: PreTrainedModel, group: SequenceGroup | None = None) -> None:
+    """Makes `generate` use a cache of ours where it would leave the cache to the model.
 
     Args:
         changes: takes note, to undo it.
         model: a MiniMax model that generates.
+        group: the processes that share a prompt, or None for this one alone.
     """
-    prepare = functools.partial(_prepare_cache, model, model._prepare_cache_for_generation)
+    prepare = functools.partial(_prepare_cache, model, group, model._prepare_cache_for_generation)
     changes.set(model, "_prepare_cache_for_generation", prepare)
 
 
 def _prepare_cache(
     model: PreTrainedModel,
+    group: SequenceGroup | None,
     original: Any,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -107,7 +113,11 @@ def _prepare_cache(
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     dynamic = generation_config.cache_implementation in (None, "dynamic")
     if model_kwargs.get("past_key_values") is None and dynamic and generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = MiniMaxLongContextCache(model.config, max_cache_length)
+        if group is None:
+            cache = MiniMaxLongContextCache(model.config, max_cache_length)
+        else:
+            cache = MiniMaxShardedCache(model.config, group, max_cache_length)
+        model_kwargs["past_key_values"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
@@ -143,11 +153,16 @@ def _forward(
     query, key, value = states.split(layer.head_dim, dim=-1)
     slopes = slopes.to(hidden_states.device)
     empty = past_key_values is None or _is_empty(past_key_values, layer.layer_idx)
-    rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
-    if isinstance(past_key_values, MiniMaxLongContextCache):
+    if isinstance(past_key_values, LongContextCache):
         key, value = past_key_values.update(key, value, layer.layer_idx)
-        output = past_key_values.layers[layer.layer_idx].attend(query, key, value, slopes, 1.0, rows)
+        held: Any = past_key_values.layers[layer.layer_idx]
+        if isinstance(held, ShardedRecurrentLayer) and held.run is not None:
+            output = attend_run(held, held.run, query, key, value, slopes, 1.0)
+        else:
+            rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
+            output = held.attend(query, key, value, slopes, 1.0, rows)
     else:
+        rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
         output = _scan_beside(past_key_values, layer.layer_idx, query, key, value, slopes, rows)
     output = layer.norm(output.flatten(2))
     return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * output), None
@@ -183,6 +198,6 @@ def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, e
 
 
 def _is_empty(cache: Any, layer_idx: int) -> bool:
-    if isinstance(cache, MiniMaxLongContextCache):
+    if isinstance(cache, LongContextCache):
         return cache.get_seq_length(layer_idx) == 0
     return not isinstance(cache.get_linear_cache(layer_idx), Tensor)

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_longattn.attention.lightning import NORM_EPS, lightning_attention_forward, normalised
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.masking import LazyMask, lazy_mask
 
 from .configuration_lightning import LightningConfig
@@ -318,8 +319,10 @@ class LightningModel(LightningPreTrainedModel):
         """The masks of lightning layers (True) and of softmax layers (False)."""
         masks: dict[bool, Any] = {True: self._lightning_mask(embeds, attention_mask, cache)}
         if self.config.is_hybrid:
-            # An empty cache changes nothing but that transformers would not look for packed documents.
+            # An empty cache changes nothing but that transformers would not look for packed documents, unless
+            # its ranks share these tokens.
             fresh = cache is None or (not cache.is_compileable and cache.get_seq_length() == 0)
+            fresh = fresh and not (isinstance(cache, ShardedCache) and cache.is_computing)
             masks[False] = create_causal_mask(
                 config=self.config,
                 inputs_embeds=embeds,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_longattn.attention.quantized import attend_pieces, bias_of, piece_of
+from hf_longattn.cache.quantized import scales_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
@@ -149,7 +151,10 @@ def exact_attention(
     Raises:
         ValueError: the mask does not fit query and key.
     """
-    query, key, value = of_one_dtype(query, key, value)
+    scales = scales_of(key)
+    query = of_one_dtype(query)[0]
+    if scales is None:
+        key, value = of_one_dtype(key, value)
     limits, bias = _limits(query, key, mask, options), _dense_bias(query, key, mask, options)
     if limits is None:
         assert isinstance(mask, LazyMask)
@@ -159,7 +164,14 @@ def exact_attention(
     few = query.shape[2] <= MAX_DECODE_QUERIES
     if split_kv and few and bias is None and not options.dropout and not gradient:
         output, _ = decode_attention(
-            query, key, value, scale=options.scale, mask=limits, softcap=options.softcap, sinks=options.sinks
+            query,
+            key,
+            value,
+            scale=options.scale,
+            mask=limits,
+            softcap=options.softcap,
+            sinks=options.sinks,
+            scales=scales,
         )
     else:
         output = _blockwise(query, key, value, limits, bias, options)
@@ -169,11 +181,27 @@ def exact_attention(
 def _blockwise(
     query: Tensor, key: Tensor, value: Tensor, limits: KeyRange | None, bias: Tensor | None, options: Options
 ) -> Tensor:
+    scales = scales_of(key)
+    if scales is None:
+        return _attend(query, key, value, limits, bias, options)[0]
+
+    def attend(key: Tensor, value: Tensor, columns: slice, is_last: bool) -> tuple[Tensor, Tensor]:
+        # A sink is one more logit of the row: it is counted once, with the first piece.
+        terms = options if columns.start == 0 else replace(options, sinks=None)
+        part = piece_of(limits, columns, is_last)
+        return _attend(query, key, value, part, bias_of(bias, columns), terms)
+
+    return attend_pieces(query, key, value, scales, attend)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, limits: KeyRange | None, bias: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
     dropout = None
     if options.dropout:
         # Drawn on the CPU: no synchronisation, and checkpointing replays it with the CPU's random state.
         dropout = (options.dropout, int(torch.randint(2**62, ()).item()))
-    output, _ = blockwise_attention(
+    return blockwise_attention(
         query,
         key,
         value,
@@ -184,7 +212,6 @@ def _blockwise(
         sinks=options.sinks,
         dropout=dropout,
     )
-    return output
 
 
 def _limits(query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, options: Options) -> KeyRange | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
 from hf_longattn.cache.shared_prefix import share_layers
 
@@ -28,12 +29,23 @@ class LongContextCache(Cache):
     Args:
         config: the model's config, or its text config; tells the kind of every layer.
         capacity: tokens to make room for at the first forward, e.g. prompt and answer together; grows beyond.
+        cache_dtype: "int8" or "fp8" (or the torch dtype) keeps keys and values in 8 bits, with a scale for
+            each token and head; None keeps the dtype of the model. Other states are what they are.
+
+    Raises:
+        ValueError: a `cache_dtype` that is none of these.
     """
 
-    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+    # For caches of models that make their layers themselves.
+    cache_dtype: torch.dtype | None = None
+
+    def __init__(
+        self, config: PreTrainedConfig, capacity: int = 0, cache_dtype: str | torch.dtype | None = None
+    ) -> None:
         config = config.get_text_config(decoder=True)
         self.signature = _signature(config)
-        super().__init__(layers=_make_layers(config, capacity))
+        self.cache_dtype = read_cache_dtype(cache_dtype)
+        super().__init__(layers=_make_layers(config, capacity, self.cache_dtype))
 
     def fork(self, batch_size: int = 1, rows: int | None = None) -> "LongContextCache":
         """A cache to continue the same prefix in several ways; this one stays as it is.
@@ -76,6 +88,8 @@ class LongContextCache(Cache):
             lengths.append(layer.get_seq_length())
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state().items()}
         metadata = {"format": _FORMAT, "model": json.dumps(self.signature), "lengths": json.dumps(lengths)}
+        if (name := cache_dtype_name(self.cache_dtype)) is not None:
+            metadata["cache_dtype"] = name
         save_file(tensors, path, metadata=metadata)
 
     @classmethod
@@ -85,6 +99,7 @@ class LongContextCache(Cache):
         config: PreTrainedConfig,
         device: torch.device | str = "cpu",
         capacity: int = 0,
+        cache_dtype: str | torch.dtype | None = None,
     ) -> "LongContextCache":
         """Reads a cache that `save` wrote.
 
@@ -93,11 +108,13 @@ class LongContextCache(Cache):
             config: config of the model that will use it; must be the one that made it.
             device: where the keys and values go.
             capacity: tokens to make room for.
+            cache_dtype: that of the saved cache, as in the constructor.
 
         Raises:
-            ValueError: the file is not such a cache, or was made by another model.
+            ValueError: the file is not such a cache, or was made by another model, or in another
+                `cache_dtype`.
         """
-        cache = cls(config, capacity)
+        cache = cls(config, capacity, cache_dtype)
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -105,6 +122,7 @@ class LongContextCache(Cache):
                     f"`path`={path} is not a saved cache: its format is {metadata.get('format')!r}."
                 )
             cache._check_signature(json.loads(metadata["model"]))
+            cache.check_dtype(metadata.get("cache_dtype"), f"`path`={path}")
             lengths = json.loads(metadata["lengths"])
             names = set(file.keys())
             for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
@@ -128,6 +146,23 @@ class LongContextCache(Cache):
                     f"one has {other!r}; pass a cache made from this model's config."
                 )
 
+    def check_dtype(self, cache_dtype: str | torch.dtype | None, owner: str) -> None:
+        """Refuses a dtype of cached keys and values other than this cache's.
+
+        Args:
+            cache_dtype: the other.
+            owner: whose it is, for the message.
+
+        Raises:
+            ValueError: names both.
+        """
+        mine, other = cache_dtype_name(self.cache_dtype), cache_dtype_name(read_cache_dtype(cache_dtype))
+        if mine != other:
+            raise ValueError(
+                f"`cache_dtype` of the cache is {mine!r}, but that of {owner} is {other!r}; "
+                f"use `cache_dtype={other!r}` for the cache."
+            )
+
     def _check_signature(self, saved: dict[str, Any]) -> None:
         for name, mine in self.signature.items():
             if saved.get(name) != mine:
@@ -138,11 +173,11 @@ class LongContextCache(Cache):
 
 
 def _layer_state(file: Any, names: set[str], index: int) -> dict[str, Tensor]:
-    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values", "recurrent_state")}
+    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values", "scales", "recurrent_state")}
     return {name: file.get_tensor(key) for name, key in keys.items() if key in names}
 
 
-def _make_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
+def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dtype | None) -> list[Any]:
     kinds, keywords = get_layer_types_and_kwargs(config)
     recurrent = lightning_layers(config)
     layers = []
@@ -150,9 +185,9 @@ def _make_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
         if index in recurrent:
             layers.append(RecurrentLayer(capacity))
         elif kind == "full_attention":
-            layers.append(PreallocatedLayer(capacity))
+            layers.append(make_layer(cache_dtype, None, capacity))
         elif kind in ("sliding_attention", "chunked_attention"):
-            layers.append(PreallocatedSlidingLayer(keywords["sliding_window"], capacity))
+            layers.append(make_layer(cache_dtype, keywords["sliding_window"], capacity))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords))
     return layers

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.quantized import check_cache_dtype, read_cache_dtype
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
@@ -31,7 +32,9 @@ class GenerationSetup:
     Args:
         prefill_chunk_size: prompt tokens that go through the model at a time; None picks by device. The
             result does not depend on it, memory and the grain of the progress bar do.
-        cache_dtype: dtype of cached keys and values; None keeps the model's.
+        cache_dtype: "int8" or "fp8" (or torch.int8, torch.float8_e4m3fn) keeps keys and values in 8 bits,
+            with a scale for each token and head; None keeps the model's dtype. fp8 needs a GPU of compute
+            capability 8.9 or more, or a CPU.
         cuda_graph: "auto" captures the decoding step in a CUDA graph where it can be, and says once why where
             not; True refuses what "auto" would run eagerly; False never captures.
         progress: show a progress bar while the prompt is read; over several processes, rank 0 shows it.
@@ -39,7 +42,7 @@ class GenerationSetup:
     """
 
     prefill_chunk_size: int | None = None
-    cache_dtype: torch.dtype | None = None
+    cache_dtype: Literal["int8", "fp8"] | torch.dtype | None = None
     cuda_graph: Literal["auto"] | bool = "auto"
     progress: bool = False
     timeout: float = 120.0
@@ -49,8 +52,7 @@ class GenerationSetup:
             raise ValueError(f"`prefill_chunk_size` must be positive or None, got {self.prefill_chunk_size}.")
         if not self.timeout > 0:
             raise ValueError(f"`timeout` must be a positive number of seconds, got {self.timeout}.")
-        if self.cache_dtype is not None:
-            raise ValueError(f"`cache_dtype` must be None in this version, got {self.cache_dtype}.")
+        read_cache_dtype(self.cache_dtype)
         if self.cuda_graph not in ("auto", True, False):
             raise ValueError(f"`cuda_graph` must be 'auto', True or False, got {self.cuda_graph!r}.")
 
@@ -88,12 +90,18 @@ def prepare_generation(
     inner = instance.unwrap(model)
     if setup.cuda_graph is True and inner.device.type != "cuda":
         raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(inner.device)!r}.")
+    check_cache_dtype(read_cache_dtype(setup.cache_dtype), inner.device)
     if not inner.can_generate():
         raise ValueError(
             f"`model` must have a language-modelling head to generate, got {type(inner).__name__}."
         )
     group = _make_group(accelerator, device_mesh, setup)
     if group is not None:
+        if setup.cache_dtype is not None:
+            raise ValueError(
+                "`cache_dtype` must be None where several processes share a prompt, got "
+                f"{setup.cache_dtype!r}; prepare without `accelerator` and `device_mesh` to have 8 bits."
+            )
         # Names a layer that cannot be cut, before anything is changed.
         ShardedCache(inner.config, group)
         setup = dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
@@ -112,7 +120,7 @@ def prepare_generation(
         share_generation(inner, group, changes)
     elif setup.cuda_graph:
         changes.set_forward(inner, decoder.forward())
-    prepare_cache = functools.partial(_prepare_cache, inner, group, original_cache)
+    prepare_cache = functools.partial(_prepare_cache, inner, setup, group, original_cache)
     counted = functools.partial(room.prepare_cache, prepare_cache)
     changes.set(inner, "_prepare_cache_for_generation", counted)
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
@@ -139,6 +147,7 @@ def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> S
 
 def _prepare_cache(
     model: PreTrainedModel,
+    setup: GenerationSetup,
     group: SequenceGroup | None,
     original: Any,
     generation_config: Any,
@@ -155,11 +164,13 @@ def _prepare_cache(
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")
-    # A model with a cache of its own kind keeps it.
-    if before is not None or not wanted or type(made) is not DynamicCache:
+    # A model with a cache of its own kind keeps it; one of ours can be had in 8 bits.
+    ours = (DynamicCache,) if setup.cache_dtype is None else (DynamicCache, LongContextCache)
+    if before is not None or not wanted or type(made) not in ours:
+        _check_dtype_of(made, setup)
         return
     if group is None:
-        cache = LongContextCache(model.config, capacity=max_cache_length)
+        cache = LongContextCache(model.config, max_cache_length, setup.cache_dtype)
     else:
         cache = ShardedCache(model.config, group, capacity=max_cache_length)
     model_kwargs["past_key_values"] = cache
@@ -182,3 +193,16 @@ def _check_continuation(held: int, mode: Any, mask: Any) -> None:
             "ids of the whole sequence, or those of the new tokens with a mask of both: ones for what is "
             "held, then the mask of the new tokens."
         )
+
+
+def _check_dtype_of(cache: Any, setup: GenerationSetup) -> None:
+    """Refuses a cache that the set-up would have in 8 bits and that is not."""
+    if setup.cache_dtype is None or cache is None:
+        return
+    if isinstance(cache, LongContextCache):
+        cache.check_dtype(setup.cache_dtype, "`prepare_generation`")
+        return
+    raise ValueError(
+        f"`cache_dtype`={setup.cache_dtype!r} cannot be honoured: this call keeps keys and values in a "
+        f"{type(cache).__name__}; leave `cache_dtype` out for it."
+    )

@@ -202,7 +202,8 @@ def test_generate_works_again_after_an_error():
     ("fields", "name"),
     [
         ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
-        ({"cache_dtype": torch.int8}, "cache_dtype"),
+        ({"cache_dtype": torch.bfloat16}, "cache_dtype"),
+        ({"cache_dtype": "int4"}, "cache_dtype"),
         ({"cuda_graph": True}, "cuda_graph"),
         ({"cuda_graph": "always"}, "cuda_graph"),
         ({"device_mesh": object()}, "device_mesh"),

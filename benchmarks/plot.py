@@ -9,15 +9,15 @@ drawing it again.
 """
 
 import argparse
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-FACTS = ("gpu", "cuda", "torch", "triton", "python", "commit", "date", "command")
+from _tables import FACTS, Result, conditions, length_name, load, table, values
+from _training import TRAINING
+
 PEERS = {
     "prepared": "`prepare_generation`",
     "eager-prepared": "`prepare_generation(cuda_graph=False)`",
@@ -33,82 +33,7 @@ SDPA_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """The rows of one result file."""
-
-    name: str
-    rows: list[dict]
-
-    def where(self, **wanted) -> "Result":
-        """Only the rows whose fields have these values."""
-        return Result(self.name, [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())])
-
-    @property
-    def digest(self) -> str:
-        """What tells these rows from others."""
-        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def load(path: Path) -> Result:
-    """Rows with the machine's facts in each, whichever way the file keeps them."""
-    data = json.loads(path.read_text())
-    rows = data if isinstance(data, list) else [{**data["machine"], **row} for row in data["rows"]]
-    return Result(path.stem, rows)
-
-
 # ---- text
-
-
-def values(rows: list[dict], field: str) -> list[str]:
-    """The different values of a field, in the order they come."""
-    return list(dict.fromkeys(str(row[field]) for row in rows if row.get(field) is not None))
-
-
-def command_line(command: str) -> str:
-    """The command as a reader types it at the root of the repository."""
-    words = command.split()
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return " ".join(["python", f"benchmarks/{Path(words[script]).name}", *words[script + 1 :]])
-
-
-def conditions(rows: list[dict], short: bool = False) -> str:
-    """GPU, versions, commit, date and command, in one sentence."""
-    parts = [", ".join(values(rows, "gpu"))]
-    for field, label in (("torch", "torch"), ("triton", "Triton"), ("cuda", "CUDA"), ("python", "Python")):
-        if found := values(rows, field):
-            parts.append(f"{label} {', '.join(found)}")
-    dates = list(dict.fromkeys(date[:10] for date in values(rows, "date")))
-    parts += [f"commit {', '.join(values(rows, 'commit'))}", ", ".join(dates)]
-    if short:
-        return ", ".join(parts)
-    commands = [f"`{command}`" for command in dict.fromkeys(map(command_line, values(rows, "command")))]
-    return f"{', '.join(parts)}; command: {', '.join(commands)}."
-
-
-def number(value) -> str:
-    """Three significant digits, thousands apart."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, (list, tuple)):
-        return ", ".join(number(item) for item in value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
-
-
-def table(columns: list[str], rows: list[list]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *[[number(cell) for cell in row] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def length_name(tokens: int) -> str:
-    """64K for 65536."""
-    for unit, name in ((2**20, "M"), (2**10, "K")):
-        if tokens >= unit and tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return str(tokens)
 
 
 def decode_cases(result: Result) -> list[tuple[str, str, int, int, dict]]:
@@ -350,6 +275,7 @@ KINDS = {
     "generation": Kind(generation_text, draw_generation, 2, "floor_ms"),
     "decode_attention": Kind(decode_text, draw_decode, 1, "us"),
     "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2, "forward_ms"),
+    **{name: Kind(*kind, "loss") for name, kind in TRAINING.items()},
 }
 
 

@@ -1,0 +1,66 @@
+"""Pages and figures that benchmarks/plot.py makes from the result files of the training recipes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import _training  # noqa: E402
+import plot  # noqa: E402
+
+FACTS = {
+    "gpu": "A GPU", "cuda": "12.8", "torch": "2.11.0", "triton": "3.6.0", "python": "3.12.0",
+    "commit": "abc1234", "date": "2026-01-02T03:04:05+00:00",
+}  # fmt: skip
+
+
+def result(run, loss, **more):
+    row = {"parameters": 30_400_000, "length": 2048, "tokens": 100_000_000, "loss_before": 11.0}
+    return {"section": "result", "run": run, **row, "loss": loss, **more}
+
+
+def curve(run, *losses):
+    rows = enumerate(losses)
+    return [{"section": "curve", "run": run, "tokens": i * 10**7, "loss": loss} for i, loss in rows]
+
+
+def passkey(run, length, share):
+    return {"section": "passkey", "run": run, "length": length, "source": 0.5, "accuracy": share}
+
+
+FILES = {
+    "linearize": [result("hybrid", 2.71234), *curve("hybrid", 9.0, 3.0), passkey("hybrid", 1024, 0.25)],
+    "pretrain_lightning": [result("llama", 3.5), *curve("llama", 11.0, 3.5)],
+    "uptrain_block_transformer": [
+        result("vanilla, 30M", 3.0, generated_per_s=100.0),
+        result("block, 30M", 3.25, generated_per_s=900.0),
+        *curve("block, 30M", 11.0, 3.25),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_recipe_has_a_page_and_a_figure(name, tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    facts = {**FACTS, "command": f"{name}.py --text books"}
+    (folder / f"{name}.json").write_text(json.dumps([{**row, **facts} for row in FILES[name]]))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert plot.main(["--root", str(tmp_path)]) == 0
+    assert plot.main(["--root", str(tmp_path), "--check"]) == 0
+    page = (tmp_path / "docs" / "benchmarks" / f"{name}.md").read_text()
+    assert f"`python recipes/{name}.py --text books`" in page and "30.4 M" in page
+    assert f"](../images/{name}.png)" in page and (tmp_path / f"docs/images/{name}.png").exists()
+    if name == "linearize":
+        assert "| 2.7123 |" in page and "| the source | 50 % |" in page and "| hybrid | 25 % |" in page
+
+
+def test_the_front_leaves_out_what_is_slower_and_worse():
+    points = [(100, 3.0), (900, 3.25), (500, 3.4), (50, 3.0), (900, 3.5)]
+    runs = [{"generated_per_s": speed, "loss": loss} for speed, loss in points]
+    assert _training.front(runs) == [(100, 3.0), (900, 3.25)]

@@ -23,6 +23,8 @@ from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.prefill import ShardedForward
 
 _IMPLEMENTATIONS = ("tree_attention", "blockwise_attention", "lightning_attention")
+# Those that know of caches cut along the sequence.
+_SHARED = ("tree_attention", "lightning_attention")
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,10 @@ def prepare_generation(
         ShardedCache(inner.config, group)
         setup = dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
     changes = instance.begin(inner, "generation")
-    if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else ("tree_attention",)):
+    if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else _SHARED):
         changes.use_attention("tree_attention")
     if inner.config.model_type == "minimax":
-        _replace_minimax(changes, inner)
+        _replace_minimax(changes, inner, group)
     original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
     room = Room(inner, setup.prefill_chunk_size)
@@ -131,12 +133,12 @@ def prepare_generation(
     return model
 
 
-def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
+def _replace_minimax(changes: instance.Setup, model: PreTrainedModel, group: SequenceGroup | None) -> None:
     # Imported here: it imports the model of transformers.
     from hf_longattn.modeling.lightning import minimax
 
     minimax.replace_lightning_layers(changes, model)
-    minimax.replace_cache(changes, model)
+    minimax.replace_cache(changes, model, group)
 
 
 def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> SequenceGroup | None:
@@ -164,8 +166,9 @@ def _prepare_cache(
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")
-    # A model with a cache of its own kind keeps it; one of ours can be had in 8 bits.
-    ours = (DynamicCache,) if setup.cache_dtype is None else (DynamicCache, LongContextCache)
+    # A model with a cache of its own kind keeps it; one of ours can be had in 8 bits, or shared.
+    plain = setup.cache_dtype is None and group is None
+    ours = (DynamicCache,) if plain else (DynamicCache, LongContextCache)
     if before is not None or not wanted or type(made) not in ours:
         _check_dtype_of(made, setup)
         return

@@ -1,7 +1,12 @@
 """Prepared Block Transformers: several tokens a program, and all that plain `generate` gives."""
 
+import json
 import logging
+import os
 import string
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +171,7 @@ def test_tokens_equal_those_of_the_plain_model(embedder, decoder, length, option
     plain, fast = both(make(**fields), *prompts(9, 9), **options)
     assert torch.equal(fast, plain)
     assert recorded and recorded[0].replays >= 2
-    assert plain[:, 9:].unique().numel() > 8, "a model that repeats itself would hide an error"
+    assert plain[:, 9:].unique().numel() > 6, "a model that repeats itself would hide an error"
 
 
 @pytest.mark.usefixtures("never_token_by_token")
@@ -441,3 +446,13 @@ def test_any_lengths(block_length, lengths, new, alignment, ends, draw):
     options = {**(DRAW if draw else GREEDY), "max_new_tokens": new, "eos_token_id": ends}
     plain, fast = both(model, *prompts(*lengths), **options)
     assert torch.equal(fast, plain)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_tokens_and_writes_its_rows(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "bench_block_transformer.py"
+    variables = os.environ | {"OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), "--check"], env=variables, check=True, timeout=300)
+    rows = json.loads((tmp_path / "block_transformer.json").read_text())
+    assert {row["peer"] for row in rows} >= {"block", "vanilla", "vanilla-prepared"}
+    assert all(row["tokens_per_s"] > 0 and row["floor_s"] > row["floor_prompt_s"] > 0 for row in rows)

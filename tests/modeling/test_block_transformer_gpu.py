@@ -82,3 +82,54 @@ def test_training_step_compiles():
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=2e-2)
     loss.backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def prepared_and_plain(options, rows=slice(None), **fields):
+    """Tokens of the plain model and of the prepared one, from the same random numbers."""
+    model, (ids, mask) = make("sdpa", **fields).cuda(), ragged()
+    ids, mask, results = ids[rows], mask[rows], []
+    for prepare in (False, True):
+        if prepare:
+            hf_longattn.prepare_generation(model, cuda_graph=True)
+        torch.manual_seed(3)
+        tokens = model.generate(ids.cuda(), attention_mask=mask.cuda(), pad_token_id=1, **options)
+        results.append(tokens[:, ids.shape[1] :])
+    return results
+
+
+SAMPLED = {"do_sample": True, "top_k": 40, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize("alignment", ["tokens", "columns"])
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("decoding_strategy", ["prefix", "summation"])
+def test_captured_blocks_give_the_tokens_of_the_plain_model(decoding_strategy, options, alignment):
+    fields = {"decoding_strategy": decoding_strategy, "block_alignment": alignment}
+    if decoding_strategy == "summation":
+        fields["expansion_ratio"] = None
+    plain, fast = prepared_and_plain({**options, "max_new_tokens": 23}, **fields)
+    assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("decoder_type", ["gpt_neox", "llama"])
+def test_a_batch_of_equal_prompts_is_one_graph_a_call(decoder_type, monkeypatch):
+    from hf_longattn.generation import blocks
+
+    captures, real = [], blocks.capture
+    monkeypatch.setattr(blocks, "capture", lambda *args: (captures.append(1), real(*args))[1])
+    options = {**SAMPLED, "max_new_tokens": 61, "eos_token_id": [3, 77, 401]}
+    plain, fast = prepared_and_plain(options, rows=[0, 0, 0], decoder_type=decoder_type)
+    assert torch.equal(plain, fast) and len(captures) == 1
+
+
+def test_blocks_in_bf16_follow_the_logits_of_one_pass():
+    model, (ids, _) = make("tree_attention", torch.bfloat16).cuda(), ragged()
+    ids = ids.cuda()
+    hf_longattn.prepare_generation(model, cuda_graph=True)
+    tokens = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=1)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :].float()
+    chosen = logits.gather(2, tokens[:, ids.shape[1] :, None])[..., 0]
+    # Greedy in 16 bits: the token is the best of the whole pass, or as good but for rounding of the logits.
+    slack = 4 * torch.finfo(torch.bfloat16).eps * logits.abs().amax(dim=-1)
+    assert (chosen >= logits.amax(dim=-1) - slack).all()

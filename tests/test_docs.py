@@ -111,6 +111,8 @@ def test_guide_to_long_prompts_runs(checkpoint, capsys, monkeypatch, tmp_path):
     names = run_blocks(blocks(ROOT / "docs/guides/long_prompts.md"), checkpoint, {})
     # Every token but the last of the conversation has been through the model.
     assert names["cache"].get_seq_length() == names["conversation"].shape[1] - 1
+    prompt = names["inputs"].input_ids
+    assert names["document"].get_seq_length() == prompt.shape[1] and len(names["answers"]) == 3
     assert names["model"].config._attn_implementation.endswith("tree_attention")
     assert len(capsys.readouterr().out.splitlines()) >= 5
 

@@ -5,6 +5,12 @@
 The model has the shape of Llama-3.1-8B and random weights. Each row holds the time to the first token, the
 median time a token, the peak memory, and the floor: bytes of weights and cache over the copy rate measured in
 the same run. Whether the tokens equal those of the first peer stands in each row.
+
+    python benchmarks/bench_generation.py --questions 16 --lengths 131072 --name questions
+    python benchmarks/bench_generation.py --questions 16 --lengths 131072 --layers 4 --name questions_4_layers
+
+times questions about one document: all of them on a cache forked with `rows`, one of them alone, and all on a
+cache that repeats the document, for which four layers leave room.
 """
 
 import argparse
@@ -89,6 +95,56 @@ def measure(model, length, batch, pad, **options):
     return first, steps[len(steps) // 2], torch.cuda.max_memory_allocated(), tokens[:, length:].tolist()
 
 
+@torch.inference_mode()
+def ask(model, cache, rows, width):
+    """As `measure`, for `rows` questions of `width` tokens behind the document that `cache` holds."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    ids = torch.randint(0, 128000, (rows, width), device="cuda", generator=generator)
+    mask = torch.ones(rows, cache.get_seq_length() + width, dtype=torch.long, device="cuda")
+    call = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    clock = Clock()
+    tokens = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, streamer=clock, **call)
+    # The first step is eager where it makes the graph: the median leaves it out.
+    steps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
+    first = clock.times[1] - clock.times[0]
+    return first, steps[len(steps) // 2], torch.cuda.max_memory_allocated(), tokens[:, width:].tolist()
+
+
+@torch.inference_mode()
+def ask_all(model, length, arguments, rate, report):
+    """One row for each way of asking: shared, alone, repeated."""
+    hf_longattn.prepare_generation(model)
+    document = hf_longattn.LongContextCache(model.config, capacity=length + 512)
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, 128000, (1, length), device="cuda", generator=generator)
+    model.generate(ids, past_key_values=document, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    ways = {
+        "alone": lambda: (document.fork(), 1),
+        "shared": lambda: (document.fork(rows=arguments.questions), arguments.questions),
+        "repeated": lambda: (document.fork(arguments.questions), arguments.questions),
+    }
+    first_row = None
+    for way, make in ways.items():
+        row = {"peer": way, "prompt": length, "layers": arguments.layers, "copy_rate": rate}
+        free()
+        try:
+            cache, rows = make()
+            ask(model, cache, rows, 8)
+            cache.crop(length - cache.get_seq_length())
+            first, step, peak, tokens = ask(model, cache, rows, arguments.question_tokens)
+            first_row = tokens[0] if first_row is None else first_row
+            row |= {"questions": rows, "question_tokens": arguments.question_tokens}
+            row |= {"first_token_s": first, "token_ms": 1e3 * step, "peak_gib": peak / 2**30}
+            repeats = rows if way == "repeated" else 1
+            row |= {"floor_ms": 1e3 * floor(model, length, repeats, rate)}
+            row |= {"same_tokens_as_alone": tokens[0] == first_row}
+        except torch.OutOfMemoryError as error:
+            row |= {"error": str(error).splitlines()[0][:100]}
+        cache = None
+        report.add(**row)
+    hf_longattn.restore(model)
+
+
 def floor(model, length, batch, rate):
     """Seconds a token at least takes: weights once, and every row's keys and values."""
     config = model.config
@@ -109,6 +165,8 @@ def main():
     parser.add_argument(
         "--peers", default="prepared,sdpa", help="of prepared, eager-prepared, sdpa, sdpa-static"
     )
+    parser.add_argument("--questions", type=int, default=0, help="time so many questions about one prompt")
+    parser.add_argument("--question-tokens", type=int, default=64)
     parser.add_argument("--name", default="generation")
     parser.add_argument("--deadline", type=float, default=300)
     arguments = parser.parse_args()
@@ -116,6 +174,9 @@ def main():
     rate = copy_rate()
     model = build(arguments.layers)
     for length in map(int, arguments.lengths.split(",")):
+        if arguments.questions:
+            ask_all(model, length, arguments, rate, report)
+            continue
         tokens = {}
         for peer in arguments.peers.split(","):
             if report.time_left() < 10:

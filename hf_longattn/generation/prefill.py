@@ -68,6 +68,11 @@ def prefill(
     generation_config = copy.copy(generation_config)
     # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
     generation_config.prefill_chunk_size = None
+    if isinstance(cache, ShardedCache) and (name := counts_tokens(model)) is not None:
+        raise ValueError(
+            f"`model`: the activated LoRA of `{name}` counts tokens from the end of its input, of which each "
+            "process would see its share; generate in one process."
+        )
     if cache is None or not _is_plain_prompt(model, cache, generation_config, model_kwargs):
         return original(input_ids, generation_config, model_kwargs, is_first_iteration)
     past = int(cache.get_seq_length())

@@ -8,18 +8,22 @@ import torch
 import transformers as tf
 
 
-def _torchao():
+def torchao_int8():
+    """Weights of 8 bits by torchao."""
+
     from torchao.quantization import Int8WeightOnlyConfig
 
     return tf.TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def _eight_bits():
+def bitsandbytes_int8():
+    """Weights and activations of 8 bits by bitsandbytes."""
     # Without outliers, which are looked for in all tokens of a call together.
     return tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
-def _four_bits():
+def bitsandbytes_nf4():
+    """Weights of 4 bits by bitsandbytes."""
     fields = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     return tf.BitsAndBytesConfig(load_in_4bit=True, **fields)
 
@@ -31,7 +35,11 @@ def _kind(package, make):
 
 kinds = pytest.mark.parametrize(
     "make",
-    [_kind("torchao", _torchao), _kind("bitsandbytes", _eight_bits), _kind("bitsandbytes", _four_bits)],
+    [
+        _kind("torchao", torchao_int8),
+        _kind("bitsandbytes", bitsandbytes_int8),
+        _kind("bitsandbytes", bitsandbytes_nf4),
+    ],
     ids=["torchao-int8", "bitsandbytes-int8", "bitsandbytes-nf4"],
 )
 

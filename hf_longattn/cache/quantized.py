@@ -46,6 +46,11 @@ def cache_dtype_name(dtype: torch.dtype | None) -> str | None:
     return next((name for name, known in CACHE_DTYPES.items() if known == dtype), None)
 
 
+def scale_bytes(dtype: torch.dtype) -> int:
+    """Bytes of the two scales of one token and key head in a cache of `dtype`, 0 where it has none."""
+    return 8 if dtype in CACHE_DTYPES.values() else 0
+
+
 def check_cache_dtype(dtype: torch.dtype | None, device: torch.device) -> None:
     """Refuses fp8 on a GPU that has none.
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from hf_longattn import prepare_generation
+from hf_longattn.cache.quantized import read_cache_dtype
 
 
 @dataclass
@@ -60,7 +61,14 @@ def read_prompt(path: str) -> str:
     return text
 
 
-def generate(model_name: str, prompt: str, new_tokens: int, sample: bool, progress: bool) -> Statistics:
+def generate(
+    model_name: str,
+    prompt: str,
+    new_tokens: int,
+    sample: bool,
+    progress: bool,
+    cache_dtype: str | None = None,
+) -> Statistics:
     """Loads a model, reads the prompt and streams the answer to stdout.
 
     Args:
@@ -69,14 +77,19 @@ def generate(model_name: str, prompt: str, new_tokens: int, sample: bool, progre
         new_tokens: at most so many.
         sample: draw tokens in place of taking the likeliest.
         progress: show a bar on stderr while the prompt is read.
+        cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits.
+
+    Raises:
+        ValueError: a `cache_dtype` that is unknown, or that the device does not have.
     """
+    read_cache_dtype(cache_dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_name, attn_implementation="tree_attention", dtype="auto"
     )
     model = model.to(device).eval()
-    prepare_generation(model, progress=progress)
+    prepare_generation(model, progress=progress, cache_dtype=cache_dtype)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     streamer = TimedStreamer(tokenizer)
     if device == "cuda":

@@ -18,6 +18,9 @@ app = typer.Typer(
 convert = typer.Typer(help="Convert checkpoints into folders for from_pretrained.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
+CacheDtype = Annotated[
+    str | None, typer.Option(help="int8 or fp8: keys and values in 8 bits; the model's dtype if left out.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -48,6 +51,7 @@ def verify(
     implementation: Annotated[
         str, typer.Option(help="tree_attention, blockwise_attention or both.")
     ] = "both",
+    cache_dtype: CacheDtype = None,
     json: Json = False,
 ) -> None:
     """Compare a model under our attention with the same model under sdpa, and look for leaks.
@@ -60,7 +64,9 @@ def verify(
     from hf_longattn.cli.verify import show, verify_model
 
     logging.disable_progress_bar()
-    report = _or_exit(lambda: verify_model(Request(model, device, dtype, tokens, implementation)))
+    report = _or_exit(
+        lambda: verify_model(Request(model, device, dtype, tokens, implementation, cache_dtype))
+    )
     show(report, as_json=json)
     raise typer.Exit(0 if report.passed else 1)
 
@@ -78,6 +84,7 @@ def plan(
         float | None, typer.Option("--gpu-memory", "--memory", help="GiB of a GPU; the one here, or an H100.")
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="GB/s; measured here, or an H100's.")] = None,
+    cache_dtype: CacheDtype = None,
     json: Json = False,
 ) -> None:
     """Show what a long prompt will cost: memory of each GPU, the longest that fits, and times.
@@ -86,7 +93,7 @@ def plan(
     """
     from hf_longattn.cli import plan as planning
 
-    sizes = (new_tokens, batch, gpus, tp, dtype, gpu_memory, bandwidth)
+    sizes = (new_tokens, batch, gpus, tp, dtype, gpu_memory, bandwidth, cache_dtype)
     result = _or_exit(lambda: planning.make_plan(planning.Request(model, context, *sizes)))
     planning.show(result, as_json=json)
     raise typer.Exit(0 if result.fits else 1)
@@ -99,6 +106,7 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
     sample: Annotated[bool, typer.Option(help="Draw tokens in place of taking the likeliest.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a bar while the prompt is read.")] = True,
+    cache_dtype: CacheDtype = None,
 ) -> None:
     """Answer one long prompt: the text goes to stdout as it comes, statistics to stderr."""
     from transformers.utils import logging
@@ -108,7 +116,7 @@ def generate(
 
     logging.disable_progress_bar()
     text = _or_exit(lambda: read_prompt(prompt_file))
-    statistics = _or_exit(lambda: answer(model, text, new_tokens, sample, progress))
+    statistics = _or_exit(lambda: answer(model, text, new_tokens, sample, progress, cache_dtype))
     for line in statistics.lines():
         typer.echo(line, err=True)
 

@@ -33,6 +33,7 @@ class Request:
         dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16".
         tokens: length of the test prompt.
         implementation: "tree_attention", "blockwise_attention" or "both".
+        cache_dtype: "int8" or "fp8" measures what such a cache changes, too.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Request:
     dtype: str = "auto"
     tokens: int = 128
     implementation: str = "both"
+    cache_dtype: str | None = None
 
 
 @dataclass

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
+from hf_longattn.cache.quantized import read_cache_dtype
 from hf_longattn.generation.planning import Hardware, Plan, Ranks, plan_generation, this_hardware
 
 _GIB = 1024**3
@@ -30,6 +31,7 @@ class Request:
         dtype: name of a torch dtype.
         gpu_memory: GiB of a GPU; the one here, else an H100's.
         bandwidth: GB/s of a GPU; the one here, else an H100's.
+        cache_dtype: "int8" or "fp8" for keys and values in 8 bits, else None.
     """
 
     model: str
@@ -41,12 +43,14 @@ class Request:
     dtype: str = "bfloat16"
     gpu_memory: float | None = None
     bandwidth: float | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`--dtype` must be bfloat16, float16 or float32, got {self.dtype!r}.")
         if self.gpus % self.tp:
             raise ValueError(f"`--tp` must divide `--gpus`, got {self.tp} and {self.gpus}.")
+        read_cache_dtype(self.cache_dtype)
         if self.new_tokens >= self.context:
             raise ValueError(
                 f"`--new-tokens` must leave room for a prompt in `--context`, got {self.new_tokens} of "
@@ -94,6 +98,7 @@ def make_plan(request: Request) -> Plan:
         new_tokens=request.new_tokens,
         batch_size=request.batch,
         dtype=getattr(torch, request.dtype),
+        cache_dtype=read_cache_dtype(request.cache_dtype),
         ranks=Ranks(request.gpus // request.tp, request.tp),
         hardware=request.hardware(),
     )

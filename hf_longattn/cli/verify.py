@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hf_longattn
+from hf_longattn.cache.quantized import read_cache_dtype
+from hf_longattn.cli.cache_error import CacheError, measure_cache
 from hf_longattn.cli.measure import (
     SIDES,
     Bench,
@@ -71,6 +73,7 @@ class Report:
         standard: transformers' implementation that sets the bounds.
         yardstick: what errors are measured against.
         checks: in the order they were made.
+        cache: what a cache in 8 bits changes, if that was asked for.
     """
 
     model: str
@@ -79,6 +82,7 @@ class Report:
     standard: str
     yardstick: str
     checks: list[Check]
+    cache: CacheError | None = None
 
     @property
     def passed(self) -> bool:
@@ -237,7 +241,9 @@ def verify_model(request: Request) -> Report:
     Raises:
         ValueError: the model cannot be loaded or bypasses the attention interface, or an option does not fit.
     """
+    read_cache_dtype(request.cache_dtype)
     bench = Bench(request)
+    cache = None if request.cache_dtype is None else measure_cache(bench, request.cache_dtype)
     standard = _measure_standard(bench)
     checks = []
     for implementation in bench.implementations:
@@ -248,7 +254,7 @@ def verify_model(request: Request) -> Report:
     checks.append(_restore_check(bench))
     dtype, yardstick = (str(d).removeprefix("torch.") for d in (bench.dtype, bench.yardstick_dtype))
     against = standard.measured.implementation, f"eager in {yardstick}"
-    return Report(request.model, str(bench.device), dtype, *against, checks)
+    return Report(request.model, str(bench.device), dtype, *against, checks, cache)
 
 
 def show(report: Report, *, as_json: bool) -> None:
@@ -274,4 +280,6 @@ def show(report: Report, *, as_json: bool) -> None:
         numbers = f"{check.measured:.3g}", f"{check.bound:.3g}"
         table.add_row(check.implementation, check.name, *numbers, verdict, escape(check.remark))
     console.print(table)
+    if report.cache is not None:
+        console.print(report.cache.sentence())
     console.print("every check passed" if report.passed else "at least one check failed")

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache.preallocated import sliding_capacity
+from hf_longattn.cache.quantized import scale_bytes
 from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.cache.sharded import share_capacity
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
@@ -232,7 +233,7 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
     Args:
         config: the text config.
         tokens: length of the whole sequence.
-        dtype: of keys and values.
+        dtype: of keys and values; one of 8 bits counts their scales too.
         ranks: among which it is divided; one rank if left out.
 
     Raises:
@@ -242,7 +243,8 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
     kinds, keywords = get_layer_types_and_kwargs(config)
     recurrent = lightning_layers(config)
     _, groups, key_width, value_width = head_sizes(config)
-    a_token = groups // ranks.tensor * (key_width + value_width) * dtype.itemsize
+    a_row = (key_width + value_width) * dtype.itemsize + scale_bytes(dtype)
+    a_token = groups // ranks.tensor * a_row
     share = tokens if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
     for index, kind in enumerate(kinds):
@@ -314,6 +316,7 @@ def plan_generation(
     new_tokens: int = 0,
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
     chunk: int | None = None,
     ranks: Ranks | None = None,
     hardware: Hardware | None = None,
@@ -326,6 +329,7 @@ def plan_generation(
         new_tokens: how many of them are the answer; they are not part of the time to the first token.
         batch_size: sequences.
         dtype: of weights and cache.
+        cache_dtype: of the cache, where it is in 8 bits.
         chunk: tokens of a chunk, all rows and ranks together; None as `prepare_generation` picks it on a GPU.
         ranks: the GPUs; one if left out.
         hardware: the device; an H100 if left out.
@@ -334,13 +338,18 @@ def plan_generation(
         ValueError: the architecture keeps something other than keys and values, or cannot be divided so.
     """
     hardware, ranks = hardware or Hardware(), ranks or Ranks()
+    if cache_dtype is not None and ranks.sequence > 1:
+        raise ValueError(
+            f"`--cache-dtype` must be left out where GPUs share a sequence, got {ranks.sequence} that do; "
+            "a shared cache keeps the dtype of the model."
+        )
     text = config.get_text_config(decoder=True)
     _check_ranks(text, ranks)
     weights = count_weights(config, dtype, ranks.tensor)
     chunk = chunk or GPU_CHUNK_TOKENS * min(ranks.sequence, MOST_CHUNKS)
 
     def cache(tokens: int) -> int:
-        return batch_size * cache_bytes(text, tokens, dtype, ranks)
+        return batch_size * cache_bytes(text, tokens, cache_dtype or dtype, ranks)
 
     def peak(tokens: int) -> int:
         workspace = workspace_bytes(text, tokens, batch_size, chunk, dtype, ranks)

@@ -218,6 +218,8 @@ def _spare(cache: LongContextCache) -> int:
     """Bytes of the room that the layers have beyond what they hold."""
     layers: list[Any] = cache.layers
     spare = 0
+    # A layer in 8 bits has a second one, for its scales.
+    layers = [*layers, *(layer.scales for layer in layers if hasattr(layer, "scales"))]
     for layer in layers:
         for buffer in (getattr(layer, "_keys", None), getattr(layer, "_values", None)):
             if buffer is not None:

@@ -40,6 +40,22 @@ def test_cache_bytes_are_those_of_the_cache(family, tokens):
     assert held == cache_bytes(model.config, tokens, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_cache_bytes_count_the_scales_of_8_bits(family, dtype):
+    model = tiny.build(family, "tree_attention")
+    cache = LongContextCache(model.config, 300, dtype)
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, 4), past_key_values=cache)
+    buffers = [(layer._keys, layer._values, layer.scales._keys) for layer in cache.layers]
+    held = sum(buffer.numel() * buffer.element_size() for layer in buffers for buffer in layer)
+    assert held == cache_bytes(model.config, 300, cache.cache_dtype)
+    config, tokens = model.config, 4096
+    plans = [plan_generation(config, tokens, cache_dtype=kind) for kind in (None, cache.cache_dtype)]
+    assert plans[1].cache == cache_bytes(config, tokens, cache.cache_dtype) < plans[0].cache
+    assert plans[1].floor_a_token < plans[0].floor_a_token and plans[1].longest > plans[0].longest
+
+
 def test_the_longest_context_just_fits():
     config = tiny.CONFIGS["llama"]()
     hardware = Hardware(memory=(1 << 30) + (1 << 25))
@@ -62,6 +78,11 @@ def test_plan_prints_and_tells_by_its_status(folder):
     fields = json.loads(result.stdout)
     assert fields["fits"] is False and 0 < fields["longest"] < 10**9
     assert run("plan", folder, "--context", 10, "--dtype", "int8").exit_code == 2
+    assert run("plan", folder, "--context", 10, "--cache-dtype", "int4").exit_code == 2
+    shared = run("plan", folder, "--context", 1000, "--cache-dtype", "int8", "--gpus", 2)
+    assert shared.exit_code == 2 and "`--cache-dtype`" in shared.stderr
+    eight = json.loads(run("plan", folder, "--context", 10**9, "--cache-dtype", "int8", "--json").stdout)
+    assert eight["longest"] > fields["longest"]
     assert run("plan", folder / "nothing", "--context", 10).exit_code == 2
 
 
@@ -78,6 +99,16 @@ def test_generate_streams_the_answer_and_counts(folder):
     assert result.stdout.split() == [f"w{i}" if i else "<unk>" for i in expected[0, 30:].tolist()]
     assert "30 tokens" in result.stderr and "7 tokens" in result.stderr
     assert run("generate", folder, "--new-tokens", 2, "--no-progress", input=prompt).exit_code == 0
+
+
+def test_generate_on_a_cache_in_8_bits(folder, monkeypatch):
+    made, real = [], LongContextCache.__init__
+    monkeypatch.setattr(LongContextCache, "__init__", lambda self, *a: (real(self, *a), made.append(self))[0])
+    arguments = ("generate", folder, "--new-tokens", 2, "--no-progress", "--cache-dtype")
+    assert run(*arguments, "fp8", input="w1 w2 w3").exit_code == 0
+    assert made[-1].cache_dtype == torch.float8_e4m3fn
+    result = run(*arguments, "bf16", input="w1 w2 w3")
+    assert result.exit_code == 2 and "`cache_dtype` must be" in result.stderr
 
 
 def test_generate_refuses_in_one_line(folder):

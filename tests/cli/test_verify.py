@@ -59,6 +59,20 @@ def test_a_right_model_passes(folder, family, implementation, dtype):
     assert "every check passed" in result.stdout
 
 
+def test_what_a_cache_in_8_bits_changes_is_said(folder):
+    call = ("--implementation", "tree_attention", "--dtype", "float32", "--json", "--cache-dtype")
+    errors = {}
+    for dtype in ("int8", "fp8"):
+        result = run(folder("gemma2"), *call, dtype)
+        assert result.exit_code == 0, result.stdout
+        errors[dtype] = json.loads(result.stdout)["cache"]
+        assert errors[dtype]["cache_dtype"] == dtype and "first_difference" in errors[dtype]
+    assert 1e-4 < errors["int8"]["logits"] < errors["fp8"]["logits"] < 0.2
+    assert 0 < errors["int8"]["divergence"] < errors["fp8"]["divergence"]
+    result = run(folder("gemma2"), *call, "int3")
+    assert result.exit_code == 2 and "`cache_dtype` must be" in result.stderr
+
+
 def forgets_padding(module, query, key, value, mask, *args, **kwargs):
     rows, columns = query.shape[2], key.shape[2]
     visible = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)

@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_longattn.generation.fusion import fused
 from hf_longattn.generation.graph import GraphDecoder, capture, obstacle
+from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
 if TYPE_CHECKING:
@@ -137,9 +138,14 @@ class BlockProgram:
         self.choice.finished.copy_(~unfinished)
         self.tokens.copy_(self.ids[:, self.length - 1])
 
-    def record(self, model: PreTrainedModel) -> None:
-        """Captures the next L steps in a graph, which `run` replays from here on."""
-        with fused(model):
+    def record(self, model: PreTrainedModel, products: Products) -> None:
+        """Captures the next L steps in a graph, which `run` replays from here on.
+
+        Args:
+            model: whose layers may run as faster ones.
+            products: knows which linear layers.
+        """
+        with fused(model, self.tokens.shape[0], products):
             self.graph, _ = capture(self._rehearse, self._steps)
 
     def _steps(self) -> None:
@@ -246,16 +252,21 @@ def sample(
     program.choose(outputs.logits[:, -1])
     del outputs
     spectator = Spectator(program, stopping_criteria, streamer)
-    while spectator.watch():
-        left = generation_config.max_length - program.length
-        if program.graph is None and left > program.span and setup.cuda_graph:
-            _record(program, model, decoder)
-        program.run(min(left, program.span))
+    lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    try:
+        while spectator.watch():
+            left = generation_config.max_length - program.length
+            if program.graph is None and left > program.span and setup.cuda_graph:
+                _record(program, model, decoder)
+            program.run(min(left, program.span))
+        if lasting:
+            decoding.finish(program.ids[:, prompt : program.length - 1], program.length - spectator.length)
+    finally:
+        if lasting:
+            decoding.close()
     if streamer is not None:
         streamer.end()
     sequences = program.ids[:, : spectator.length].clone()
-    if generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
-        decoding.finish(program.ids[:, prompt : program.length - 1], program.length - spectator.length)
     if not generation_config.return_dict_in_generate:
         return sequences
     lists = {name: tuple(values[: spectator.length - prompt]) for name, values in program.kept.items()}
@@ -286,6 +297,8 @@ def _fits(
     reason = obstacle(model)
     if reason is None and not decoder.owns_forward():
         reason = "the model's forward was replaced, say for mixed precision or training"
+    if reason is not None and decoder.required:
+        decoder.refuse(reason)
     if reason is not None:
         warn_slow("decoding", reason)
     return reason is None
@@ -302,6 +315,6 @@ def _record(program: BlockProgram, model: PreTrainedModel, decoder: GraphDecoder
         decoder.refuse(reason)
         return
     try:
-        program.record(model)
+        program.record(model, decoder.products)
     except RuntimeError as error:
         decoder.give_up(str(error))

@@ -15,12 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, logits_process
 
 import hf_longattn
 from hf_longattn.generation import blocks
 from hf_longattn.kernels.dispatch import log_once
-from hf_longattn.modeling.block_transformer import BlockTransformerConfig, BlockTransformerForCausalLM
+from hf_longattn.modeling.block_transformer import (
+    BlockTransformerCache,
+    BlockTransformerConfig,
+    BlockTransformerForCausalLM,
+)
 
 PAD, END = 60, 59
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -330,6 +335,27 @@ def test_a_second_turn_goes_on_from_the_cache(alignment, new):
         assert torch.equal(fast[0], plain[0])
 
 
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+def test_a_streamer_that_raises_leaves_the_callers_cache_in_order():
+    class Break(Collect):
+        def put(self, value):
+            super().put(value)
+            if len(self.parts) == 5:
+                raise KeyboardInterrupt
+
+    model, (ids, mask) = make(), prompts(6, 12, 9)
+    cache = BlockTransformerCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+    expected = generate(model, ids, mask, **GREEDY)
+    hf_longattn.prepare_generation(model)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, mask, past_key_values=cache, streamer=Break(), **GREEDY)
+    assert cache.get_seq_length() == ids.shape[1]
+    cache.crop(-1)
+    assert torch.equal(generate(model, ids, mask, past_key_values=cache, **GREEDY), expected)
+
+
 @torch.no_grad()
 def test_the_cache_left_behind_is_that_of_a_forward(recorded):
     model, (ids, mask) = make(), prompts(12, 9, 6)
@@ -415,6 +441,21 @@ def test_changed_models_decode_token_by_token_with_a_warning(change, caplog):
         fast = [generate(model, ids, mask, **GREEDY) for _ in range(2)]
     assert all(torch.equal(tokens, plain) for tokens in fast) and len(calls) >= 3
     assert sum("slower path" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("change", ["hook", "scores"])
+def test_a_graph_that_is_required_is_refused_by_name(change, recorded, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))
+    model, (ids, mask), options = make(), prompts(9, 6), dict(GREEDY)
+    hf_longattn.prepare_generation(model, cuda_graph=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(blocks, "_GRAPH_DEVICES", ("cpu",))
+    if change == "hook":
+        model.lm_head.register_forward_hook(lambda *args: None)
+    else:
+        options |= {"return_dict_in_generate": True, "output_scores": True}
+    with pytest.raises(ValueError, match="`cuda_graph=True` cannot be honoured"):
+        generate(model, ids, mask, **options)
 
 
 @pytest.mark.usefixtures("never_token_by_token")

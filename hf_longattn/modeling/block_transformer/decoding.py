@@ -170,7 +170,7 @@ class BlockGroup:
 
 
 class BlockDecoding:
-    """Decodes a batch from what the prompt left in the cache; the cache is to be used again after `finish`.
+    """Decodes a batch from what the prompt left in the cache, whose rows it may sort until `close`.
 
     Args:
         model: a `BlockTransformerForCausalLM`.
@@ -224,7 +224,7 @@ class BlockDecoding:
         return [tensor for group in self.groups for tensor in group.state()]
 
     def finish(self, token_ids: Tensor, over: int) -> None:
-        """Makes the cache what a forward over the same tokens leaves.
+        """Makes the cache what a forward over the same tokens leaves, but for the order of its rows.
 
         Args:
             token_ids: (B, F), all tokens that `step` took in.
@@ -239,10 +239,14 @@ class BlockDecoding:
             cache.end_blocks(contexts[:, None].expand(-1, int(counts.max()), -1, -1), counts, None)
         for layer in cache.layers:
             layer.extend(int(cache.num_blocks.max()) * cache.keys_per_block)
-        if not self.sorted:
-            cache.batch_select_indices(self._back.cpu())
         if over:
             cache.crop(-over)
+
+    def close(self) -> None:
+        """Puts the rows of the cache in the order in which they came."""
+        if not self.sorted:
+            self.cache.batch_select_indices(self._back.cpu())
+            self.sorted = True
 
 
 class BlockGenerationMixin(GenerationMixin):

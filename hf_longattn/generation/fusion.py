@@ -45,8 +45,10 @@ def fused(model: Any, rows: int = 0, products: Products | None = None) -> Iterat
     for name in {type(module).__module__ for module in model.modules()}:
         source = sys.modules.get(name)
         original = vars(source).get(_ROTARY) if source is not None else None
-        if original is not None and _same_rotation(original, next(model.parameters())):
-            changes.set(source, _ROTARY, functools.partial(_rotate, original))
+        like = next(model.parameters())
+        if original is not None and _same_rotation(original, like, 16):
+            widths = (True, _same_rotation(original, like, 24))
+            changes.set(source, _ROTARY, functools.partial(_rotate, original, widths))
     if products is not None:
         products.replace(changes, model, rows, _close)
     try:
@@ -80,23 +82,38 @@ def _same_norm(module: nn.Module, replacement: Callable[[Tensor], Tensor]) -> bo
 
 
 def _rotate(
-    original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    original: Callable[..., Any],
+    widths: tuple[bool, bool],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    if cos.dtype != q.dtype or cos.shape[-1] != q.shape[-1]:
+    """`widths` says whether `original` is proven where all of a head turns, and where its first part does."""
+    width = cos.shape[-1]
+    part = width < q.shape[-1]
+    if cos.dtype != q.dtype or width > q.shape[-1] or not widths[part]:
         return original(q, k, cos, sin, unsqueeze_dim)
+    query, key = q[..., :width], k[..., :width]
     if unsqueeze_dim == 2:
-        query, key = rotary_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2)
-    return rotary_embedding(q, k, cos, sin)
+        query, key = rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    else:
+        query, key = rotary_embedding(query, key, cos, sin)
+    if not part:
+        return query, key
+    return torch.cat([query, q[..., width:]], dim=-1), torch.cat([key, k[..., width:]], dim=-1)
 
 
-def _same_rotation(original: Callable[..., Any], like: Tensor) -> bool:
+def _same_rotation(original: Callable[..., Any], like: Tensor, head_dim: int) -> bool:
+    """Whether `original` turns the first 16 of `head_dim` as our kernel does, and leaves the others."""
     generator = torch.Generator(like.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=like.device, dtype=like.dtype, generator=generator)
 
-    query, key, angle = draw(2, 4, 3, 16), draw(2, 2, 3, 16), draw(2, 3, 8).repeat(1, 1, 2)
+    query, key, angle = draw(2, 4, 3, head_dim), draw(2, 2, 3, head_dim), draw(2, 3, 8).repeat(1, 1, 2)
     try:
         expected = original(query, key, angle.cos(), angle.sin())
     except (TypeError, RuntimeError, ValueError, IndexError):
@@ -104,7 +121,7 @@ def _same_rotation(original: Callable[..., Any], like: Tensor) -> bool:
         return False
     if not isinstance(expected, tuple) or len(expected) != 2:
         return False
-    result = _rotate(original, query, key, angle.cos(), angle.sin())
+    result = _rotate(original, (True, True), query, key, angle.cos(), angle.sin())
     return all(a.shape == b.shape and _close(a, b) for a, b in zip(result, expected, strict=True))
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from hf_longattn.generation import linear
+from hf_longattn.generation import fusion, linear
 from hf_longattn.generation.fusion import fused
 
 
@@ -36,6 +36,38 @@ def test_llama_is_fused_and_gemma_norms_are_not():
         assert all("forward" in vars(m) for m in llama.modules() if type(m).__name__ == "LlamaRMSNorm")
         assert not any("forward" in vars(m) for m in gemma.modules() if type(m).__name__ == "Gemma2RMSNorm")
         assert "_rotate" in repr(sys.modules[type(llama).__module__].apply_rotary_pos_emb)
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "llama"])
+def test_heads_that_turn_in_part_are_fused_where_the_model_can(family, monkeypatch):
+    model, calls = tiny.build(family), []
+    real = fusion.rotary_embedding
+    monkeypatch.setattr(fusion, "rotary_embedding", lambda *args: (calls.append(1), real(*args))[1])
+    source = sys.modules[type(model).__module__]
+    query, key, angle = (
+        torch.randn(2, 4, 3, 24),
+        torch.randn(2, 2, 3, 24),
+        torch.randn(2, 3, 4).repeat(1, 1, 2),
+    )
+    own = source.apply_rotary_pos_emb
+    with fused(model):
+        calls.clear()
+        if family == "llama":
+            # Its function takes whole heads only, and says so.
+            with pytest.raises(RuntimeError):
+                source.apply_rotary_pos_emb(query, key, angle.cos(), angle.sin())
+            assert not calls
+            return
+        turned = source.apply_rotary_pos_emb(query, key, angle.cos(), angle.sin())
+        across = source.apply_rotary_pos_emb(
+            query.transpose(1, 2), key.transpose(1, 2), angle.cos(), angle.sin(), unsqueeze_dim=2
+        )
+    assert len(calls) == 2
+    for result, sideways, expected in zip(
+        turned, across, own(query, key, angle.cos(), angle.sin()), strict=True
+    ):
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(sideways.transpose(1, 2), expected)
 
 
 def chooses(ours):

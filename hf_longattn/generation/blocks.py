@@ -144,15 +144,22 @@ class BlockProgram:
         Args:
             model: whose layers may run as faster ones.
             products: knows which linear layers.
+
+        Raises:
+            RuntimeError: a step cannot be captured; the program is as it was.
         """
         with fused(model, self.tokens.shape[0], products):
             self.graph, _ = capture(self._rehearse, self._steps)
 
     def _steps(self) -> None:
-        self.capturing, length = True, self.length
-        for _ in range(self.span):
-            self.choose(self.decoding.step(self.tokens))
-        self.capturing, self.length = False, length
+        place, length = self.decoding.place, self.length
+        self.capturing = True
+        try:
+            for _ in range(self.span):
+                self.choose(self.decoding.step(self.tokens))
+        finally:
+            # A capture that fails has run nothing: the host must not believe otherwise.
+            self.capturing, self.length, self.decoding.place = False, length, place
 
     def _rehearse(self) -> None:
         """Runs the steps once and takes back what they did, random numbers included."""

@@ -83,6 +83,9 @@ def prefill(
     shared = isinstance(cache, ShardedCache)
     ranks = cache.group.world_size if shared else 1
     chunk = asked or pick_chunk(input_ids.shape[0], input_ids.device, ranks)
+    if not asked and hasattr(model, "decode_blocks"):
+        # The layers that read a prompt see one position a block of tokens.
+        chunk *= model.config.block_length
     causal_model = cast(Any, model)
     with _progress_bar(setup.progress, total) as advance:
         if total <= chunk:

@@ -443,6 +443,26 @@ def test_changed_models_decode_token_by_token_with_a_warning(change, caplog):
     assert sum("slower path" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("decoder", ["prefix", "cross_attention"])
+@pytest.mark.parametrize("operators", [40, 200])
+def test_a_capture_that_fails_midway_changes_no_token(operators, decoder, recorded, monkeypatch, caplog):
+    real = RecordedGraph.__torch_dispatch__
+
+    def fail(self, *args):
+        if len(self.calls) >= operators:
+            self.undo()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return real(self, *args)
+
+    monkeypatch.setattr(RecordedGraph, "__torch_dispatch__", fail)
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        plain, fast = both(make(**DECODERS[decoder]), *prompts(9, 6), **GREEDY)
+    assert torch.equal(fast, plain)
+    assert len(recorded) == 1 and not recorded[0].replays
+    assert sum("not permitted" in record.message for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize("change", ["hook", "scores"])
 def test_a_graph_that_is_required_is_refused_by_name(change, recorded, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))

@@ -14,7 +14,7 @@ sorting; in L steps each group closes one block, at its own step.
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOptionalSubscript=false, reportAttributeAccessIssue=false
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,15 +157,31 @@ class BlockGroup:
     def _mask(self, slot: int) -> Tensor | None:
         return None if self.attended is None else self.attended[:, :slot]
 
-    def state(self) -> list[Tensor]:
-        """Every tensor that `feed` changes, but for the keys and values of blocks, which it only adds to."""
+    def _layers(self) -> list[Any]:
         caches = [self.tokens]
         if isinstance(self.tokens, EncoderDecoderCache):
             caches = [self.tokens.self_attention_cache, self.tokens.cross_attention_cache]
-        layers: list[Any] = [layer for cache in caches for layer in cache.layers]
+        return [layer for cache in caches for layer in cache.layers]
+
+    @property
+    def place(self) -> Any:
+        """What the host knows of the open block: the same after every L tokens."""
+        updated = dict(getattr(self.tokens, "is_updated", {}))
+        return self.slot, [layer.end for layer in self._layers()], updated
+
+    @place.setter
+    def place(self, place: Any) -> None:
+        self.slot, ends, updated = place
+        for layer, end in zip(self._layers(), ends, strict=True):
+            layer.end = end
+        if updated:
+            cast(Any, self.tokens).is_updated = dict(updated)
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that `feed` changes, but for the keys and values of blocks, which it only adds to."""
         own = [self.block_ids, self.context, self.prefix, self.attended, self.valid]
         own += [self.held.start, self.held.places]
-        own += [buffer for layer in layers for buffer in (layer._keys, layer._values)]
+        own += [buffer for layer in self._layers() for buffer in (layer._keys, layer._values)]
         return [tensor for tensor in own if tensor is not None]
 
 
@@ -222,6 +238,16 @@ class BlockDecoding:
     def state(self) -> list[Tensor]:
         """Every tensor that `step` changes, but for the keys and values of blocks, which it only adds to."""
         return [tensor for group in self.groups for tensor in group.state()]
+
+    @property
+    def place(self) -> list[Any]:
+        """What the host knows of the open blocks; set again where steps were begun and not run."""
+        return [group.place for group in self.groups]
+
+    @place.setter
+    def place(self, places: list[Any]) -> None:
+        for group, place in zip(self.groups, places, strict=True):
+            group.place = place
 
     def finish(self, token_ids: Tensor, over: int) -> None:
         """Makes the cache what a forward over the same tokens leaves, but for the order of its rows.

@@ -2,11 +2,13 @@
 
     python benchmarks/bench_decode_attention.py --deadline 150            check, then time
     python benchmarks/bench_decode_attention.py --tune --deadline 150     check, then sweep the configurations
+    python benchmarks/bench_decode_attention.py --tune --keys int8        the same on a cache in 8 bits
 
-32 query heads, 8 key heads, head dim 128, bf16. Correctness against fp64 comes first and a wrong kernel is
-not timed. Times are medians of `do_bench`, which flushes the L2 cache before each call; `share` is that of
-3.35 TB/s. Rows go to `$OUT/decode_attention.json` (or benchmarks/results) one by one, so that the deadline
-loses nothing.
+32 query heads, 8 key heads, head dim 128, bf16. Rows `int8` and `fp8` have keys and values in 8 bits, whose
+bytes are counted with their scales; `quantise` times what writes one such token of every row. Correctness
+against fp64 comes first and a wrong kernel is not timed. Times are medians of `do_bench`, which flushes the
+L2 cache before each call; `share` is that of 3.35 TB/s. Rows go to `$OUT/decode_attention.json` (or
+benchmarks/results) one by one, so that the deadline loses nothing.
 """
 
 import argparse
@@ -26,10 +28,13 @@ from triton.testing import do_bench
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.decode_attention import triton as kernels
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.quantized_states import quantized_states
 
+DEVICE = "cuda"
 BANDWIDTH = 3.35e12
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 SIZES = [(1, 2**16), (1, 2**18), (1, 2**20), (8, 2**16), (8, 2**18), (8, 2**20)]
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 TUNED = [(128, 1, 2**16), (128, 1, 2**20), (128, 8, 2**16), (64, 1, 2**18), (256, 1, 2**17), (128, 8, 2**18)]
 # (H, G, T, S, K, V), every head dim and number of rows that takes another path in the kernel.
 CHECKS = [
@@ -48,19 +53,25 @@ CHECKS = [
 def make(B, H, G, T, S, K, V, dtype):
     """Random query, key and value."""
     shapes = (B, H, T, K), (B, G, S, K), (B, G, S, V)
-    return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    return [torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes]
+
+
+def in_8_bits(key, value, kind):
+    """The keywords of `decode_attention` for a cache in 8 bits."""
+    key, value, scales = quantized_states(key, value, EIGHT_BITS[kind])
+    return {"key": key, "value": value, "scales": scales}
 
 
 def masks(B, T, S):
     """Each kind of mask that is timed or checked."""
-    position = torch.arange(T, device="cuda", dtype=torch.int32)[None] + S - T
-    padding = torch.linspace(S // 16, S // 2, B, device="cuda").int()[:, None].expand(B, T)
+    position = torch.arange(T, device=DEVICE, dtype=torch.int32)[None] + S - T
+    padding = torch.linspace(S // 16, S // 2, B, device=DEVICE).int()[:, None].expand(B, T)
     return {
         "dense": KeyRange(causal=T > 1),
         "padding": KeyRange(causal=True, lower=padding),
         "window": KeyRange(causal=True, lower=(position - 4095).clamp(min=0)),
         "capacity": KeyRange(upper=position - S // 3),
-        "holes": KeyRange(causal=True, key_mask=torch.rand(B, S, device="cuda") > 0.2),
+        "holes": KeyRange(causal=True, key_mask=torch.rand(B, S, device=DEVICE) > 0.2),
     }
 
 
@@ -110,12 +121,28 @@ def check_case(shape, dtype, kind, options):
     return relative(output, want), 1.5 * (peer + eps), lse_error, lse_bound
 
 
+def check_eight(shape, dtype, kind):
+    """(error, bound) on a cache in 8 bits; SDPA reads it dequantised to `dtype`."""
+    query, key, value = make(2, *shape, dtype)
+    T, S = shape[2], shape[3]
+    mask = masks(2, T, S)["padding"]
+    visible = mask.tile(slice(0, T), slice(0, S), T, S, query.device)
+    cache = in_8_bits(key, value, kind)
+    scales = cache["scales"].double()
+    key, value = cache["key"].double() * scales[..., :1], cache["value"].double() * scales[..., 1:]
+    want, _ = exact(query, key, value, visible)
+    peer = relative(sdpa_masked(query, key.to(dtype), value.to(dtype), visible), want)
+    cache["scales"][~visible.any(2).expand(key.shape[:3])] = torch.nan
+    output, _ = decode_attention(query, **cache, mask=mask, impl="triton")
+    return relative(output, want), 1.5 * (peer + torch.finfo(dtype).eps)
+
+
 def check_runs(dtype, shape):
     """(mask, options) to check: everything at two bf16 shapes, one mask elsewhere, as each run compiles."""
     runs = [("padding", {})]
     if dtype == torch.bfloat16 and shape in (CHECKS[0], CHECKS[6]):
         runs += [(kind, {}) for kind in ("dense", "window", "capacity", "holes")]
-        sinks = torch.randn(shape[0], device="cuda")
+        sinks = torch.randn(shape[0], device=DEVICE)
         runs += [("padding", {"softcap": 20.0}), ("dense", {"sinks": sinks}), ("window", {"num_splits": 3})]
     return runs
 
@@ -131,6 +158,12 @@ def check(report):
             passed = False
             case = f"check-{'x'.join(map(str, shape))}-{dtype}-{kind}-{','.join(options)}"
             report.add(case=case, error=error, bound=bound, lse_error=lse_error, lse_bound=lse_bound)
+        for kind in EIGHT_BITS:
+            error, bound = check_eight(shape, dtype, kind)
+            if error <= bound:
+                continue
+            passed = False
+            report.add(case=f"check-{'x'.join(map(str, shape))}-{dtype}-{kind}", error=error, bound=bound)
     report.add(case="check", passed=passed, seconds=time.time() - report.start)
     return passed
 
@@ -200,7 +233,7 @@ def visible_keys(mask, B, T, S):
     """Keys that must be read, over all sequences."""
     first = 0 if mask.lower is None else mask.lower.long().expand(B, T).amin(1)
     last = S if mask.upper is None else mask.upper.long().expand(B, T).amax(1).clamp(max=S)
-    return int((torch.zeros(B, device="cuda").long() + last - first).clamp(min=0).sum())
+    return int((torch.zeros(B, device=DEVICE).long() + last - first).clamp(min=0).sum())
 
 
 def time_size(report, B, S):
@@ -225,38 +258,63 @@ def time_size(report, B, S):
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         with sdpa_kernel(backend):
             time_case(report, f"sdpa-{backend.name.lower()}-{size}", sdpa, dense)
+    time_eight(report, size, sets, B * S)
     if B * S <= 2**18:
-        visible = torch.ones(B, 1, 1, S, dtype=torch.bool, device="cuda")
+        visible = torch.ones(B, 1, 1, S, dtype=torch.bool, device=DEVICE)
         masked = [partial(sdpa_masked, query, key, value, visible)]
         time_case(report, f"sdpa-masked-{size}", masked, dense, graph=False)
 
 
-def tune_case(report, dim, B, S):
+def time_eight(report, size, sets, num_keys):
+    """A cache in 8 bits, and what makes one token of it."""
+    num_bytes = num_keys * KEY_HEADS * (2 * DIM + 8)
+    for kind in EIGHT_BITS:
+        if report.time_left() < 3:
+            return
+        caches = [(query, in_8_bits(key, value, kind)) for query, key, value in sets]
+        calls = [partial(decode_attention, query, **cache) for query, cache in caches]
+        time_case(report, f"decode-{kind}-{size}", calls, num_bytes)
+        new = [(key[:, :, :1], value[:, :, :1]) for _, key, value in sets]
+        calls = [partial(quantized_states, *states, EIGHT_BITS[kind]) for states in new]
+        report.add(case=f"quantise-{kind}-{size}", us=median_us(calls[0]), graph_us=steady_us(calls))
+        del caches, calls
+
+
+def tune_case(report, dim, B, S, kind):
     """Sweeps the configurations of one shape and reports the fastest."""
     query, key, value = make(B, HEADS, KEY_HEADS, 1, S, dim, dim, torch.bfloat16)
-    num_bytes, best = 2 * key.numel() * key.element_size(), None
-    for block_n, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)):
-        shared = block_n * dim * 2 * key.element_size() * (stages - 1)
+    if kind == "bf16":
+        cache = {"key": key, "value": value}
+    else:
+        cache = in_8_bits(key, value, kind)
+    del key, value
+    num_bytes, best = sum(part.numel() * part.element_size() for part in cache.values()), None
+    for block_n, warps, stages, programs in itertools.product(
+        (32, 64, 128, 256), (4, 8), (2, 3, 4, 5), (1, 2, 3)
+    ):
+        shared = block_n * dim * 2 * cache["key"].element_size() * (stages - 1)
         if report.time_left() < 3:
             return
         if shared * programs > 220 * 1024:
             continue
         config = kernels.DecodeConfig(block_n, warps, stages, programs)
-        call = partial(kernels.decode_forward, query, key, value, dim**-0.5, KeyRange(), config=config)
+        terms = {"scale": dim**-0.5, "mask": KeyRange(), "config": config}
+        call = partial(kernels.decode_forward, query, **cache, **terms)
         try:
             us = median_us(call, rep=15)
         except OutOfResources:
             continue
         share = num_bytes / us / 1e-6 / BANDWIDTH
-        report.add(case=f"tune-K{dim}-B{B}-S{S}", us=us, share=share, **config._asdict())
+        report.add(case=f"tune-{kind}-K{dim}-B{B}-S{S}", us=us, share=share, **config._asdict())
         best = min(best or (us, config), (us, config))
     if best:
-        report.add(case=f"best-K{dim}-B{B}-S{S}", us=best[0], **best[1]._asdict())
+        report.add(case=f"best-{kind}-K{dim}-B{B}-S{S}", us=best[0], **best[1]._asdict())
 
 
 def main():
     parser = argparse.ArgumentParser(description="Times decode_attention.")
     parser.add_argument("--tune", action="store_true", help="sweep configurations in place of timing")
+    parser.add_argument("--keys", default="bf16", choices=("bf16", *EIGHT_BITS), help="of the sweep")
     parser.add_argument("--deadline", type=float, default=150, help="seconds after which nothing new starts")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -270,7 +328,7 @@ def main():
         gc.collect()
         torch.cuda.empty_cache()
     for dim, B, S in TUNED if arguments.tune else ():
-        tune_case(report, dim, B, S)
+        tune_case(report, dim, B, S, arguments.keys)
 
 
 if __name__ == "__main__":

@@ -145,12 +145,19 @@ def ask_all(model, length, arguments, rate, report):
     hf_longattn.restore(model)
 
 
-def floor(model, length, batch, rate):
+def cache_dtype_of(peer):
+    """What the name of a peer ends in, of "int8" and "fp8", or None."""
+    return next((dtype for dtype in ("int8", "fp8") if peer.endswith(dtype)), None)
+
+
+def floor(model, length, batch, rate, cache_dtype=None):
     """Seconds a token at least takes: weights once, and every row's keys and values."""
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     weights -= model.get_input_embeddings().weight.numel() * 2
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * 2 * (length + NEW_TOKENS // 2)
+    # A key or a value of one head: 16 bits a number, or 8 and a scale.
+    row = 128 * 2 if cache_dtype is None else 128 + 4
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * row * (length + NEW_TOKENS // 2)
     return (weights + batch * cache) / rate
 
 
@@ -163,7 +170,9 @@ def main():
     parser.add_argument("--pad", type=int, default=0, help="padding tokens on the left of the first row")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument(
-        "--peers", default="prepared,sdpa", help="of prepared, eager-prepared, sdpa, sdpa-static"
+        "--peers",
+        default="prepared,sdpa",
+        help="of prepared, eager-prepared, prepared-int8, prepared-fp8, sdpa, sdpa-static",
     )
     parser.add_argument("--questions", type=int, default=0, help="time so many questions about one prompt")
     parser.add_argument("--question-tokens", type=int, default=64)
@@ -183,7 +192,8 @@ def main():
                 return
             options = {"cache_implementation": "static"} if peer == "sdpa-static" else {}
             if "prepared" in peer:
-                hf_longattn.prepare_generation(model, cuda_graph="auto" if peer == "prepared" else False)
+                graph = False if peer.startswith("eager") else "auto"
+                hf_longattn.prepare_generation(model, cuda_graph=graph, cache_dtype=cache_dtype_of(peer))
             row = {
                 "peer": peer,
                 "prompt": length,
@@ -192,7 +202,7 @@ def main():
                 "copy_rate": rate,
             }
             row |= {"layers": arguments.layers}
-            row["floor_ms"] = 1e3 * floor(model, length, arguments.batch, rate)
+            row["floor_ms"] = 1e3 * floor(model, length, arguments.batch, rate, cache_dtype_of(peer))
             try:
                 first, step, peak, tokens[peer] = measure(
                     model, length, arguments.batch, arguments.pad, **options

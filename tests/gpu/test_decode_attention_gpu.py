@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from test_decode_attention import MASKS, dense, make_inputs, make_mask, name, poisoned, visibility
+from test_decode_attention import (
+    EIGHT_BITS,
+    MASKS,
+    assert_exact_in_8_bits,
+    dense,
+    make_inputs,
+    make_mask,
+    name,
+    poisoned,
+    spread,
+    visibility,
+)
 
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.quantized_states import quantized_states
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -58,6 +70,54 @@ def test_softcap_and_sinks(dtype):
     mask = make_mask("padding", 2, 2, 900).to(torch.device("cuda"))
     for softcap, sinks in ((20.0, None), (None, torch.randn(8).cuda()), (5.0, torch.randn(8).cuda())):
         assert_near(on_gpu(2, 8, 2, 2, 900, 64, 64, dtype), mask, softcap, sinks)
+
+
+@pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("num_queries", [1, 5, 16], ids="T{}".format)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_keys_in_8_bits(dims, num_queries, dtype, eight):
+    for kind in ("causal", "everything", "gaps"):
+        inputs = spread(on_gpu(2, 8, 2, num_queries, 900, *dims, dtype))
+        mask = make_mask(kind, 2, num_queries, 900).to(inputs[0].device)
+        sinks = torch.randn(8).cuda() if kind == "gaps" else None
+        assert_exact_in_8_bits(inputs, eight, mask, None, sinks, impl="triton")
+
+
+@pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("length", [1, 5000], ids="T{}".format)
+def test_quantised_rows_are_those_of_the_reference(length, dtype, eight):
+    key, value = (
+        torch.randn(2, length, 2, 128).to(dtype).transpose(1, 2),
+        torch.randn(2, 2, length, 80).to(dtype),
+    )
+    key[0, 1, 0] = 0
+    # On a GPU torch divides by a number by multiplying by its inverse: the reference runs on the CPU.
+    expected = quantized_states(key, value, eight, impl="reference")
+    result = quantized_states(key.cuda(), value.cuda(), eight, impl="triton")
+    for got, want in zip(result, expected, strict=True):
+        torch.testing.assert_close(got.float().cpu(), want.float(), rtol=0, atol=0)
+
+
+def test_a_graph_quantises_and_attends():
+    key, value = torch.randn(1, 2, 1, 64).cuda().bfloat16(), torch.randn(1, 2, 1, 64).cuda().bfloat16()
+    query = torch.randn(1, 8, 1, 64).cuda().bfloat16()
+
+    def step():
+        key8, value8, scales = quantized_states(key, value, torch.int8)
+        return decode_attention(query, key8, value8, scales=scales)[0]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    for _ in range(2):
+        value.normal_()
+        graph.replay()
+        # One key has all the weight, so the output is its value, half a step of 8 bits away at most.
+        bound = value.abs().amax(-1, keepdim=True).repeat_interleave(4, 1) * (0.5 / 127 + 2**-7)
+        assert ((output - value.repeat_interleave(4, 1)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("group", [1, 4, 32], ids="H{}".format)

@@ -184,8 +184,8 @@ EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 def spread(inputs):
     """Keys and values whose rows differ in size by many powers of two, below what fp16 holds as a scale."""
     query, key, value = inputs
-    key = key * torch.logspace(-2, 0.3, key.shape[2])[:, None].to(key.dtype)
-    return query, key, value * torch.logspace(-5, -3, value.shape[2])[:, None].to(value.dtype)
+    key = key * torch.logspace(-2, 0.3, key.shape[2])[:, None].to(key)
+    return query, key, value * torch.logspace(-5, -3, value.shape[2])[:, None].to(value)
 
 
 @pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)

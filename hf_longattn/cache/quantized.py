@@ -20,8 +20,21 @@ CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def scales_of(key: Tensor) -> Tensor | None:
-    """The (B, G, S, 2) scales that a layer in 8 bits tagged its keys with, or None."""
-    return getattr(key, _TAG, None)
+    """The (B, G, S, 2) scales that a layer in 8 bits tagged its keys with, or None for other keys.
+
+    Args:
+        key: what attention was given.
+
+    Raises:
+        TypeError: keys in 8 bits that have lost their scales.
+    """
+    scales = getattr(key, _TAG, None)
+    if scales is None and key.dtype in CACHE_DTYPES.values():
+        raise TypeError(
+            "`cache_dtype`: keys in 8 bits came to attention without their scales, so the model changes them "
+            "after the cache has returned them; keep its cache in its own dtype."
+        )
+    return scales
 
 
 def read_cache_dtype(cache_dtype: str | torch.dtype | None) -> torch.dtype | None:

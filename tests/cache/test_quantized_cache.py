@@ -6,6 +6,7 @@ import torch
 
 from hf_longattn import LongContextCache
 from hf_longattn.attention import quantized as pieces
+from hf_longattn.attention.exact import Options, exact_attention
 from hf_longattn.cache.quantized import QuantizedLayer, QuantizedSlidingLayer, scales_of
 from hf_longattn.generation.graph import device_lengths
 from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
@@ -205,6 +206,15 @@ def test_a_plain_file_is_not_read_as_8_bits(tmp_path):
     cache.save(path)
     with pytest.raises(ValueError, match="`cache_dtype` of the cache is 'int8', but that of `path`"):
         LongContextCache.load(path, model.config, cache_dtype=torch.int8)
+
+
+def test_keys_that_lost_their_scales_are_refused():
+    keys, values = make_layer("full").update(*states(1, 4, 0))
+    changed, query = keys.clone(), torch.randn(1, 2, 1, 4)
+    with pytest.raises(TypeError, match="`cache_dtype`: keys in 8 bits came to attention without"):
+        # Autocast would make numbers of the bytes.
+        with torch.autocast("cpu", torch.bfloat16):
+            exact_attention(query, changed, values, None, Options(causal=True), split_kv=True)
 
 
 def test_what_is_refused():

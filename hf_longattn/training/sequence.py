@@ -53,10 +53,13 @@ class SequenceParallel:
         decoder: the module that holds the layers and the final norm.
         copies: how often the caller counts a loss that it divides by its own number of items: Trainer adds
             up those of all processes, and under accelerate's "cp" each rank has to return its part.
+        has_mesh: whether the caller gave a mesh, and sees to the batches.
     """
 
-    def __init__(self, group: SequenceGroup, decoder: nn.Module, copies: int = 1) -> None:
-        self.group, self.decoder, self.copies = group, decoder, copies
+    def __init__(
+        self, group: SequenceGroup, decoder: nn.Module, copies: int = 1, has_mesh: bool = True
+    ) -> None:
+        self.group, self.decoder, self.copies, self.has_mesh = group, decoder, copies, has_mesh
         self.call: LossCall | None = None
 
     def check(self, arguments: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from hf_longattn.instance import Setup
 from hf_longattn.parallel.group import SequenceGroup
@@ -42,7 +43,8 @@ def make_parallel(
     _check_decoder(decoder, layers)
     config = getattr(accelerator, "parallelism_config", None)
     is_configured = device_mesh is None and getattr(config, "cp_enabled", False)
-    return SequenceParallel(group, decoder, copies=group.world_size if is_configured else 1)
+    copies = group.world_size if is_configured else 1
+    return SequenceParallel(group, decoder, copies, has_mesh=device_mesh is not None)
 
 
 def _check_decoder(decoder: nn.Module, layers: list[Any]) -> None:
@@ -88,11 +90,22 @@ def share_sequences(changes: Setup, parallel: SequenceParallel, accelerator: Any
         if depends_on_length(module):
             changes.set(module, "forward", whole_rotary_forward(module))
     changes.set_forward(decoder, parallel.forward(runtime.is_active))
+    if accelerator is not None and not parallel.has_mesh:
+        _share_batches(changes, parallel, accelerator)
+
+
+def _share_batches(changes: Setup, parallel: SequenceParallel, accelerator: Any) -> None:
+    """Makes the accelerator hand whole batches to us, the same to every rank of a group."""
     if parallel.copies > 1:
         # accelerate would cut the batch itself, for torch's own context parallelism, and take the mask from
         # attention; it asks this field who does.
         changes.set(accelerator.parallelism_config, "cp_backend", "hf_longattn")
         changes.set(accelerator, "_prepare_cp", _leave_as_they_are)
+        return
+    # Where all processes form the group. Loaders ask for the mesh, and know its "cp".
+    shape = (parallel.group.world_size,)
+    mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("cp",))
+    changes.set(accelerator, "_prepare_device_mesh", lambda: mesh)
 
 
 def _leave_as_they_are(*args: Any) -> tuple[Any, ...]:

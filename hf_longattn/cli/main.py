@@ -85,17 +85,27 @@ def plan(
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="GB/s; measured here, or an H100's.")] = None,
     cache_dtype: CacheDtype = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Plan a training step in place of a prompt.")
+    ] = False,
+    lora: Annotated[int, typer.Option(min=0, help="With --train: rank of adapters; 0 trains all.")] = 0,
+    host_memory: Annotated[
+        float | None, typer.Option(help="With --train: GiB of the host for layer inputs of one GPU.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a long prompt will cost: memory of each GPU, the longest that fits, and times.
+    """Show what a long prompt, or a training step, will cost: memory of each GPU and the longest that fits.
 
     Exit status 0: it fits; 1: it does not; 2: the model could not be planned for.
     """
     from hf_longattn.cli import plan as planning
 
-    sizes = (new_tokens, batch, gpus, tp, dtype, gpu_memory, bandwidth, cache_dtype)
-    result = _or_exit(lambda: planning.make_plan(planning.Request(model, context, *sizes)))
-    planning.show(result, as_json=json)
+    sizes = (new_tokens, batch, gpus, tp, dtype, gpu_memory, bandwidth, cache_dtype, lora, host_memory)
+    make, show = (planning.make_plan, planning.show)
+    if train:
+        make, show = planning.make_training_plan, planning.show_training
+    result = _or_exit(lambda: make(planning.Request(model, context, *sizes)))
+    show(result, as_json=json)
     raise typer.Exit(0 if result.fits else 1)
 
 

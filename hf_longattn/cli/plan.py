@@ -12,7 +12,17 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_longattn.cache.quantized import read_cache_dtype
-from hf_longattn.generation.planning import Hardware, Plan, Ranks, plan_generation, this_hardware
+from hf_longattn.generation.planning import (
+    Hardware,
+    Plan,
+    Ranks,
+    head_sizes,
+    on_meta,
+    plan_generation,
+    this_hardware,
+)
+from hf_longattn.generation.room import free_memory
+from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
 
 _GIB = 1024**3
 
@@ -32,6 +42,9 @@ class Request:
         gpu_memory: GiB of a GPU; the one here, else an H100's.
         bandwidth: GB/s of a GPU; the one here, else an H100's.
         cache_dtype: "int8" or "fp8" for keys and values in 8 bits, else None.
+        lora: of a training step, the rank of the adapters; 0 trains everything.
+        host_memory: of a training step, GiB of the host that the layer inputs of one GPU may take; None for
+            four fifths of the memory here.
     """
 
     model: str
@@ -44,6 +57,8 @@ class Request:
     gpu_memory: float | None = None
     bandwidth: float | None = None
     cache_dtype: str | None = None
+    lora: int = 0
+    host_memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -102,6 +117,57 @@ def make_plan(request: Request) -> Plan:
         ranks=Ranks(request.gpus // request.tp, request.tp),
         hardware=request.hardware(),
     )
+
+
+def make_training_plan(request: Request) -> TrainingPlan:
+    """The plan of one training step.
+
+    Args:
+        request: the options.
+
+    Raises:
+        ValueError: an option of generation alone.
+        OSError: there is no such model.
+    """
+    if request.tp > 1 or request.new_tokens or request.cache_dtype is not None:
+        raise ValueError(
+            "`--tp`, `--new-tokens` and `--cache-dtype` plan a prompt: leave them out with `--train`."
+        )
+    config, dtype = read_config(request.model), getattr(torch, request.dtype)
+    text = config.get_text_config(decoder=True)
+    host = request.host_memory
+    # The system and the data loader need the rest.
+    bytes_of_host = (free_memory(torch.device("cpu")) or 0) * 4 // 5 if host is None else int(host * _GIB)
+    sizes = TrainingRequest(
+        batch_size=request.batch,
+        lora=request.lora,
+        ranks=request.gpus,
+        memory=request.hardware().memory,
+        host_memory=bytes_of_host,
+        dtype=dtype,
+    )
+    return plan_training(text, on_meta(config, dtype), head_sizes(text), request.context, sizes)
+
+
+def show_training(plan: TrainingPlan, as_json: bool) -> None:
+    """Prints the plan of a training step as a table, or as JSON."""
+    if as_json:
+        print_json({**dataclasses.asdict(plan), "peak": plan.peak, "fits": plan.fits})
+        return
+    top = max(plan.forward, plan.loss, plan.backward)
+    names = {plan.forward: "forward", plan.loss: "loss", plan.backward: "backward"}
+    rows = [
+        ("weights", _gib(plan.weights)),
+        ("gradients", _gib(plan.gradients)),
+        ("AdamW", _gib(plan.optimizer)),
+        ("layer inputs on the GPU", _gib(plan.inputs)),
+        (f"on top, in the {names[top]}", _gib(top)),
+        ("peak" if plan.ranks == 1 else "peak a GPU", f"{_gib(plan.peak)} of {_gib(plan.memory)}"),
+        ("layer inputs on the host", f"{_gib(plan.host)} of {_gib(plan.host_memory)}"),
+        (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
+        ("longest that fits", f"{plan.longest:,} tokens"),
+    ]
+    print_table([*rows, *(("to make it fit", words) for words in plan.advice)])
 
 
 def show(plan: Plan, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from hf_longattn.training.visibility import Visibility
 IMPLEMENTATION = "blockwise_layer_attention"
 # Keys of one call in the backward: what it returns in the keys' dtype is added to the fp32 sums at once, and
 # must stay small beside them.
-_MOST_KEYS = 1 << 16
+MOST_KEYS = 1 << 16
 
 
 class KeysKnownError(Exception):
@@ -120,7 +120,7 @@ class PrefixAttention:
             self.grad_values = torch.zeros_like(self.values, dtype=dtype)
         window = self.visibility.window(self.index, self.place)
         # Dropout counts columns from the first key of the call, so that call must be the forward's.
-        parts = [window] if options["dropout"] else window.parts(_MOST_KEYS)
+        parts = [window] if options["dropout"] else window.parts(MOST_KEYS)
         grad_query: Tensor | None = None
         grad_sinks: Tensor | None = None
         for part in parts:

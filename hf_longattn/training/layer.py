@@ -31,6 +31,18 @@ from hf_longattn.training.shared_attention import SharedAttention
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 
+def block_tokens(device: torch.device, rows: int) -> int:
+    """Tokens of each row in a block, where nobody asks for a number.
+
+    Args:
+        device: of the hidden states.
+        rows: of the batch.
+    """
+    # Large enough that matrix products run at full rate, small enough that their activations are little.
+    tokens = 16384 if device.type != "cpu" else 1024
+    return max(tokens // max(rows, 1), 256)
+
+
 @dataclass
 class Runtime:
     """What the prepared layers of a model share.
@@ -53,9 +65,7 @@ class Runtime:
 
     def rows(self, hidden: Tensor, share: SequenceShare | None = None) -> list[slice]:
         """The blocks of (B, T, D) hidden states, none of them across the two slices of a share."""
-        # Large enough that matrix products run at full rate, small enough that their activations are little.
-        tokens = 16384 if hidden.device.type != "cpu" else 1024
-        size = self.block_size or max(tokens // max(hidden.shape[0], 1), 256)
+        size = self.block_size or block_tokens(hidden.device, hidden.shape[0])
         if share is None:
             return split_rows(hidden.shape[1], size)
         piece = share.slices.piece

@@ -114,6 +114,32 @@ def _check_cuda(code: Any) -> None:
         )
 
 
+# Room for the activations of a block and a chunk of logits.
+_ROOM = 4 << 30
+
+
+def working_bytes(num_bytes: int, ranks: int) -> int:
+    """What the layer that runs takes, given the bytes of its input on one rank.
+
+    Args:
+        num_bytes: of a (B, T, D) tensor.
+        ranks: that share the sequence.
+    """
+    # It holds its input, two gradients, and of all ranks keys, values and fp32 sums.
+    return _ROOM + (4 + 4 * ranks) * num_bytes
+
+
+def leaves_room(free: int, num_bytes: int, reserve: int) -> bool:
+    """Whether a tensor may stay on the GPU: `offload="auto"`, and the plan of a step, ask here.
+
+    Args:
+        free: bytes of the GPU.
+        num_bytes: of the tensor.
+        reserve: bytes to be left for the computation.
+    """
+    return free >= num_bytes + reserve
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shape and place of a (B, T, ...) tensor, and the blocks of T it is cut in."""
@@ -233,4 +259,4 @@ class Offloader:
             return True
         free, _ = torch.cuda.mem_get_info(layout.device)
         unused = torch.cuda.memory_reserved(layout.device) - torch.cuda.memory_allocated(layout.device)
-        return free + unused < layout.num_bytes + self.reserve(layout)
+        return not leaves_room(free + unused, layout.num_bytes, self.reserve(layout))

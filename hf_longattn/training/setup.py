@@ -18,7 +18,7 @@ from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
 from hf_longattn.training.layer import Runtime
 from hf_longattn.training.loss import loss_forward
-from hf_longattn.training.offload import Layout, Offloader
+from hf_longattn.training.offload import Layout, Offloader, working_bytes
 from hf_longattn.training.several import make_parallel, share_sequences
 
 logger = logging.getLogger("hf_longattn")
@@ -28,8 +28,6 @@ _IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
 _MIXERS = re.compile(
     r"Mamba|DeltaNet|ShortConv|Rwkv|RWKV|Recurrent|SSM|LinearAttention|Lightning|Conv1d$|Hyena"
 )
-# Room for the activations of a block and a chunk of logits.
-_ROOM = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,6 @@ def _reserve(model: PreTrainedModel, ranks: int) -> Any:
         missing = sum(
             p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None
         )
-        # The layer that runs holds its input, two gradients, and of all ranks keys, values and fp32 sums.
-        return _ROOM + (4 + 4 * ranks) * layout.num_bytes + missing
+        return working_bytes(layout.num_bytes, ranks) + missing
 
     return reserve

@@ -86,6 +86,18 @@ def test_plan_prints_and_tells_by_its_status(folder):
     assert run("plan", folder / "nothing", "--context", 10).exit_code == 2
 
 
+def test_plan_of_a_training_step(folder):
+    call = ("plan", folder, "--train", "--context", 4000, "--lora", 4)
+    result = run(*call, "--json")
+    fields = json.loads(result.stdout)
+    assert result.exit_code == 0 and fields["fits"] and fields["optimizer"] == 2 * fields["gradients"]
+    result = run(*call, "--gpu-memory", 0.5)
+    assert result.exit_code == 1 and "to make it fit" in result.stdout
+    for option in (("--tp", 2, "--gpus", 2), ("--new-tokens", 3), ("--cache-dtype", "int8")):
+        result = run(*call, *option)
+        assert result.exit_code == 2 and "`--tp`" in result.stderr, option
+
+
 def test_generate_streams_the_answer_and_counts(folder):
     prompt = " ".join(f"w{i}" for i in tiny.tokens(1, 30)[0].tolist())
     (folder / "prompt.txt").write_text(prompt)

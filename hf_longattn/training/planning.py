@@ -1,0 +1,314 @@
+"""What training on a long sequence costs before it runs: bytes on the GPU and on the host.
+
+Nothing is loaded: parameters are counted on the meta device. Of N tokens, n = N / P lie on each of P GPUs
+that share a sequence; D is the width of the model, i the bytes of one number:
+
+    weights       whole on every GPU, i bytes a parameter
+    gradients     i bytes a parameter that trains; AdamW keeps twice as much. With LoRA of rank R those are
+                  R (inputs + outputs) numbers a linear layer inside the decoder layers, 4 bytes each, as PEFT
+                  makes them, the weights of the adapters among them
+    inputs        of every layer, D i bytes a token; with `save_attention` the output of attention too,
+                  (H V i + 4 H). On the GPU as long as the offloader would leave them there, in pinned host
+                  memory beyond: the rule of `Offloader` itself decides, tensor by tensor
+
+and what comes on top is the most of three moments, with cosines, sines, ids and labels in each:
+
+    forward       the output of a layer (with embeddings, input and a copy on its way where inputs go to the
+                  host), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
+    loss          the final norm's input and output and their gradient; logits of one chunk as the model gives
+                  them, in fp32, and their gradient; fp32 sums of the head's gradient where the head trains
+    backward      one gradient, keys and values, and their gradients in fp32; the graph of one block in one
+                  layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F); gradients of the keys
+                  and values of one call of the attention kernel, for every query head, of at most 65,536
+                  tokens; gradients of a layer's parameters, in fp32 and of one block
+
+where P > 1 keys and values are those of all ranks, twice while they are put in order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_longattn.training.attention import MOST_KEYS
+from hf_longattn.training.layer import block_tokens
+from hf_longattn.training.loss import LossOptions
+from hf_longattn.training.offload import leaves_room, working_bytes
+
+# What remains for the context of CUDA, cuBLAS and the allocator's rounding.
+_RESERVE = 1 << 30
+_LONGEST = 1 << 34
+_DEVICE = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of one model, in bytes.
+
+    Args:
+        weights: all of them, adapters included.
+        trained: those that train.
+        layer: those of one layer that train.
+        head: those of the output embedding that train.
+        count: numbers that train.
+    """
+
+    weights: int
+    trained: int
+    layer: int
+    head: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Bytes of one training step on one GPU, and on the host beside it.
+
+    Args:
+        context: tokens of the sequence.
+        ranks: GPUs that share it.
+        weights: bytes.
+        gradients: bytes.
+        optimizer: bytes of AdamW's two averages.
+        inputs: bytes of layer inputs, and of attention where it is saved, that stay on the GPU.
+        host: bytes of them that go to pinned host memory.
+        forward: bytes on top while the last layer runs.
+        loss: bytes on top while the loss is taken.
+        backward: bytes on top while a layer runs backward.
+        memory: bytes of the GPU.
+        host_memory: bytes of the host for this GPU.
+        longest: tokens that fit.
+        advice: what to change, where it does not fit.
+    """
+
+    context: int
+    ranks: int
+    weights: int
+    gradients: int
+    optimizer: int
+    inputs: int
+    host: int
+    forward: int
+    loss: int
+    backward: int
+    memory: int
+    host_memory: int
+    longest: int = 0
+    advice: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the GPU at the highest point."""
+        static = self.weights + self.gradients + self.optimizer
+        return static + self.inputs + max(self.forward, self.loss, self.backward)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits GPU and host, with a reserve of 1 GiB on the GPU."""
+        return self.peak + _RESERVE <= self.memory and self.host <= self.host_memory
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What is to be trained, and where.
+
+    Args:
+        batch_size: sequences at a time.
+        lora: rank of the adapters; 0 trains every parameter.
+        ranks: GPUs that share a sequence.
+        memory: bytes of the GPU.
+        host_memory: bytes of the host that layer inputs may take, for this GPU.
+        save_attention: as in `TrainingSetup`.
+        offload: as in `TrainingSetup`.
+        dtype: of weights and activations.
+        block_size: as in `TrainingSetup`; None as it is picked on a GPU.
+        loss_chunk_size: as in `TrainingSetup`; None as it is picked on a GPU.
+    """
+
+    batch_size: int = 1
+    lora: int = 0
+    ranks: int = 1
+    memory: int = 79 << 30
+    host_memory: int = 100 << 30
+    save_attention: bool = True
+    offload: bool | str = "auto"
+    dtype: torch.dtype = torch.bfloat16
+    block_size: int | None = None
+    loss_chunk_size: int | None = None
+
+
+def count_parameters(model: Any, dtype: torch.dtype, lora: int = 0) -> Parameters:
+    """What a model holds and trains.
+
+    Args:
+        model: on the meta device.
+        dtype: of the weights.
+        lora: rank of the adapters on every linear layer inside the decoder layers; 0 trains everything.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    item = dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * item
+    if lora:
+        sizes = [sum(lora * sum(m.weight.shape) for m in _linear(layer)) * 4 for layer in layers]
+        trained = sum(sizes)
+        return Parameters(weights + trained, trained, max(sizes, default=0), 0, trained // 4)
+    head = model.get_output_embeddings()
+    sizes = [sum(p.numel() for p in layer.parameters()) * item for layer in layers]
+    head_size = 0 if head is None else head.weight.numel() * item
+    return Parameters(weights, weights, max(sizes, default=0), head_size, weights // item)
+
+
+def _linear(layer: nn.Module) -> list[Any]:
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
+def plan_training(
+    config: PreTrainedConfig,
+    model: Any,
+    heads: tuple[int, int, int, int],
+    context: int,
+    request: TrainingRequest,
+) -> TrainingPlan:
+    """The plan of one step with `prepare_training`.
+
+    Args:
+        config: the text config.
+        model: the model of it on the meta device.
+        heads: (query heads, key heads, width of a key, width of a value).
+        context: tokens of a sequence.
+        request: everything else.
+    """
+    step = _Step(config, heads, count_parameters(model, request.dtype, request.lora), request)
+    longest = _bisect(lambda tokens: step.plan(tokens).fits)
+    plan = step.plan(context)
+    fields = {**vars(plan), "longest": longest, "advice": () if plan.fits else tuple(step.advice(plan))}
+    return TrainingPlan(**fields)
+
+
+def _bisect(fits: Callable[[int], bool]) -> int:
+    low, high = 0, _LONGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one model, at any length."""
+
+    config: PreTrainedConfig
+    heads: tuple[int, int, int, int]
+    parameters: Parameters
+    request: TrainingRequest
+
+    def plan(self, context: int) -> TrainingPlan:
+        """The plan of so many tokens."""
+        request, parameters = self.request, self.parameters
+        tokens = -(-context // request.ranks) * request.batch_size
+        static = parameters.weights + 3 * parameters.trained
+        kept, host = self._kept(tokens, request.memory - _RESERVE - static)
+        return TrainingPlan(
+            context=context,
+            ranks=request.ranks,
+            weights=parameters.weights,
+            gradients=parameters.trained,
+            optimizer=2 * parameters.trained,
+            inputs=kept,
+            host=host,
+            forward=self._forward(tokens, host > 0),
+            loss=self._loss(tokens),
+            backward=self._backward(tokens),
+            memory=request.memory,
+            host_memory=request.host_memory,
+        )
+
+    def _kept(self, tokens: int, free: int) -> tuple[int, int]:
+        """(bytes on the GPU, bytes on the host) of what waits for the backward, as the offloader decides."""
+        heads, item = self.heads, self.request.dtype.itemsize
+        hidden = tokens * self.config.hidden_size * item
+        sizes = [hidden]
+        if self.request.save_attention:
+            sizes += [tokens * heads[0] * heads[3] * item, tokens * heads[0] * 4]
+        # A layer's own input and output are there when it asks.
+        free, kept, host = free - 2 * hidden, 0, 0
+        for size in sizes * self.config.num_hidden_layers:
+            reserve = working_bytes(size, self.request.ranks)
+            stays = self.request.offload is False or (
+                self.request.offload == "auto" and leaves_room(free - kept, size, reserve)
+            )
+            kept, host = (kept + size, host) if stays else (kept, host + size)
+        return kept, host
+
+    @property
+    def _hidden(self) -> int:
+        """Bytes of one token's hidden states."""
+        return self.config.hidden_size * self.request.dtype.itemsize
+
+    @property
+    def _tables(self) -> int:
+        """Bytes of one token's cosines and sines, and of ids, positions, labels and what is made of them."""
+        return 2 * self.heads[2] * self.request.dtype.itemsize + 6 * 8
+
+    @property
+    def _states(self) -> int:
+        """Numbers in the keys and values of one token of this rank's, with those that other ranks add."""
+        _, groups, key_width, value_width = self.heads
+        # Those of all ranks, and once more while they are put in order.
+        copies = 2 * self.request.ranks if self.request.ranks > 1 else 1
+        return copies * groups * (key_width + value_width)
+
+    def _rows(self, tokens: int) -> tuple[int, int]:
+        """(tokens of a block, width of its feed-forward layer)."""
+        config, request = self.config, self.request
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size)
+        experts = getattr(config, "num_experts_per_tok", None) or 1
+        return min(rows * request.batch_size, tokens), inner * experts
+
+    def _forward(self, tokens: int, offloads: bool) -> int:
+        item = self.request.dtype.itemsize
+        rows, inner = self._rows(tokens)
+        whole = (4 if offloads else 1) * self._hidden + self._states * item + self._tables
+        return tokens * whole + rows * (2 * self.config.hidden_size + 3 * inner) * item
+
+    def _loss(self, tokens: int) -> int:
+        item, vocabulary = self.request.dtype.itemsize, self.config.vocab_size
+        options = LossOptions(self.request.loss_chunk_size, 0.0)
+        chunk = min(options.chunk(torch.empty(0, device=_DEVICE), vocabulary), tokens)
+        head = self.parameters.head * (4 // item + 1)
+        return tokens * (3 * self._hidden + self._tables) + chunk * vocabulary * (2 * item + 4) + head
+
+    def _backward(self, tokens: int) -> int:
+        item = self.request.dtype.itemsize
+        heads, _, key_width, value_width = self.heads
+        rows, inner = self._rows(tokens)
+        whole = self._hidden + self._states * (item + 4) + self._tables
+        keys = min(tokens * self.request.ranks, MOST_KEYS) * heads * (key_width + value_width)
+        block = int(rows * (13.5 * self.config.hidden_size + 6 * inner))
+        # Adapters are fp32 already.
+        sums = self.parameters.layer * (2 if self.request.lora else 4 // item + 1)
+        return tokens * whole + (block + keys) * item + sums
+
+    def advice(self, plan: TrainingPlan) -> list[str]:
+        """What would make it fit, or bring it nearer."""
+        request, found = self.request, []
+        static = plan.weights + plan.gradients + plan.optimizer
+        if static + _RESERVE > plan.memory and not request.lora:
+            found.append(
+                "weights, gradients and AdamW fill the GPU: train adapters (`--lora 16`), or shard with FSDP"
+            )
+        if plan.host > plan.host_memory and request.save_attention:
+            found.append("the host is full: `prepare_training(save_attention=False)` halves what waits there")
+        elif plan.host > plan.host_memory:
+            found.append("the host is full: more host memory (`--host-memory`)")
+        if request.offload is False:
+            found.append("let layer inputs go to the host: `prepare_training(offload='auto')`")
+        if request.batch_size > 1:
+            found.append("train on fewer sequences at a time, and accumulate gradients")
+        found.append(f"share the sequence among more GPUs (`--gpus {2 * request.ranks}`)")
+        return found

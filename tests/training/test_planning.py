@@ -1,0 +1,153 @@
+"""The plan of a training step against the bytes that a step takes, and against the rule of the offloader."""
+
+import pytest
+import torch
+import transformers as tf
+
+import hf_longattn
+from hf_longattn.generation.planning import head_sizes, on_meta
+from hf_longattn.training import attention, planning
+from hf_longattn.training.offload import Layout, Offloader, working_bytes
+from hf_longattn.training.planning import TrainingRequest, count_parameters, plan_training
+
+GIB = 1 << 30
+SMALL = {
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 1 << 16,
+}  # fmt: skip
+# The shapes of Llama-3.2-1B and Llama-3.1-8B.
+SHAPES = {
+    "1B": tf.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True,
+    ),
+    "8B": tf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256,
+    ),
+}  # fmt: skip
+
+
+def plan_of(config, context, **fields):
+    request = TrainingRequest(**fields)
+    return plan_training(config, on_meta(config, request.dtype), head_sizes(config), context, request)
+
+
+def peak(step):
+    """The most bytes that are allocated at a time while `step` runs."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    total = top = 0
+    for _, size in changes:
+        total += size
+        top = max(top, total)
+    return top
+
+
+@pytest.mark.parametrize("save_attention", [True, False])
+def test_a_token_takes_what_is_planned(monkeypatch, save_attention):
+    # Memory that comes as zeros from the system is not in the profile.
+    monkeypatch.setattr(torch, "zeros_like", lambda like, **kwargs: torch.empty_like(like, **kwargs).zero_())
+    # What one call of the kernel takes for its keys is bounded: here below the lengths of the test.
+    for module in (attention, planning):
+        monkeypatch.setattr(module, "MOST_KEYS", 256)
+    config = tf.LlamaConfig(**SMALL)
+    model = tf.AutoModelForCausalLM.from_config(config).train()
+    sizes = {"block_size": 256, "loss_chunk_size": 128, "save_attention": save_attention, "offload": False}
+    hf_longattn.prepare_training(model, **sizes)
+
+    def step(length):
+        model.zero_grad(set_to_none=False)
+        ids = torch.ones(1, length, dtype=torch.long)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step(512)
+    measured = (peak(lambda: step(3072)) - peak(lambda: step(2048))) / 1024
+    plans = [plan_of(config, length, dtype=torch.float32, **sizes) for length in (2048, 3072)]
+    planned = (plans[1].peak - plans[0].peak) / 1024
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+def test_the_law_of_a_layer_is_that_of_the_specification():
+    # At most 9 d bytes a token for the tensors of the whole sequence in one layer of the 1B and 8B shapes.
+    for shape, width in (("1B", 2048), ("8B", 4096)):
+        plans = [plan_of(SHAPES[shape], tokens, offload=True, lora=16) for tokens in (1 << 19, 1 << 20)]
+        slope = (plans[1].backward - plans[0].backward) / (1 << 19)
+        assert 5 * width <= slope <= 9 * width
+        # One block saves 57 d and 53 d bytes a token, and takes 18 d and 16 d more in its backward; gradients
+        # of 64 K keys and values come on top, and a layer's gradients of the adapters, twice.
+        kernel = 65536 * 32 * 2 * (width // 32) * 2
+        block = 16384 * width * (75 if shape == "1B" else 69)
+        layers = SHAPES[shape].num_hidden_layers
+        rest = plans[0].backward - slope * (1 << 19)
+        assert rest == block + kernel + 2 * plans[0].gradients // layers
+
+
+def test_weights_gradients_and_optimizer():
+    config = SHAPES["1B"]
+    model = on_meta(config, torch.bfloat16)
+    full, lora = count_parameters(model, torch.bfloat16), count_parameters(model, torch.bfloat16, 8)
+    numbers = sum(p.numel() for p in model.parameters())
+    assert full.weights == full.trained == 2 * numbers
+    width, inner = 2048, 8192
+    a_layer = 8 * (2 * (width + width) + 2 * (width + 512) + 3 * (width + inner))
+    assert lora.count == 16 * a_layer and lora.trained == 4 * lora.count
+    assert lora.weights == 2 * numbers + 4 * lora.count
+    plan = plan_of(config, 1024, lora=8)
+    assert plan.optimizer == 2 * plan.gradients == 2 * lora.trained
+
+
+def test_inputs_go_to_the_host_where_the_offloader_sends_them(monkeypatch):
+    config, tokens, memory = SHAPES["8B"], 200_000, 79 * GIB
+    plan = plan_of(config, tokens, lora=16, memory=memory, host_memory=1 << 50)
+    assert plan.inputs and plan.host
+    hidden = tokens * 4096 * 2
+    free = memory - GIB - plan.weights - plan.gradients - plan.optimizer - 2 * hidden
+    offloader = Offloader("auto", lambda layout: working_bytes(layout.num_bytes, 1))
+    kept = host = 0
+    half, full = torch.bfloat16, torch.float32
+    layer = [((1, tokens, 4096), half), ((1, tokens, 32, 128), half), ((1, tokens, 32), full)]
+    for shape, dtype in layer * 32:
+        layout = Layout(shape, dtype, torch.device("cuda"), [slice(0, tokens)])
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=free - kept: (left, memory))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        if offloader._moves(layout):
+            host += layout.num_bytes
+        else:
+            kept += layout.num_bytes
+    assert (plan.inputs, plan.host) == (kept, host)
+
+
+def test_the_longest_fits_and_more_does_not():
+    for fields in ({"lora": 16}, {"lora": 16, "ranks": 4}, {"lora": 16, "host_memory": 10 * GIB}):
+        longest = plan_of(SHAPES["8B"], 1000, **fields).longest
+        assert longest > 16384
+        assert plan_of(SHAPES["8B"], longest, **fields).fits
+        assert not plan_of(SHAPES["8B"], longest + longest // 50, **fields).fits
+
+
+def test_advice_says_what_is_full():
+    full = plan_of(SHAPES["8B"], 8192, memory=48 * GIB)
+    assert not full.fits and any("--lora" in words for words in full.advice)
+    host = plan_of(SHAPES["8B"], 1 << 20, lora=16, host_memory=10 * GIB)
+    assert any("save_attention=False" in words for words in host.advice)
+    assert any("--gpus 2" in words for words in host.advice)
+    assert plan_of(SHAPES["1B"], 8192, lora=16).advice == ()
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_takes_what_is_planned():
+    config, tokens = tf.LlamaConfig(**{**SHAPES["1B"].to_dict(), "num_hidden_layers": 4}), 1 << 16
+    with torch.device("cuda"):
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    hf_longattn.prepare_training(model)
+    ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids=ids, labels=ids).loss.backward()
+    plan = plan_of(config, tokens)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak - plan.optimizer, rel=0.15)

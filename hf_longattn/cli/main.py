@@ -153,6 +153,17 @@ def evaluate(
     evaluation.show(_or_exit(lambda: evaluation.evaluate(request)), as_json=json)
 
 
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    json: Json = False,
+) -> None:
+    """Time the operators on this machine, beside torch's attention and what the hardware allows."""
+    from hf_longattn.cli import bench as benchmark
+
+    benchmark.show(_or_exit(lambda: benchmark.bench(device)), as_json=json)
+
+
 @convert.command("block-transformer")
 def convert_block_transformer(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Official checkpoint, or a vanilla model.")],

@@ -10,6 +10,7 @@ softmax one with the same weights: it has to be trained.
 import logging
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from hf_longattn.attention.exact import Options, read_options
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, lightning_layers
-from hf_longattn.cache.sharded import Run, ShardedRecurrentLayer
+from hf_longattn.cache.sharded import ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
 from hf_longattn.masking import LazyMask
@@ -143,55 +144,51 @@ def lightning_attention_forward(
     query, keys = query.to(value.dtype), key.to(value.dtype)
     layer = getattr(key, "recurrent_layer", None)
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
-    _check_lengths(mask, query, key, layer)
-    if isinstance(layer, ShardedRecurrentLayer) and layer.run is not None:
-        output = attend_run(layer, layer.run, query, keys, value, slopes, scale)
-    elif layer is not None:
-        rows = _rows(mask, query, key, layer, options)
-        output = layer.attend(query, keys, value, slopes, scale, rows)
+
+    def rows() -> TokenRows:
+        _check_lengths(mask, query, key, layer)
+        return _rows(mask, query, key, layer, options)
+
+    if layer is None:
+        output = _attend_to_all(query, keys, value, slopes, scale, rows(), mask)
     else:
-        rows = _rows(mask, query, key, layer, options)
-        output = _attend_to_all(query, keys, value, slopes, scale, rows, mask)
+        output = attend_to_state(layer, query, keys, value, slopes, scale, rows)
     return normalised(output), None
 
 
-def attend_run(
-    layer: ShardedRecurrentLayer,
-    run: Run,
+def attend_to_state(
+    layer: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     slopes: Tensor,
     scale: float,
+    rows: Callable[[], TokenRows],
 ) -> Tensor:
-    """Lightning attention of tokens that the ranks compute together; all of them enter the layer's state.
+    """Lightning attention of new tokens to the state that a cache layer holds, which they enter.
 
     Args:
-        layer: of the cache; the state in it is the same on every rank, before and after.
-        run: the tokens.
-        query: (B, H, t, K), this rank's slices.
-        key: (B, G, t, K).
-        value: (B, G, t, V).
+        layer: that `update` of the cache tagged the keys with.
+        query: (B, H, T, K).
+        key: (B, G, T, K).
+        value: (B, G, T, V).
         slopes: (H,) fp32.
         scale: factor on the output.
+        rows: which of the tokens exist, where the layer does not know it by itself.
 
     Returns:
-        (B, t, H, V).
+        (B, T, H, V).
     """
-    output, state = scan_slices(
-        layer.group_of_ranks,
-        query,
-        key,
-        value,
-        slopes,
-        scale,
-        run.rows,
-        layer.recurrent_state,
-        stateful=True,
-    )
-    assert state is not None
-    layer.take_run(key, value, slopes, state)
-    return output
+    if isinstance(layer, ShardedRecurrentLayer) and (run := layer.run) is not None:
+        state, group = layer.recurrent_state, layer.group_of_ranks
+        output, state = scan_slices(
+            group, query, key, value, slopes, scale, run.rows, state, stateful=True
+        )  # fmt: skip
+        assert state is not None
+        layer.take_run(key, value, slopes, state)
+        return output
+    known = rows() if isinstance(layer, RecurrentLayer) else TokenRows()
+    return layer.attend(query, key, value, slopes, scale, known)
 
 
 def normalised(output: Tensor) -> Tensor:
@@ -340,9 +337,40 @@ def _document_starts(mask: LazyMask | None, exists: Tensor | None, options: Opti
     positions = options.position_ids
     if mask is None or positions is None or positions.ndim != 2 or torch.compiler.is_compiling():
         return None
-    starts = (positions == 0).expand(mask.batch_size, -1)
+    return starts_of_positions(positions, exists, mask.batch_size)
+
+
+def starts_of_positions(positions: Tensor, exists: Tensor | None, batch: int) -> Tensor | None:
+    """(B, T) bool, the existing tokens at position 0, where a row has several; None where none has.
+
+    Args:
+        positions: (B or 1, T).
+        exists: (B, T) bool, or None where all tokens do.
+        batch: B.
+    """
+    starts = (positions == 0).expand(batch, -1)
     starts = starts if exists is None else starts & exists
     return starts if bool((starts.sum(-1) > 1).any()) else None
+
+
+def rows_of_sequence(exists: Tensor | None, options: Options, batch: int, length: int) -> TokenRows:
+    """The rows of whole sequences, to be cut.
+
+    Args:
+        exists: (B, T) bool, or None where all tokens do.
+        options: cumulative lengths, documents or positions.
+        batch: B.
+        length: T.
+    """
+    starts = None
+    if options.cu_seqlens is not None:
+        starts = TokenRows.from_bounds(options.cu_seqlens[0], batch, length).starts
+    elif options.documents is not None:
+        starts = F.pad(options.documents[:, 1:] != options.documents[:, :-1], (1, 0), value=True)
+        starts = starts.expand(batch, -1)
+    elif options.position_ids is not None and options.position_ids.ndim == 2:
+        starts = starts_of_positions(options.position_ids, exists, batch)
+    return TokenRows(exists, starts)
 
 
 def _attend_to_all(

@@ -114,17 +114,60 @@ class Pieces:
         """(P, n, ...) -> (N, ...): the second slices of the ranks come in reverse."""
         return torch.cat([everyone[:, 0], everyone[:, 1].flip(0)]) if len(self.own) == 2 else everyone[:, 0]
 
-    def carry(self, left: Tensor, right: Tensor, index: int, slopes: Tensor) -> Tensor:
-        """exp(-slope n) left + right over slice `index`, where a document's beginning forgets `left`."""
-        left = left.masked_fill(self.resets[index][:, None, None, None], 0)
-        return combine_states(left, right, self.lengths[index], slopes)
+    def enter(self, alone: Tensor, slopes: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states that enter this rank's slices.
 
-    def carry_back(self, entering: Tensor, last: Tensor, slopes: Tensor) -> list[Tensor]:
+        Args:
+            alone: (n, B, H, K, V), behind each of this rank's slices, from zero.
+            slopes: (H,).
+            state: (B, H, K, V) that enters the first slice, or None for zeros.
+
+        Returns:
+            (n, B, H, K, V), and the state (B, H, K, V) behind the last slice of all.
+        """
+        carried = [torch.zeros_like(alone[0]) if state is None else state.to(alone.dtype)]
+        for index, piece in enumerate(self.gather(alone)):
+            carried.append(carry(carried[-1], piece, self.lengths[index], self.resets[index], slopes))
+        return torch.stack([carried[index] for index in self.own]), carried[-1]
+
+    def leave(self, grad_entering: Tensor, grad_last: Tensor, slopes: Tensor) -> Tensor:
+        """The gradients of the states of this rank's slices alone, from those of what enters the slices.
+
+        Args:
+            grad_entering: (n, B, H, K, V).
+            grad_last: (B, H, K, V), this rank's of the state behind all.
+            slopes: (H,).
+        """
+        behind = self._back(*self.gather_gradients(grad_entering, grad_last), slopes)
+        return torch.stack([behind[index + 1] for index in self.own])
+
+    def own_gradient_of_state(self, grad_entering: Tensor, grad_last: Tensor, slopes: Tensor) -> Tensor:
+        """This rank's share of the gradient of the state before all; arguments as in `leave`."""
+        mine = grad_entering.new_zeros(len(self.lengths), *grad_last.shape)
+        for index, grad in zip(self.own, grad_entering, strict=True):
+            mine[index] = grad
+        return self._back(mine, grad_last, slopes)[0]
+
+    def _back(self, entering: Tensor, last: Tensor, slopes: Tensor) -> list[Tensor]:
         """The gradients of the states behind each slice; the first is that of the state before all."""
         grads = [last]
         for index in reversed(range(len(entering))):
-            grads.append(self.carry(grads[-1], entering[index], index, slopes))
+            grad = carry(grads[-1], entering[index], self.lengths[index], self.resets[index], slopes)
+            grads.append(grad)
         return grads[::-1]
+
+
+def carry(left: Tensor, right: Tensor, lengths: Tensor, resets: Tensor, slopes: Tensor) -> Tensor:
+    """exp(-slope n) left + right over n tokens, where the beginning of a document forgets `left`.
+
+    Args:
+        left: (B, H, K, V).
+        right: (B, H, K, V).
+        lengths: (B,), n.
+        resets: (B,) bool, whether a document begins in the tokens.
+        slopes: (H,).
+    """
+    return combine_states(left.masked_fill(resets[:, None, None, None], 0), right, lengths, slopes)
 
 
 class _Carry(torch.autograd.Function):
@@ -134,30 +177,22 @@ class _Carry(torch.autograd.Function):
     def forward(
         ctx: Any, alone: Tensor, slopes: Tensor, state: Tensor | None, pieces: Pieces
     ) -> tuple[Tensor, Tensor]:
-        carried = [torch.zeros_like(alone[0]) if state is None else state.to(alone.dtype)]
-        for index, piece in enumerate(pieces.gather(alone)):
-            carried.append(pieces.carry(carried[-1], piece, index, slopes))
-        entering = torch.stack([carried[index] for index in pieces.own])
+        entering, last = pieces.enter(alone, slopes, state)
         ctx.pieces = pieces
         ctx.save_for_backward(slopes, entering if ctx.needs_input_grad[1] else None)
-        return entering, carried[-1]
+        return entering, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_entering: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         slopes, entering = ctx.saved_tensors
         pieces: Pieces = ctx.pieces
-        everyone, last = pieces.gather_gradients(grad_entering, grad_last)
-        behind = pieces.carry_back(everyone, last, slopes)[1:]
-        grad_alone = torch.stack([behind[index] for index in pieces.own])
+        grad_alone = pieces.leave(grad_entering, grad_last, slopes)
         grad_slopes = grad_state = None
         if entering is not None:
             grad_slopes = _decay_gradient(entering, grad_alone, slopes, pieces)
         if ctx.needs_input_grad[2]:
-            mine = torch.zeros_like(everyone).index_copy(
-                0, torch.tensor(pieces.own, device=everyone.device), grad_entering
-            )
-            grad_state = pieces.carry_back(mine, grad_last, slopes)[0]
+            grad_state = pieces.own_gradient_of_state(grad_entering, grad_last, slopes)
         return grad_alone, grad_slopes, grad_state, None
 
 

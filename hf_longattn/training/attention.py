@@ -34,26 +34,20 @@ class KeysKnownError(Exception):
     """Leaves a layer once the block's keys and values are stored: the rest of it is not needed."""
 
 
-class PrefixAttention:
-    """The keys and values of one layer, and the block that is running.
+class TokenMixer:
+    """What mixes the tokens of a layer that runs a block at a time, and the block that is running."""
 
-    Args:
-        visibility: what each block sees.
-        length: T.
-    """
+    is_shared = False
 
-    def __init__(self, visibility: Visibility, length: int) -> None:
-        self.visibility, self.length = visibility, length
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.grad_keys: Tensor | None = None
-        self.grad_values: Tensor | None = None
+    def __init__(self) -> None:
         # The running block among the tokens of this process, and its place in the sequence.
         self.index, self.rows, self.place = 0, slice(0, 0), slice(0, 0)
         self.stores, self.stops, self.calls = True, False, 0
         self.results: tuple[Tensor, Tensor] | None = None
-        # Keys and values of a block that stopped, with their graph.
-        self.found: tuple[Tensor, Tensor] | None = None
+        # Arguments that the layer is given with each block.
+        self.arguments: dict[str, Any] = {}
+        # A tensor that came from the block before, whose gradient goes back there.
+        self.entering: Tensor | None = None
 
     @contextlib.contextmanager
     def block(
@@ -69,8 +63,8 @@ class PrefixAttention:
         Args:
             index: of the block.
             rows: its tokens.
-            stores: keep its keys and values.
-            stops: leave the layer once they are kept.
+            stores: keep what later blocks need of it.
+            stops: leave the layer once that is kept.
             results: output (B, H, rows, V) and lse (B, H, rows) of the forward, where they were saved.
         """
         self.index, self.rows, self.stores, self.stops = index, rows, stores, stops
@@ -88,8 +82,46 @@ class PrefixAttention:
                 f"that calls it {self.calls} times; train this model unprepared, with gradient checkpointing."
             )
 
+    def ends(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the running block handed on to later ones, and its gradients, in the backward."""
+        return [], []
+
+    def take(self, grad: Tensor | None) -> None:
+        """Takes the gradient of `entering`."""
+
+    def gather(self) -> None:
+        """Puts what the ranks have stored together."""
+        raise NotImplementedError
+
+    def add_up(self) -> None:
+        """Puts the gradients of what the ranks have stored together."""
+        raise NotImplementedError
+
+    def found_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the block that stopped last stores, with its graph, and its gradients."""
+        raise NotImplementedError
+
     def _place(self, rows: slice) -> slice:
         return rows
+
+
+class PrefixAttention(TokenMixer):
+    """The keys and values of one layer, and the block that is running.
+
+    Args:
+        visibility: what each block sees.
+        length: T.
+    """
+
+    def __init__(self, visibility: Visibility, length: int) -> None:
+        super().__init__()
+        self.visibility, self.length = visibility, length
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.grad_keys: Tensor | None = None
+        self.grad_values: Tensor | None = None
+        # Keys and values of a block that stopped, with their graph.
+        self.found: tuple[Tensor, Tensor] | None = None
 
     def store(self, key: Tensor, value: Tensor) -> None:
         """Keeps the keys (B, G, rows, K) and values (B, G, rows, V) of the running block."""
@@ -154,7 +186,7 @@ def _sum(total: Tensor | None, part: Tensor, count: int) -> Tensor:
     return part if count == 1 else part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
 
 
-_running: ContextVar[PrefixAttention | None] = ContextVar("hf_longattn_running_block", default=None)
+_running: ContextVar[TokenMixer | None] = ContextVar("hf_longattn_running_block", default=None)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -227,7 +259,7 @@ def layer_attention_forward(
     """
     query, key, value = of_one_dtype(query, key, value)
     layer = _running.get()
-    if layer is None:
+    if not isinstance(layer, PrefixAttention):
         return tree_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **keywords)
     options = read_options(module, scaling, dropout, keywords)
     layer.calls += 1

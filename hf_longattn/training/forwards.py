@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_longattn.adapters import ForwardHooks
-from hf_longattn.masking import LazyMask
 from hf_longattn.parallel.sequence import SequenceShare, current_share
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.layer import BlockRun, Runtime, run_blocks
 from hf_longattn.training.shared_attention import SharedAttention
+from hf_longattn.training.states import BlockStates
 from hf_longattn.training.visibility import PACKING
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -25,12 +25,13 @@ def _new_seed(module: nn.Module) -> int | None:
     return int(torch.randint(2**62, ()).item()) if module.training else None
 
 
-def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
+def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = False) -> Callable[..., Any]:
     """What stands in for the forward of a decoder layer.
 
     Args:
         layer: the layer, its forward still its own.
         runtime: settings of the model.
+        has_state: whether it is lightning attention, not softmax.
 
     Returns:
         a function with the same signature.
@@ -38,6 +39,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
     original = layer.forward
     signature = inspect.signature(original)
     hidden_name = next(iter(signature.parameters))
+    cache_name = next((name for name in _CACHES if name in signature.parameters), _CACHES[0])
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -50,23 +52,18 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime) -> Callable[..., Any]:
         arguments = {name: value for name, value in arguments.items() if name not in _CACHES}
         if arguments.get("use_cache"):
             arguments["use_cache"] = False
-        share = _share_of(arguments.get("attention_mask"))
+        share = runtime.block_rows.share_of(arguments)
         rows = runtime.rows(hidden, share)
-        attention = _attention(runtime, arguments, rows, hidden, share)
+        if has_state:
+            attention = _states(runtime, arguments, rows, hidden, share, cache_name)
+        else:
+            attention = _attention(runtime, arguments, rows, hidden, share)
         arguments = {name: value for name, value in arguments.items() if name not in PACKING}
         hooks = ForwardHooks(layer)
         run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share)
         return run_blocks(run, runtime, layer, hidden)
 
     return forward
-
-
-def _share_of(mask: Any) -> SequenceShare | None:
-    """What this rank computes of the sequence that a mask belongs to."""
-    if not isinstance(mask, LazyMask):
-        return None
-    # Checkpointing of the caller's calls the layer again in the backward, with nothing but its arguments.
-    return mask.derived.setdefault("sequence_share", current_share())
 
 
 def _attention(
@@ -82,6 +79,19 @@ def _attention(
     if share is not None:
         return functools.partial(SharedAttention, visibility, share)
     return functools.partial(PrefixAttention, visibility, hidden.shape[1])
+
+
+def _states(
+    runtime: Runtime,
+    arguments: dict[str, Any],
+    rows: list[slice],
+    hidden: Tensor,
+    share: SequenceShare | None,
+    cache_name: str,
+) -> Callable[[], BlockStates]:
+    places = rows if share is None else [share.place(part) for part in rows]
+    own = runtime.block_rows.get(arguments, places, hidden, share)
+    return functools.partial(BlockStates, own, cache_name, share)
 
 
 def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:

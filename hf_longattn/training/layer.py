@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 from hf_longattn.adapters import ForwardHooks
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
-from hf_longattn.training.attention import PrefixAttention
+from hf_longattn.training.attention import TokenMixer
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import is_unshared
-from hf_longattn.training.shared_attention import SharedAttention
+from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 
@@ -57,6 +57,7 @@ class Runtime:
     save_attention: bool
     offloader: Offloader
     visibility: VisibilityCache = field(default_factory=VisibilityCache)
+    block_rows: BlockRowsCache = field(default_factory=BlockRowsCache)
     active: bool = False
 
     def is_active(self) -> bool:
@@ -89,7 +90,7 @@ class BlockRun:
         forward: the layer's own forward.
         arguments: its other arguments, by name.
         rows: the blocks.
-        attention: keys and values of the layer; None for a module that mixes no tokens.
+        attention: keys and values or states of the layer; None for a module that mixes no tokens.
         seed: of the random numbers of the first block, or None outside training.
         device: of the hidden states.
         hooks: those of the layer's modules, which the backward needs too.
@@ -99,7 +100,7 @@ class BlockRun:
     forward: Callable[..., Any]
     arguments: dict[str, Any]
     rows: list[slice]
-    attention: Callable[[], PrefixAttention] | None
+    attention: Callable[[], TokenMixer] | None
     seed: int | None
     device: torch.device
     hooks: ForwardHooks | None = None
@@ -125,14 +126,14 @@ class BlockRun:
                 _seed(self.device, self.seed + (rows if self.share is None else self.share.place(rows)).start)
             yield
 
-    def block(self, index: int, hidden: Tensor, attention: PrefixAttention | None, **options: Any) -> Tensor:
+    def block(self, index: int, hidden: Tensor, attention: TokenMixer | None, **options: Any) -> Tensor:
         """The layer on one block.
 
         Args:
             index: of the block.
             hidden: (B, rows, D).
-            attention: keys and values of the layer.
-            options: of `PrefixAttention.block`.
+            attention: keys and values or states of the layer.
+            options: of `TokenMixer.block`.
 
         Returns:
             (B, rows, D); nothing useful where attention stops the layer.
@@ -140,6 +141,8 @@ class BlockRun:
         rows, length = self.rows[index], self.rows[-1].stop
         arguments = {name: cut(name, value, rows, length) for name, value in self.arguments.items()}
         output: Any = hidden
+        if attention is not None:
+            arguments |= attention.arguments
         scope = contextlib.nullcontext() if attention is None else attention.block(index, rows, **options)
         with self._as_then(index), scope:
             output = self.forward(hidden, **arguments)
@@ -206,7 +209,7 @@ def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple
     """
     attention = run.attention() if run.attention is not None else None
     options = {}
-    if isinstance(attention, SharedAttention):
+    if attention is not None and attention.is_shared:
         _fill(run, attention, enumerate(hidden[:, rows] for rows in run.rows))
         attention.gather()
         options["stores"] = False
@@ -220,14 +223,14 @@ def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple
         whole[:, rows] = output
         if runtime is not None and saved is not None:
             saved.hidden.write(index, block)
-            if attention is not None and runtime.save_attention:
+            if attention is not None and attention.results is not None and runtime.save_attention:
                 _save_results(saved, index, attention, runtime, run.rows)
     assert whole is not None
     return whole, saved
 
 
 def _save_results(
-    saved: Saved, index: int, attention: PrefixAttention, runtime: Runtime, rows: list[slice]
+    saved: Saved, index: int, attention: TokenMixer, runtime: Runtime, rows: list[slice]
 ) -> None:
     assert attention.results is not None
     output, lse = (result.transpose(1, 2) for result in attention.results)
@@ -238,20 +241,19 @@ def _save_results(
     saved.lse.write(index, lse)
 
 
-def _fill(run: BlockRun, attention: PrefixAttention, blocks: Iterable[tuple[int, Tensor]]) -> None:
+def _fill(run: BlockRun, attention: TokenMixer, blocks: Iterable[tuple[int, Tensor]]) -> None:
     """Keys and values of some blocks, and nothing else of the layer."""
     with torch.no_grad():
         for index, block in blocks:
             run.block(index, block, attention, stops=True)
 
 
-def _refill(run: BlockRun, saved: Saved, attention: PrefixAttention) -> None:
+def _refill(run: BlockRun, saved: Saved, attention: TokenMixer) -> None:
     """Keys and values again; the last block alone brings its own in the pass from right to left."""
-    shared = isinstance(attention, SharedAttention)
-    order = list(range(len(run.rows) if shared else len(run.rows) - 1))
+    order = list(range(len(run.rows) if attention.is_shared else len(run.rows) - 1))
     if order:
         _fill(run, attention, zip(order, saved.hidden.read(order), strict=True))
-    if isinstance(attention, SharedAttention):
+    if attention.is_shared:
         attention.gather()
 
 
@@ -273,17 +275,27 @@ class _GradientSums:
         self.hidden: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
-    def add(self, index: int, block: Tensor, outputs: list[Tensor], grads: list[Tensor]) -> None:
-        """One local backward, from the gradients of what one block (B, rows, D) gave."""
+    def add(
+        self,
+        index: int,
+        block: Tensor,
+        outputs: list[Tensor],
+        grads: list[Tensor],
+        entering: Tensor | None = None,
+    ) -> Tensor | None:
+        """One local backward of a block (B, rows, D), from what it gave to that of `entering`."""
         pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-        wanted = [block, *self.parameters] if self.needs_input else self.parameters
+        wanted = [block, *self.parameters] if self.needs_input else list(self.parameters)
         if not pairs or not wanted:
-            return
+            return None
         outputs, grads = map(list, zip(*pairs, strict=True))
+        wanted += [] if entering is None else [entering]
         parts = list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        found = None if entering is None else parts.pop()
         if self.needs_input and (part := parts.pop(0)) is not None:
             self._add_hidden(index, part)
         self.sums = [_add(total, part) for total, part in zip(self.sums, parts, strict=True)]
+        return found
 
     def _add_hidden(self, index: int, part: Tensor) -> None:
         if self.hidden is None:
@@ -338,18 +350,36 @@ def run_backward(
     sums = _GradientSums(run, parameters, needs_input, grad if may_overwrite else None)
     for index, block, results in zip(order, saved.hidden.read(order), saved.results(order), strict=True):
         block = block.detach().requires_grad_(needs_input)
-        stores = index == last and not isinstance(attention, SharedAttention)
-        options = {} if attention is None else {"results": results, "stores": stores}
+        options = {}
+        if attention is not None:
+            options = {"results": results, "stores": index == last and not attention.is_shared}
         with torch.enable_grad():
             output = run.block(index, block, attention, **options)
-        sums.add(index, block, [output], [grad[:, run.rows[index]]])
-    if isinstance(attention, SharedAttention):
+        _block_backward(sums, index, block, output, grad, attention)
+    if attention is not None and attention.is_shared:
         _keys_backward(run, saved, attention, sums)
     return sums.results()
 
 
-def _keys_backward(run: BlockRun, saved: Saved, attention: SharedAttention, sums: _GradientSums) -> None:
-    """The way of the gradients of keys and values to the input and the parameters.
+def _block_backward(
+    sums: _GradientSums,
+    index: int,
+    block: Tensor,
+    output: Tensor,
+    grad: Tensor,
+    attention: TokenMixer | None,
+) -> None:
+    grad = grad[:, sums.run.rows[index]]
+    if attention is None:
+        sums.add(index, block, [output], [grad])
+        return
+    outputs, grads = attention.ends()
+    found = sums.add(index, block, [output, *outputs], [grad, *grads], attention.entering)
+    attention.take(found)
+
+
+def _keys_backward(run: BlockRun, saved: Saved, attention: TokenMixer, sums: _GradientSums) -> None:
+    """The way of the gradients of keys and values, or states, to the input and the parameters.
 
     A second pass, for no block's own dK, dV are complete before every rank has finished its first. To compute
     norm and projections again costs a tenth of the layer's products and no memory; to keep the graphs of all

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
+from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
 from hf_longattn.training.layer import Runtime
@@ -23,11 +24,13 @@ from hf_longattn.training.several import make_parallel, share_sequences
 
 logger = logging.getLogger("hf_longattn")
 
-_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
+_IMPLEMENTATIONS = ("tree_attention", "blockwise_attention", "lightning_attention")
 # Modules that mix tokens without attention: a block of tokens alone would lack their state.
 _MIXERS = re.compile(
     r"Mamba|DeltaNet|ShortConv|Rwkv|RWKV|Recurrent|SSM|LinearAttention|Lightning|Conv1d$|Hyena"
 )
+# Models whose mixers of that name are lightning attention, which hands a state from block to block.
+_LIGHTNING_MODELS = ("minimax", "lightning_attention")
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def prepare_training(
     offloader = Offloader(setup.offload, _reserve(inner, ranks))
     runtime = Runtime(setup.block_size, setup.save_attention, offloader)
     changes.set(runtime, "active", True)
-    _patch_layers(changes, decoder, layers, runtime)
+    if inner.config.model_type == "minimax":
+        _replace_minimax(changes, inner)
+    _patch_layers(changes, decoder, layers, runtime, lightning_layers(inner.config.get_text_config()))
     if parallel is not None:
         share_sequences(changes, parallel, accelerator, runtime)
     for module in inner.modules():
@@ -164,6 +169,7 @@ def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer
     mixers = {
         type(m).__name__ for layer in layers for m in layer.modules() if _MIXERS.search(type(m).__name__)
     }
+    mixers = set() if config.model_type in _LIGHTNING_MODELS else mixers
     reasons.append((bool(mixers), f"its layers mix tokens in {', '.join(sorted(mixers))}, not in attention"))
     for fails, words in reasons:
         if fails:
@@ -189,20 +195,29 @@ def _patch_layers(
     decoder: nn.Module,
     layers: list[GradientCheckpointingLayer],
     runtime: Runtime,
+    lightning: frozenset[int],
 ) -> None:
     register()
     configs: dict[int, Any] = {}
     for layer in layers:
+        has_state = any(vars(module).get("layer_idx") in lightning for module in layer.modules())
         for module in layer.modules():
-            if (config := vars(module).get("config")) is not None:
+            if not has_state and (config := vars(module).get("config")) is not None:
                 own = configs.setdefault(id(config), copy.deepcopy(config))
                 own._attn_implementation = IMPLEMENTATION
                 changes.set(module, "config", own)
         changes.set(layer, "gradient_checkpointing", False)
-        changes.set(layer, "forward", blockwise_forward(layer, runtime))
+        changes.set(layer, "forward", blockwise_forward(layer, runtime, has_state))
     for norm in decoder.children():
         if "Norm" in type(norm).__name__:
             changes.set(norm, "forward", tokenwise_forward(norm, runtime))
+
+
+def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
+    # Imported here: it imports the model of transformers.
+    from hf_longattn.modeling.lightning import minimax
+
+    minimax.replace_lightning_layers(changes, model)
 
 
 def _no_checkpointing(*args: Any, **kwargs: Any) -> None:

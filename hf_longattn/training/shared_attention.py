@@ -23,6 +23,8 @@ class SharedAttention(PrefixAttention):
         share: what this rank computes.
     """
 
+    is_shared = True
+
     def __init__(self, visibility: Visibility, share: SequenceShare) -> None:
         super().__init__(visibility, share.slices.count // share.group.world_size)
         self.share = share

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
-from hf_longattn.attention.lightning import attend_run
+from hf_longattn.attention.lightning import attend_to_state, starts_of_positions
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.sharded import ShardedCache, ShardedRecurrentLayer
+from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.instance import Setup
 from hf_longattn.parallel.group import SequenceGroup
@@ -152,18 +152,19 @@ def _forward(
     states = states.unflatten(-1, (layer.num_attention_heads, 3 * layer.head_dim)).transpose(1, 2)
     query, key, value = states.split(layer.head_dim, dim=-1)
     slopes = slopes.to(hidden_states.device)
-    empty = past_key_values is None or _is_empty(past_key_values, layer.layer_idx)
-    if isinstance(past_key_values, LongContextCache):
-        key, value = past_key_values.update(key, value, layer.layer_idx)
-        held: Any = past_key_values.layers[layer.layer_idx]
-        if isinstance(held, ShardedRecurrentLayer) and held.run is not None:
-            output = attend_run(held, held.run, query, key, value, slopes, 1.0)
-        else:
-            rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
-            output = held.attend(query, key, value, slopes, 1.0, rows)
+    shape = hidden_states.shape[:2]
+
+    def rows() -> TokenRows:
+        empty = past_key_values is None or _is_empty(past_key_values, layer.layer_idx)
+        return _rows(attention_mask, position_ids, shape, empty)
+
+    if past_key_values is None or _is_theirs(past_key_values):
+        output = _scan_beside(past_key_values, layer.layer_idx, query, key, value, slopes, rows())
     else:
-        rows = _rows(attention_mask, position_ids, hidden_states.shape[:2], empty)
-        output = _scan_beside(past_key_values, layer.layer_idx, query, key, value, slopes, rows)
+        known = rows() if isinstance(past_key_values, LongContextCache) else TokenRows()
+        key, value = past_key_values.update(key, value, layer.layer_idx)
+        held = key.recurrent_layer  # type: ignore[attr-defined]
+        output = attend_to_state(held, query, key, value, slopes, 1.0, lambda: known)
     output = layer.norm(output.flatten(2))
     return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * output), None
 
@@ -190,14 +191,17 @@ def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, e
     if known is None or known[0] is not mask:
         rows = TokenRows(None if mask is None else mask.bool())
         if empty and shape[1] > 1:
-            starts = (position_ids == 0).expand(shape)
-            starts = starts if mask is None else starts & mask.bool()
-            rows.starts = starts if bool((starts.sum(-1) > 1).any()) else None
+            exists = None if mask is None else mask.bool()
+            rows.starts = starts_of_positions(position_ids, exists, shape[0])
         known = _rows_of_positions[position_ids] = (mask, rows)
     return known[1]
 
 
+def _is_theirs(cache: Any) -> bool:
+    return isinstance(cache, MiniMaxCache) and not isinstance(cache, LongContextCache)
+
+
 def _is_empty(cache: Any, layer_idx: int) -> bool:
-    if isinstance(cache, LongContextCache):
-        return cache.get_seq_length(layer_idx) == 0
-    return not isinstance(cache.get_linear_cache(layer_idx), Tensor)
+    if _is_theirs(cache):
+        return not isinstance(cache.get_linear_cache(layer_idx), Tensor)
+    return cache.get_seq_length(layer_idx) == 0

@@ -3,6 +3,10 @@
     python recipes/finetune_long.py --length 32768 --output_dir runs/smollm2-32k
     python recipes/finetune_long.py --smoke --output_dir runs/smoke        # a minute on a CPU
 
+Several GPUs share each piece, a rank with its part of the tokens:
+
+    torchrun --nproc-per-node 4 recipes/finetune_long.py --share --length 131072 --output_dir runs/128k
+
 SmolLM2-135M-Instruct knows 8K positions. The base of its rotary embedding is raised for the new length, and
 it trains on pieces of the King James Bible under Trainer, with `prepare_training`. Before and after, the loss
 is printed by position: tokens far from the beginning should end up the cheapest, for they have read the most.
@@ -23,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 import hf_longattn
@@ -35,6 +40,7 @@ class Recipe:
     length: int = field(default=32768, metadata={"help": "tokens of a piece"})
     held_out: int = field(default=2, metadata={"help": "pieces kept for the loss by position"})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread evenly"})
+    share: bool = field(default=False, metadata={"help": "all processes share each piece, not one each"})
     smoke: bool = field(default=False, metadata={"help": "a tiny random model and text, a few steps"})
 
 
@@ -100,19 +106,27 @@ def main() -> None:
         recipe.length, training.max_steps, training.use_cpu = 512, 4, True
     training.per_device_train_batch_size, training.prediction_loss_only = 1, True
     training.dataloader_pin_memory = False
+    # The processes of a run start from the same weights.
+    set_seed(training.seed)
+    if recipe.share and training.world_size == 1:
+        raise SystemExit("--share needs several processes: use torchrun (and --use_cpu on a CPU)")
     model, tokens = load_smoke(recipe) if recipe.smoke else load(recipe)
     held_out = Rows(tokens[: recipe.held_out * recipe.length], recipe.length)
     train = Rows(tokens[recipe.held_out * recipe.length :], recipe.length)
-    hf_longattn.prepare_training(
-        model, block_size=128 if recipe.smoke else None, label_smoothing=recipe.label_smoothing
-    )
     trainer = Trainer(model, training, train_dataset=train, eval_dataset=held_out)
+    hf_longattn.prepare_training(
+        model,
+        accelerator=trainer.accelerator if recipe.share else None,
+        block_size=128 if recipe.smoke else None,
+        label_smoothing=recipe.label_smoothing,
+    )
     before = loss_by_position(model, held_out, recipe.length)
     trainer.train()
     after = loss_by_position(model, held_out, recipe.length)
-    print(f"\n{'positions':>16}  before   after")
-    for name, loss in before.items():
-        print(f"{name:>16}  {loss:6.3f}  {after[name]:6.3f}")
+    if trainer.is_world_process_zero():
+        print(f"\n{'positions':>16}  before   after")
+        for name, loss in before.items():
+            print(f"{name:>16}  {loss:6.3f}  {after[name]:6.3f}")
     if not all(map(math.isfinite, after.values())):
         raise SystemExit("the loss is not finite")
     trainer.save_model()

@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -220,12 +222,9 @@ class Data:
 
     def after(self, rows: int) -> "Data":
         """The same text from a later row on; what was passed comes last."""
-        order = np.roll(self.train.order, -rows)
-        return Data(
-            Rows(self.train.tokens, self.train.length, order, self.train.unscored),
-            self.held_out,
-            self.num_tokens,
-        )
+        rows_left = Rows(self.train.tokens, self.train.length, np.roll(self.train.order, -rows))
+        rows_left.unscored = self.train.unscored
+        return Data(rows_left, self.held_out, self.num_tokens)
 
 
 def load_rows(text: Text, tokenizer: PreTrainedTokenizerFast, seed: int, unscored: int = 0) -> Data:
@@ -275,6 +274,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def tiny_model(folder: Path) -> str:
+    """A folder with a random Llama and a byte tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 # ---- training

@@ -27,11 +27,11 @@ from _common import (
     Data,
     Text,
     Training,
-    byte_tokenizer,
     flops_a_token,
     load_rows,
     passkeys,
     smoke,
+    tiny_model,
     train,
     write_report,
 )
@@ -41,7 +41,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,12 +56,10 @@ LIGHTNING = "lightning_attention"
 class Recipe:
     """What becomes of the model."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "folder or id (default: SmolLM2-135M, fetched)"}
-    )
+    model: str | None = field(default=None, metadata={"help": "folder or id (SmolLM2-135M, fetched)"})
     softmax_every: int = field(default=0, metadata={"help": "every n-th layer stays softmax; 0: none"})
     transfer: float = field(default=0.2, metadata={"help": "share of the tokens for stage 1"})
-    transfer_learning_rate: float = field(default=5e-4, metadata={"help": "of stage 1"})
+    transfer_learning_rate: float = field(default=1e-3, metadata={"help": "of stage 1"})
     distill: float = field(default=0.0, metadata={"help": "weight of the teacher's logits in stage 2"})
     from_scratch: bool = field(default=False, metadata={"help": "random weights, stage 2 alone"})
     keep_softmax: bool = field(default=False, metadata={"help": "the model as it is, stage 2 alone"})
@@ -77,20 +74,6 @@ class Recipe:
         kind = f"hybrid, softmax every {self.softmax_every}" if self.softmax_every else "lightning"
         kind = "softmax" if self.keep_softmax else kind
         return f"{kind}, from scratch" if self.from_scratch else kind
-
-
-def tiny_model(folder: Path) -> str:
-    """A folder with a random model and a byte tokenizer, for the smoke mode."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def target_config(recipe: Recipe, source: str) -> PreTrainedConfig:
@@ -239,9 +222,13 @@ def main() -> None:
     data = load_rows(text, tokenizer, training.seed)
     torch.manual_seed(training.seed)
     model = load(recipe, recipe.model, target_config(recipe, recipe.model))
-    flops = flops_a_token(model)
-    result = {"source": recipe.model, "parameters": model.num_parameters(), "length": text.length}
-    result |= {"unique_tokens": data.num_tokens}
+    size, flops = model.num_parameters(), flops_a_token(model)
+    result = {
+        "source": recipe.model,
+        "parameters": size,
+        "length": text.length,
+        "unique_tokens": data.num_tokens,
+    }
     if not (recipe.from_scratch or recipe.keep_softmax):
         result |= transfer(recipe, training, text, data, recipe.model, model)
     first = result.get("transfer_tokens", 0)
@@ -249,10 +236,8 @@ def main() -> None:
     if recipe.distill:
         teacher = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
         kind = distilling(teacher.requires_grad_(False).eval().to(training.device), recipe.distill)
-    data = data.after(first // text.length)
-    result |= train(
-        model, training, text, data, folder / "model", first_tokens=first, trainer=kind, flops=flops
-    )
+    rest, place = data.after(first // text.length), folder / "model"
+    result |= train(model, training, text, rest, place, first_tokens=first, trainer=kind, flops=flops)
     save(model, tokenizer, folder, data)
     after = passkeys(model, tokenizer, recipe.passkey_lengths, recipe.passkey_trials)
     source = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32).to(training.device)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Data, Text, Training, byte_tokenizer, flops_a_token, load_rows, smoke, train, write_report
+from _common import Data, Text, Training, flops_a_token, load_rows, smoke, tiny_model, train, write_report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -172,7 +172,7 @@ def main() -> None:
     if text.smoke:
         smoke(text, training)
         recipe.generate_batch, recipe.generate_tokens = 2, [16, 16]
-        recipe.from_vanilla = str(tiny_vanilla(folder / "vanilla"))
+        recipe.from_vanilla = tiny_model(folder / "vanilla")
     if recipe.from_vanilla is None:
         from fetch_smollm2 import fetch
 
@@ -196,20 +196,6 @@ def main() -> None:
     tokenizer.save_pretrained(folder)
     result |= generation_speed(recipe, model, data)
     write_report("uptrain_block_transformer", training, {recipe.run: result})
-
-
-def tiny_vanilla(folder: Path) -> Path:
-    """A folder with a random model and a byte tokenizer, for the smoke mode."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

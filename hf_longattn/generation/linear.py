@@ -116,7 +116,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_gated(module: Any) -> bool:
     """A feed-forward layer with the names that SwiGLU layers have throughout transformers."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = getattr(module, "act_fn", None)
     if not all(type(part) is nn.Linear for part in parts) or "forward" in vars(module):
         return False
@@ -126,7 +126,7 @@ def _is_gated(module: Any) -> bool:
     return known and plain and gate.weight.dtype in _DTYPES and gate.weight.shape == up.weight.shape
 
 
-def _linear_key(module: nn.Linear) -> tuple[Any, ...]:
+def _linear_key(module: Any) -> tuple[Any, ...]:
     return (module.weight.shape, module.weight.dtype, module.bias is None)
 
 
@@ -134,7 +134,7 @@ def _gated_key(module: Any) -> tuple[Any, ...]:
     return (type(module), module.gate_proj.weight.shape, module.gate_proj.weight.dtype)
 
 
-def _few_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _few_rows(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda states: few_row_linear(states, module.weight, module.bias)
 
 

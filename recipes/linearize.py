@@ -223,12 +223,8 @@ def main() -> None:
     torch.manual_seed(training.seed)
     model = load(recipe, recipe.model, target_config(recipe, recipe.model))
     size, flops = model.num_parameters(), flops_a_token(model)
-    result = {
-        "source": recipe.model,
-        "parameters": size,
-        "length": text.length,
-        "unique_tokens": data.num_tokens,
-    }
+    result = {"source": recipe.model, "parameters": size, "unique_tokens": data.num_tokens}
+    result["length"] = text.length
     if not (recipe.from_scratch or recipe.keep_softmax):
         result |= transfer(recipe, training, text, data, recipe.model, model)
     first = result.get("transfer_tokens", 0)

@@ -163,13 +163,15 @@ def test_a_second_backward_through_the_same_graph():
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_gradient_checkpointing_is_left_out(moment):
+@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"offload": True}], ids=str)
+def test_gradient_checkpointing_is_left_out(moment, options):
     model = build("llama")
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, **options}
     if moment == "before":
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(**options)
     hf_longattn.prepare_training(model, block_size=16)
     if moment == "after":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(**options)
         model.model.gradient_checkpointing_enable()
     calls, attention = [], model.model.layers[0].self_attn
     attention.register_forward_hook(lambda *args: calls.append(1))

@@ -16,6 +16,7 @@ from hf_longattn.attention.lightning import lightning_attention_forward, tnl_slo
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.generation.graph import GraphDecoder, device_lengths, rehearsal
+from hf_longattn.instance import Setup
 from hf_longattn.kernels import dispatch
 from hf_longattn.masking import lazy_mask
 
@@ -549,12 +550,11 @@ def test_masks():
         lightning_attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
-def test_set_ups_that_need_softmax_attention():
+def test_a_set_up_leaves_softmax_attention_to_softmax_models():
     model = tiny.build("llama", NAME)
     before = set(vars(model))
     with pytest.raises(ValueError, match="'lightning_attention' would be another model"):
-        hf_longattn.prepare_training(model)
-    hf_longattn.restore(model)
+        Setup(model).use_attention("tree_attention")
     assert model.config._attn_implementation == NAME and set(vars(model)) == before
 
 

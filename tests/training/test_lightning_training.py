@@ -157,9 +157,12 @@ def test_windows_beside_lightning_attention_are_refused():
         model(**batch("full"))
 
 
-@pytest.mark.parametrize("size", ["2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1", "3", "4"))])
-def test_a_sequence_over_several_processes(size):
+SLOW = [pytest.param(n, ("models", "trajectory"), marks=pytest.mark.slow) for n in ("1", "3", "4")]
+
+
+@pytest.mark.parametrize(("size", "topics"), [("2", ("models",)), *SLOW])
+def test_a_sequence_over_several_processes(size, topics):
     cases = Path(__file__).parent / "lightning_sequence_cases.py"
-    command = [sys.executable, str(cases), size, "models", "trajectory"]
+    command = [sys.executable, str(cases), size, *topics]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]

@@ -171,6 +171,7 @@ class BlockGroup:
 
     @place.setter
     def place(self, place: Any) -> None:
+        """Goes back to a place taken before."""
         self.slot, ends, updated = place
         for layer, end in zip(self._layers(), ends, strict=True):
             layer.end = end
@@ -246,6 +247,7 @@ class BlockDecoding:
 
     @place.setter
     def place(self, places: list[Any]) -> None:
+        """Goes back to places taken before, one a group."""
         for group, place in zip(self.groups, places, strict=True):
             group.place = place
 

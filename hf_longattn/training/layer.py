@@ -440,8 +440,8 @@ def run_blocks(run: BlockRun, runtime: Runtime, module: nn.Module, hidden: Tenso
         # DeepSpeed puts this on every parameter that it cuts: whole only inside the calls of its module.
         if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             raise ValueError(
-                "`model`: DeepSpeed's ZeRO stage 3 takes the parameters of a layer away before the backward of "
-                "a block needs them; use ZeRO stage 2, or FSDP2."
+                "`model`: DeepSpeed's ZeRO stage 3 takes the parameters of a layer away before the backward "
+                "of a block needs them; use ZeRO stage 2, or FSDP2."
             )
         return _BlockFunction.apply(run, runtime, hidden, *parameters)
     with torch.no_grad():

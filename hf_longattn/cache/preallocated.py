@@ -120,7 +120,8 @@ class PreallocatedLayer(CacheLayerMixin):
         assert self._keys is not None and self._values is not None
         self._keys.index_copy_(2, clock.index, key_states)
         self._values.index_copy_(2, clock.index, value_states)
-        return self._keys, self._values
+        # A buffer may be longer than that of the next layer, where memory ran out between the two.
+        return self._keys[:, :, : self.capacity], self._values[:, :, : self.capacity]
 
     @property
     def group(self) -> tuple[Any, ...]:

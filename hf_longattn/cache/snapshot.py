@@ -11,8 +11,9 @@ from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
 from hf_longattn.cache.sharded import ShardedCache
 
-# What counts the tokens of a layer of full attention.
-_COUNTS = ("end", "length")
+# What counts the tokens of a layer of full attention. Its capacity is that of the layers beside it, some of
+# which may have grown before memory ran out.
+_COUNTS = ("end", "length", "capacity")
 
 
 class Snapshot:
@@ -41,10 +42,8 @@ class Snapshot:
             return
         layers: list[Any] = self.cache.layers
         for index, kept in enumerate(self._layers):
-            if isinstance(kept, _Counts):
+            if isinstance(kept, (_Counts, _Window)):
                 kept.restore(layers[index])
-            elif isinstance(kept, _Window):
-                layers[index].load_state(kept.state, kept.length)
             else:
                 layers[index] = kept
         if isinstance(self.cache, ShardedCache):
@@ -56,7 +55,13 @@ class _Window:
 
     def __init__(self, layer: PreallocatedSlidingLayer) -> None:
         self.state = {name: tensor.clone() for name, tensor in layer.state().items()}
-        self.length = int(layer.get_seq_length())
+        self.length, self.capacity = int(layer.get_seq_length()), layer.capacity
+
+    def restore(self, layer: Any) -> None:
+        """Puts the window back."""
+        for part in (layer, getattr(layer, "scales", layer)):
+            part.capacity = self.capacity
+        layer.load_state(self.state, self.length)
 
 
 class _Counts:

@@ -10,6 +10,7 @@ import hf_longattn
 from hf_longattn.cache import LongContextCache, preallocated
 from hf_longattn.cache.snapshot import Snapshot
 from hf_longattn.generation import room
+from hf_longattn.generation.graph import device_lengths
 from hf_longattn.generation.planning import activation_bytes, cache_bytes
 
 FAMILIES = ["llama", "gemma2", "mistral-window", "gpt-oss", "llama4"]
@@ -159,6 +160,36 @@ def test_buffers_that_could_not_grow_hold_what_they_held(monkeypatch, buffer):
         generate(model, ids, past_key_values=cache)
     assert cache.get_seq_length() == 16
     assert generate(model, ids, past_key_values=cache) == generate(prepare(), ids)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("buffer", [2, 4, 5])
+def test_captured_steps_go_on_where_some_layers_had_grown(monkeypatch, family, cache_dtype, buffer):
+    model = tiny.build(family, "tree_attention")
+    cache = LongContextCache(model.config, cache_dtype=cache_dtype)
+    real, made = preallocated._moved, []
+
+    def moved(filled, capacity):
+        made.append(1)
+        if len(made) == buffer:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(filled, capacity)
+
+    last = {"input_ids": tiny.tokens(1, 1, seed=4), "position_ids": torch.tensor([[30]])}
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, 30), past_key_values=cache)
+        snapshot = Snapshot(cache)
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(preallocated, "_moved", moved)
+            model(input_ids=tiny.tokens(1, 400, seed=3), past_key_values=cache)
+        snapshot.restore()
+        expected = model(**last, past_key_values=cache.fork()).logits
+        with device_lengths(cache, clocks := {}, 1):
+            for clock in clocks.values():
+                clock.begin(1)
+            result = model(**last, past_key_values=cache).logits
+    assert tiny.relative_error(result, expected) < 1e-5
 
 
 def test_states_are_copied_and_put_back():

@@ -1,4 +1,4 @@
-"""What the training recipes share: text to packed rows, defaults for Trainer, the loss curve, the report.
+"""What the training recipes share: text to packed rows, the loss curve, the report.
 
     text files -> documents -> tokens (cached by `datasets`) -> rows of equal length -> Trainer
 
@@ -16,7 +16,7 @@ import lzma
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from _options import ROOT, Text, Training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -35,68 +36,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_longattn
+from hf_longattn.cli.evaluate import find_numbers
 
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 from _report import Report  # noqa: E402  the format of the result files has one home
 
 # A longer document goes to the tokenizer in parts, cut behind a line.
 PART = 1 << 20
-
-
-@dataclass
-class Text:
-    """What is read, and how it is cut."""
-
-    text: list[str] = field(default_factory=list, metadata={"help": "files and folders to read"})
-    suffixes: list[str] = field(
-        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cpp", ".cu", ".jsonl"],
-        metadata={"help": "which files of a folder are text; each may end in .xz too"},
-    )
-    length: int = field(default=2048, metadata={"help": "tokens of a row"})
-    tokens: int = field(default=100_000_000, metadata={"help": "tokens to train on"})
-    held_out: int = field(default=100, metadata={"help": "one document in so many is held out"})
-    eval_rows: int = field(default=256, metadata={"help": "held-out rows that are scored"})
-    readers: int = field(default=1, metadata={"help": "processes that read and tokenise"})
-    smoke: bool = field(default=False, metadata={"help": "tiny models on the project's own text, on a CPU"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint"})
-
-
-@dataclass
-class Training(TrainingArguments):
-    """Trainer's own arguments with other defaults.
-
-    Weights and optimizer state are fp32, products bf16 by autocast: updates of 1e-4 of a weight are lost in
-    bf16 weights. Nothing waits for the GPU between two lines of the log.
-    """
-
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 4
-    learning_rate: float = 3e-4
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    warmup_steps: float = 0.02
-    weight_decay: float = 0.1
-    adam_beta2: float = 0.95
-    logging_steps: float = 10
-    # Looking for NaN would wait for the GPU at every step.
-    logging_nan_inf_filter: bool = False
-    eval_strategy: str = "steps"
-    eval_on_start: bool = True
-    eval_steps: float | None = 0.05
-    prediction_loss_only: bool = True
-    save_steps: float = 0.2
-    save_total_limit: int | None = 1
-    # The rows come shuffled.
-    train_sampling_strategy: str = "sequential"
-    dataloader_num_workers: int = 4
 
 
 # ---- text
@@ -253,18 +203,7 @@ def load_rows(text: Text, tokenizer: PreTrainedTokenizerFast, seed: int, unscore
     )
 
 
-# ---- smoke mode
-
-
-def smoke(text: Text, training: Training) -> None:
-    """Shrinks everything for a run of seconds on a CPU: bytes of the project's own pages, or of `--text`."""
-    text.text = text.text or [str(ROOT / "docs")]
-    text.length, text.eval_rows, text.held_out = 64, 16, 4
-    text.tokens = min(text.tokens, 40 * 8 * text.length)
-    training.use_cpu, training.bf16, training.dataloader_num_workers = True, False, 0
-    training.gradient_accumulation_steps, training.learning_rate = 1, 1e-2
-    training.logging_steps, training.eval_steps, training.save_steps = 5, 0.25, 0.5
-    training.dataloader_pin_memory = False
+# ---- the tiny model of the smoke mode
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -422,39 +361,23 @@ def train(
     }
 
 
-@torch.no_grad()
 def passkeys(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int], trials: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, lengths: list[int], trials: int
 ) -> dict[int, float]:
-    """Share of five-digit keys that the model repeats, by the length of the prompt.
+    """Share of numbers hidden in held-out text that the model repeats, by the length of the prompt.
 
     Args:
         model: on its device.
         tokenizer: of the model.
+        data: the text, repeated where it is shorter than a prompt.
         lengths: of the prompts, in tokens.
-        trials: prompts of each length; the key moves from the beginning to the end.
+        trials: prompts of each length; the number moves from the beginning to the end.
     """
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    filler, ask, found = ids(" The grass is green. The sky is blue."), ids(" The pass key is"), {}
-    keys = torch.randint(10000, 100000, (trials,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.from_numpy(np.resize(data.held_out.tokens, max(lengths, default=0)))
     hf_longattn.prepare_generation(model.eval(), cuda_graph=False)
-    for length in lengths:
-        prompts = []
-        for trial, key in enumerate(keys):
-            needle = ids(f" The pass key is {key}. Remember it.")
-            room = max(length - len(needle) - len(ask), 0)
-            place, around = room * trial // trials, (filler * (room // len(filler) + 1))[:room]
-            prompts.append(around[:place] + needle + around[place:] + ask)
-        rows = torch.tensor(prompts, device=model.device)
-        call = {"attention_mask": torch.ones_like(rows), "pad_token_id": tokenizer.eos_token_id}
-        answers = model.generate(rows, max_new_tokens=8, do_sample=False, **call)
-        said = tokenizer.batch_decode(answers[:, rows.shape[1] :])
-        found[length] = sum(str(key) in text for key, text in zip(keys, said, strict=True)) / trials
+    found = [find_numbers(model, tokenizer, text, length, trials, batch_size=trials) for length in lengths]
     hf_longattn.restore(model)
-    return found
+    return {row.length: row.found / row.asked for row in found}
 
 
 def draw(path: Path, curves: dict[str, list[dict]]) -> None:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 from _common import Rows
+from _options import parse
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedModel,
     Trainer,
@@ -101,15 +101,15 @@ def loss_by_position(model: PreTrainedModel, pieces: Rows, length: int) -> dict[
 
 
 def main() -> None:
-    recipe, training = HfArgumentParser((Recipe, TrainingArguments)).parse_args_into_dataclasses()
+    recipe, training = parse(Recipe, TrainingArguments)
     if recipe.smoke:
-        recipe.length, training.max_steps, training.use_cpu = 512, 4, True
+        recipe.length, training.max_steps = 512, 4
     training.per_device_train_batch_size, training.prediction_loss_only = 1, True
     training.dataloader_pin_memory = False
     # The processes of a run start from the same weights.
     set_seed(training.seed)
     if recipe.share and training.world_size == 1:
-        raise SystemExit("--share needs several processes: use torchrun (and --use_cpu on a CPU)")
+        raise SystemExit("--share needs several processes: use torchrun")
     model, tokens = load_smoke(recipe) if recipe.smoke else load(recipe)
     held_out = Rows(tokens[: recipe.held_out * recipe.length], recipe.length)
     train = Rows(tokens[recipe.held_out * recipe.length :], recipe.length)

@@ -25,22 +25,19 @@ import torch
 import torch.nn.functional as F
 from _common import (
     Data,
-    Text,
-    Training,
     flops_a_token,
     load_rows,
     passkeys,
-    smoke,
     tiny_model,
     train,
     write_report,
 )
+from _options import Text, Training, parse_alone, smoke
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,6 +45,7 @@ from transformers import (
 )
 
 import hf_longattn  # noqa: F401  registers the implementation
+from hf_longattn.cli.evaluate import needle_prompt
 
 LIGHTNING = "lightning_attention"
 
@@ -207,19 +205,24 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def main() -> None:
-    recipe, text, training = HfArgumentParser((Recipe, Text, Training)).parse_args_into_dataclasses()
+    recipe, text, training = parse_alone(Recipe)
     folder = Path(training.output_dir)
+    if training.learning_rate is None:
+        training.learning_rate = 3e-4
     if text.smoke:
         smoke(text, training)
         recipe.model = tiny_model(folder / "source")
         recipe.transfer, recipe.transfer_learning_rate = 0.5, 1e-2
-        recipe.passkey_lengths, recipe.passkey_trials = [64, 128], 2
+        recipe.passkey_lengths, recipe.passkey_trials = [400, 500], 2
     if recipe.model is None:
         from fetch_smollm2 import fetch
 
         recipe.model = str(fetch())
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     data = load_rows(text, tokenizer, training.seed)
+    for length in recipe.passkey_lengths:
+        # What is too short for the question is to be known before the training.
+        needle_prompt(tokenizer, torch.zeros(length, dtype=torch.long), length, 0.0, 1_000_000)
     torch.manual_seed(training.seed)
     model = load(recipe, recipe.model, target_config(recipe, recipe.model))
     size, flops = model.num_parameters(), flops_a_token(model)
@@ -235,9 +238,9 @@ def main() -> None:
     rest, place = data.after(first // text.length), folder / "model"
     result |= train(model, training, text, rest, place, first_tokens=first, trainer=kind, flops=flops)
     save(model, tokenizer, folder, data)
-    after = passkeys(model, tokenizer, recipe.passkey_lengths, recipe.passkey_trials)
+    after = passkeys(model, tokenizer, data, recipe.passkey_lengths, recipe.passkey_trials)
     source = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32).to(training.device)
-    before = passkeys(source, tokenizer, recipe.passkey_lengths, recipe.passkey_trials)
+    before = passkeys(source, tokenizer, data, recipe.passkey_lengths, recipe.passkey_trials)
     probes = [
         {"section": "passkey", "run": recipe.run, "length": n, "source": before[n], "accuracy": after[n]}
         for n in after

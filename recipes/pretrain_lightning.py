@@ -16,20 +16,17 @@ from pathlib import Path
 import torch
 from _common import (
     Curve,
-    Text,
-    Training,
     byte_tokenizer,
     draw,
     flops_a_token,
     load_rows,
-    smoke,
     train,
     write_report,
 )
+from _options import Preset, parse_alone, smoke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,19 +34,7 @@ from transformers import (
 
 from hf_longattn.modeling.lightning import LightningConfig
 
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape that both models share."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    # Of the lightning model; a multiple of 3 of D makes the parameters of both equal.
-    intermediate_size: int
-    learning_rate: float
-
-
+# Of the lightning model: where 3 divides the width, the parameters of both are equal.
 PRESETS = {
     "30M": Preset(384, 6, 6, 1024, 2e-3),
     "85M": Preset(576, 13, 9, 1536, 1.2e-3),
@@ -78,14 +63,8 @@ def build(name: str, preset: Preset, tokenizer: PreTrainedTokenizerBase, length:
     A lightning layer has 5 D^2 + 3 D F weights (q, k, v, gate, out; a gated unit of width F), a Llama layer
     4 D^2 + 3 D F', so F' = F + D / 3.
     """
-    width = preset.hidden_size
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
+    shape = preset.fields(len(tokenizer), length) | {
         "num_hidden_layers": preset.num_hidden_layers,
-        "num_attention_heads": preset.num_attention_heads,
-        "max_position_embeddings": length,
-        "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
@@ -93,15 +72,16 @@ def build(name: str, preset: Preset, tokenizer: PreTrainedTokenizerBase, length:
     if name == "lightning":
         config = LightningConfig(**shape, intermediate_size=preset.intermediate_size)
     elif name == "llama":
-        config = LlamaConfig(**shape, intermediate_size=preset.intermediate_size + width // 3)
+        config = LlamaConfig(**shape, intermediate_size=preset.intermediate_size + preset.hidden_size // 3)
     else:
         raise SystemExit(f"--models knows lightning and llama, got {name}")
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
 def main() -> None:
-    recipe, text, training = HfArgumentParser((Recipe, Text, Training)).parse_args_into_dataclasses()
-    given = training.learning_rate != Training.learning_rate
+    recipe, text, training = parse_alone(Recipe)
+    if training.learning_rate is None:
+        training.learning_rate = PRESETS[recipe.preset].learning_rate
     if text.smoke:
         smoke(text, training)
         recipe.preset, tokenizer = "smoke", byte_tokenizer()
@@ -112,8 +92,6 @@ def main() -> None:
             recipe.tokenizer = str(fetch())
         tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
     preset, folder = PRESETS[recipe.preset], Path(training.output_dir)
-    if not given:
-        training.learning_rate = preset.learning_rate
     data = load_rows(text, tokenizer, training.seed)
     runs = {}
     for name in recipe.models:

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Data, Text, Training, flops_a_token, load_rows, smoke, tiny_model, train, write_report
+from _common import Data, flops_a_token, load_rows, tiny_model, train, write_report
+from _options import Preset, parse_alone, smoke
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -36,18 +36,7 @@ import hf_longattn
 from hf_longattn.modeling.block_transformer import BlockTransformerConfig
 from hf_longattn.modeling.block_transformer.convert import config_from_vanilla, convert_from_vanilla
 
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a vanilla Llama; its Block Transformer has two thirds of the layers in each decoder."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    learning_rate: float
-
-
+# Of the vanilla Llama; its Block Transformer has two thirds of the layers in each decoder.
 PRESETS = {
     "30M": Preset(384, 6, 6, 1152, 2e-3),
     "85M": Preset(576, 12, 9, 1920, 1.2e-3),
@@ -86,14 +75,7 @@ class Recipe:
 
 def preset_config(preset: Preset, vocab_size: int, length: int, recipe: Recipe) -> PreTrainedConfig:
     """The vanilla or the Block configuration of a shape."""
-    shape = {
-        "vocab_size": vocab_size,
-        "hidden_size": preset.hidden_size,
-        "intermediate_size": preset.intermediate_size,
-        "num_attention_heads": preset.num_attention_heads,
-        "max_position_embeddings": length,
-        "tie_word_embeddings": True,
-    }
+    shape = preset.fields(vocab_size, length) | {"intermediate_size": preset.intermediate_size}
     ids = {"bos_token_id": None, "eos_token_id": None}
     if recipe.keep_vanilla:
         return LlamaConfig(**shape, **ids, num_hidden_layers=preset.num_hidden_layers, pad_token_id=0)
@@ -167,8 +149,10 @@ def generation_speed(recipe: Recipe, model: PreTrainedModel, data: Data) -> dict
 
 
 def main() -> None:
-    recipe, text, training = HfArgumentParser((Recipe, Text, Training)).parse_args_into_dataclasses()
-    folder, given = Path(training.output_dir), training.learning_rate != Training.learning_rate
+    recipe, text, training = parse_alone(Recipe)
+    folder = Path(training.output_dir)
+    if training.learning_rate is None:
+        training.learning_rate = PRESETS[recipe.preset].learning_rate if recipe.preset else 3e-4
     if text.smoke:
         smoke(text, training)
         recipe.generate_batch, recipe.generate_tokens = 2, [16, 16]
@@ -177,8 +161,6 @@ def main() -> None:
         from fetch_smollm2 import fetch
 
         recipe.from_vanilla = str(fetch())
-    if recipe.preset and not given:
-        training.learning_rate = PRESETS[recipe.preset].learning_rate
     tokenizer = AutoTokenizer.from_pretrained(recipe.from_vanilla)
     data = load_rows(text, tokenizer, training.seed, unscored=recipe.block_length)
     torch.manual_seed(training.seed)

@@ -163,7 +163,9 @@ def needle_prompt(tokenizer: Any, text: Tensor, length: int, depth: float, numbe
     return torch.tensor([[*task, *text[:at].tolist(), *needle, *text[at:room].tolist(), *question]])
 
 
-def find_numbers(model: Any, tokenizer: Any, text: Tensor, length: int, depths: int = 5) -> Retrieval:
+def find_numbers(
+    model: Any, tokenizer: Any, text: Tensor, length: int, depths: int = 5, batch_size: int = 1
+) -> Retrieval:
     """Hides a number at evenly spaced depths and asks for it, greedily.
 
     Args:
@@ -172,15 +174,20 @@ def find_numbers(model: Any, tokenizer: Any, text: Tensor, length: int, depths: 
         text: (N,) tokens to hide numbers in.
         length: tokens of a prompt.
         depths: so many prompts.
+        batch_size: prompts at a time.
     """
-    found = 0
-    for index in range(depths):
-        number = 1_000_003 * (index + 7) % 9_000_000 + 1_000_000
-        ids = needle_prompt(tokenizer, text, length, (index + 0.5) / depths, number).to(model.device)
-        answer = model.generate(
+    numbers = [1_000_003 * (index + 7) % 9_000_000 + 1_000_000 for index in range(depths)]
+    prompts = [
+        needle_prompt(tokenizer, text, length, (index + 0.5) / depths, number)
+        for index, number in enumerate(numbers)
+    ]
+    answers: list[str] = []
+    for ids in torch.cat(prompts).to(model.device).split(batch_size):
+        rows = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
         )
-        found += str(number) in tokenizer.decode(answer[0, length:])
+        answers += [tokenizer.decode(row[length:]) for row in rows]
+    found = sum(str(number) in answer for number, answer in zip(numbers, answers, strict=True))
     return Retrieval(length, found, depths)
 
 

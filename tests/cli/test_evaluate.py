@@ -83,16 +83,23 @@ def test_the_number_stands_in_the_prompt_and_an_answer_counts(folder, monkeypatc
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert evaluate.find_numbers(model, tokenizer, text, 600, 3) == evaluate.Retrieval(600, 0, 3)
 
+    asked = []
+
     def copies(input_ids, **kwargs):
-        words = "".join(tokenizer.convert_ids_to_tokens(input_ids[0].tolist()))
-        number = words.split("long-context is: ")[1][:7]
-        return torch.cat([input_ids, torch.tensor([tokenizer(number).input_ids])], dim=1)
+        asked.append(len(input_ids))
+        rows = ["".join(tokenizer.convert_ids_to_tokens(row.tolist())) for row in input_ids]
+        numbers = [words.split("long-context is: ")[1][:7] for words in rows]
+        return torch.cat(
+            [input_ids, torch.tensor([tokenizer(number).input_ids for number in numbers])], dim=1
+        )
 
     monkeypatch.setattr(model, "generate", copies)
     monkeypatch.setattr(
         type(tokenizer), "decode", lambda self, ids: "".join(self.convert_ids_to_tokens(ids.tolist()))
     )
     assert evaluate.find_numbers(model, tokenizer, text, 600, 3) == evaluate.Retrieval(600, 3, 3)
+    found = evaluate.find_numbers(model, tokenizer, text, 600, 5, batch_size=3)
+    assert found == evaluate.Retrieval(600, 5, 5) and asked == [1, 1, 1, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,12 @@ def test_generate_long(tmp_path):
 @pytest.mark.slow
 def test_finetune_long(tmp_path):
     options = ["--report_to", "none", "--learning_rate", "1e-2", "--seed", "1"]
-    if not torch.cuda.is_available():
-        # Asked for in the arguments, and so before Trainer looks for the other processes.
-        options.append("--use_cpu")
     printed = launch(
         tmp_path, "two_gpus_ddp.yaml", "finetune_long.py", "--output_dir", str(tmp_path), *options
     )
     rows = re.findall(r"^ *\d+-\d+ +(\S+) +(\S+)$", printed, re.MULTILINE)
-    # Whatever processes print a table: after the training their weights are equal.
-    assert len(rows) in (6, 12) and len({after for _, after in rows}) <= 6
+    # One table: a process that trains apart prints its own.
+    assert len(rows) == 6
     values = torch.tensor([[float(value) for value in row] for row in rows])
     assert values.isfinite().all() and (values[:, 0] != values[:, 1]).any()
     assert (tmp_path / "model.safetensors").exists()

@@ -1,5 +1,6 @@
 """The training recipes: they train on what they read, losses fall, and a resumed run is the same."""
 
+import functools
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import _common  # noqa: E402
+import _options  # noqa: E402
 import linearize  # noqa: E402
 import pretrain_lightning  # noqa: E402
 import uptrain_block_transformer  # noqa: E402
@@ -227,6 +229,50 @@ def test_operations_a_token_of_a_llama_are_six_a_weight():
     model = llama(tie_word_embeddings=False)
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
     assert _common.flops_a_token(model) == 6 * weights
+
+
+# ---- options
+
+
+def options(monkeypatch, folder, *given):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--output_dir", str(folder), *given])
+    return _options.parse_alone(pretrain_lightning.Recipe)
+
+
+def test_a_smoke_run_is_on_the_cpu_before_trainer_looks_for_processes(tmp_path, monkeypatch):
+    seen = []
+    look = _options.Training._setup_devices.func
+
+    def note(self):
+        seen.append((self.use_cpu, self.bf16))
+        return look(self)
+
+    monkeypatch.setattr(_options.torch.cuda, "is_available", lambda: False)
+    patched = functools.cached_property(note)
+    patched.__set_name__(_options.Training, "_setup_devices")
+    monkeypatch.setattr(_options.Training, "_setup_devices", patched)
+    _, text, training = options(monkeypatch, tmp_path, "--smoke", "--bf16", "true")
+    assert text.smoke and seen == [(True, False)] and training.mixed_precision == "no"
+
+
+def test_a_given_learning_rate_is_told_from_none(tmp_path, monkeypatch):
+    assert options(monkeypatch, tmp_path, "--use_cpu")[2].learning_rate is None
+    assert options(monkeypatch, tmp_path, "--use_cpu", "--learning_rate", "3e-4")[2].learning_rate == 3e-4
+
+
+def test_several_processes_or_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(_options.Training, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="CUDA_VISIBLE_DEVICES=0"):
+        options(monkeypatch, tmp_path, "--use_cpu")
+    monkeypatch.setattr(_options.Training, "n_gpu", 0)
+    monkeypatch.setattr(_options.Training, "world_size", 2)
+    with pytest.raises(SystemExit, match="in one process"):
+        options(monkeypatch, tmp_path, "--use_cpu")
+    monkeypatch.setattr(_options.Training, "world_size", 1)
+    # As a launcher leaves it where Trainer, on a machine without a GPU, does not look for the others.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="would train apart"):
+        options(monkeypatch, tmp_path)
 
 
 # ---- the recipes

@@ -44,6 +44,15 @@ class Packing:
         return flat.unflatten(0, (batch, -1))
 
 
+def version_of(value: object) -> int | None:
+    """How often a tensor was written to in place, so that what is known of it holds; None if nobody counts.
+
+    Args:
+        value: a tensor or anything else.
+    """
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
 class TokenRows:
     """Which of B x T tokens exist, and where documents begin. Worked out once, for all layers of a forward.
 

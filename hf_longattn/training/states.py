@@ -12,6 +12,7 @@ The states of all blocks are held for the time of one layer's backward: H K V fp
 """
 
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.lightning import rows_of_sequence
-from hf_longattn.cache.token_rows import TokenRows, scan_rows
+from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.masking import LazyMask
 from hf_longattn.parallel.lightning import Pieces, carry
 from hf_longattn.parallel.sequence import SequenceShare, current_share
@@ -82,10 +83,13 @@ class BlockRowsCache:
         key = mask if isinstance(mask, LazyMask) else positions
         if key is None:
             return {}
-        beside = None if key is mask else mask
-        if key not in self._known or self._known[key]["beside"] is not beside:
-            self._known[key] = {"beside": beside}
-        return self._known[key]
+        # The caller may give the same tensor again, written over or beside others.
+        parts = [mask, positions, arguments.get("seq_idx"), arguments.get("cu_seq_lens_q")]
+        beside, versions = [part for part in parts if part is not key], list(map(version_of, parts))
+        known = self._known.get(key)
+        if known is None or known["versions"] != versions or any(map(is_not, known["beside"], beside)):
+            known = self._known[key] = {"beside": beside, "versions": versions}
+        return known
 
     def share_of(self, arguments: dict[str, Any]) -> SequenceShare | None:
         """What this rank computes of the sequence that a layer's arguments belong to.

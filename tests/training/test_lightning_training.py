@@ -166,3 +166,15 @@ def test_a_sequence_over_several_processes(size, topics):
     command = [sys.executable, str(cases), size, *topics]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+
+
+@pytest.mark.parametrize("prepare", [hf_longattn.prepare_training, hf_longattn.prepare_generation])
+def test_positions_that_are_written_over_are_looked_at_again(prepare):
+    model = prepare(build("minimax").eval())
+    positions = torch.arange(40)[None]
+    call = {"input_ids": tiny.tokens(1, 40, seed=9), "use_cache": False}
+    whole = model(**call, position_ids=positions).logits
+    positions[:, 15:] -= 15
+    packed = model(**call, position_ids=positions).logits
+    torch.testing.assert_close(packed, model(**call, position_ids=positions.clone()).logits, rtol=0, atol=0)
+    assert (packed[:, 15:] - whole[:, 15:]).abs().max() > 1e-2

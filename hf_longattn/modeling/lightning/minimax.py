@@ -20,7 +20,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLi
 from hf_longattn.attention.lightning import attend_to_state, starts_of_positions
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache
-from hf_longattn.cache.token_rows import TokenRows, scan_rows
+from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.instance import Setup
 from hf_longattn.parallel.group import SequenceGroup
 
@@ -188,12 +188,13 @@ def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, e
     if position_ids is None or torch.compiler.is_compiling():
         return TokenRows(None if mask is None else mask.bool(), look=not torch.compiler.is_compiling())
     known = _rows_of_positions.get(position_ids)
-    if known is None or known[0] is not mask:
+    versions = version_of(mask), version_of(position_ids)
+    if known is None or known[0] is not mask or known[2] != versions:
         rows = TokenRows(None if mask is None else mask.bool())
         if empty and shape[1] > 1:
             exists = None if mask is None else mask.bool()
             rows.starts = starts_of_positions(position_ids, exists, shape[0])
-        known = _rows_of_positions[position_ids] = (mask, rows)
+        known = _rows_of_positions[position_ids] = (mask, rows, versions)
     return known[1]
 
 

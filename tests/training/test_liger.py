@@ -71,6 +71,20 @@ def test_a_plain_head_is_taken(on_a_gpu, dtype):
     assert on_a_gpu == ["loss: chunks are taken by Liger's fused linear cross-entropy"]
 
 
+def test_a_batch_without_a_token_that_counts(on_a_gpu, monkeypatch):
+    def divides(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(liger, "_function", lambda: divides)
+    monkeypatch.setattr(liger, "_obstacle", lambda linear, hidden: None)
+    model = hf_longattn.prepare_training(tiny.build("llama").train())
+    ids = tiny.tokens(2, 9)
+    loss = model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=5).loss
+    loss.backward()
+    assert loss == 0 and on_a_gpu == ["loss: chunks are taken by Liger's fused linear cross-entropy"]
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize(("family", "words"), [("gemma2", "caps"), ("cohere", "scales")])
 def test_a_head_that_does_more_is_left_alone(on_a_gpu, family, words):
     assert pick(family) is None

@@ -251,16 +251,16 @@ def sample(
     cache, prompt = outputs.past_key_values, input_ids.shape[1]
     new = generation_config.max_length - prompt
     decoding = cast(Any, model).decode_blocks(cache, new)
-    choice = TokenChoice(
-        logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
-    )
-    kept = _kept(generation_config)
-    program = BlockProgram(decoding, choice, input_ids, new + decoding.block_length, kept)
-    program.choose(outputs.logits[:, -1])
-    del outputs
-    spectator = Spectator(program, stopping_criteria, streamer)
     lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     try:
+        choice = TokenChoice(
+            logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
+        )
+        kept = _kept(generation_config)
+        program = BlockProgram(decoding, choice, input_ids, new + decoding.block_length, kept)
+        program.choose(outputs.logits[:, -1])
+        del outputs
+        spectator = Spectator(program, stopping_criteria, streamer)
         while spectator.watch():
             left = generation_config.max_length - program.length
             if program.graph is None and left > program.span and setup.cuda_graph:

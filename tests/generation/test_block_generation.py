@@ -25,6 +25,7 @@ from hf_longattn.modeling.block_transformer import (
     BlockTransformerCache,
     BlockTransformerConfig,
     BlockTransformerForCausalLM,
+    decoding,
 )
 
 PAD, END = 60, 59
@@ -354,6 +355,25 @@ def test_a_streamer_that_raises_leaves_the_callers_cache_in_order():
     assert cache.get_seq_length() == ids.shape[1]
     cache.crop(-1)
     assert torch.equal(generate(model, ids, mask, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("place", ["processor", "first step"])
+def test_an_error_before_the_first_block_leaves_the_callers_rows_in_order(place, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("from outside")
+
+    model, (ids, mask) = make(), prompts(6, 12, 9)
+    hf_longattn.prepare_generation(model)
+    cache = BlockTransformerCache(model.config)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="from outside"):
+        if place == "first step":
+            patch.setattr(decoding.BlockGroup, "__init__", fail)
+        processors = tf.LogitsProcessorList([fail] if place == "processor" else [])
+        generate(model, ids, mask, past_key_values=cache, logits_processor=processors, **GREEDY)
+    assert cache.get_seq_length() == ids.shape[1]
+    cache.crop(-1)
+    result = generate(model, ids, mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(result, generate(model, ids, mask, **GREEDY))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ sorting; in L steps each group closes one block, at its own step.
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOptionalSubscript=false, reportAttributeAccessIssue=false
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -202,15 +203,19 @@ class BlockDecoding:
         self.order = slots.argsort(stable=True)
         slots = slots[self.order]
         self.device = cache.slot_ids.device
-        self.sorted = bool((self.order == torch.arange(slots.shape[0])).all())
-        if not self.sorted:
-            cache.batch_select_indices(self.order)
-        self._make_room(steps)
-        bounds = [0, *((slots[1:] != slots[:-1]).nonzero()[:, 0] + 1).tolist(), slots.shape[0]]
-        rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
-        self.groups = [BlockGroup(model.model, cache, each) for each in rows]
         self._to = self.order.to(self.device)
         self._back = self._to.argsort()
+        self.sorted = bool((self.order == torch.arange(slots.shape[0])).all())
+        bounds = [0, *((slots[1:] != slots[:-1]).nonzero()[:, 0] + 1).tolist(), slots.shape[0]]
+        rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            if not self.sorted:
+                cache.batch_select_indices(self.order)
+            self._make_room(steps)
+            self.groups = [BlockGroup(model.model, cache, each) for each in rows]
+            # Nothing has failed: the rows stay sorted.
+            undo.pop_all()
 
     def _make_room(self, steps: int) -> None:
         cache = self.cache

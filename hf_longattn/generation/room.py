@@ -192,26 +192,36 @@ class Room:
             traceback.clear_frames(error.__traceback__)
             if snapshot is not None:
                 snapshot.restore()
-            raise OutOfMemoryError(self._explain(error)) from error
+            raise OutOfMemoryError(self._explain(error, _left_behind(cache, snapshot))) from error
         except RuntimeError:
             # What stops another rank stops this one too.
             if snapshot is not None and isinstance(cache, ShardedCache):
                 snapshot.restore()
             raise
 
-    def _explain(self, error: OutOfMemoryError) -> str:
+    def _explain(self, error: OutOfMemoryError, left: str) -> str:
         reason = str(error).strip().splitlines()[:1]
         words = f"memory ran out on {self.model.device} ({reason[0] if reason else 'no reason given'})"
         now = free_memory(self.model.device)
         if self.call is None or self.before is None or now is None:
-            return f"{words}; the model and the cache are as they were before the call."
+            return f"{words}; {left}."
         # What was free was not enough: less of it is promised now.
         room = min(self.before, now) - min(RESERVE, min(self.before, now) // 8)
         fitting = max(min(self.call.fitting(room), self.call.total), self.call.past)
         return (
             f"{words}: {self.call.total + 1:,} tokens of prompt and answer were asked for and about "
-            f"{fitting:,} fit; the model and the cache are as they were before the call."
+            f"{fitting:,} fit; {left}."
         )
+
+
+def _left_behind(cache: Any, snapshot: Snapshot | None) -> str:
+    """What the call has left of the model and of the cache that it was given."""
+    if cache is None or snapshot is not None:
+        return "the model and the cache are as they were before the call"
+    return (
+        f"the model is as it was before the call, and `past_key_values`, a {type(cache).__name__}, may hold "
+        "a part of the call; pass a new one"
+    )
 
 
 def _spare(cache: LongContextCache) -> int:

@@ -5,6 +5,7 @@ import re
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache, preallocated
@@ -139,6 +140,15 @@ def test_an_empty_cache_gives_its_memory_back():
     hook.remove()
     assert all(layer._keys is None for layer in cache.layers) and cache.get_seq_length() == 0
     assert generate(model, ids, past_key_values=cache) == generate(prepare(), ids)
+
+
+def test_a_cache_that_is_not_taken_back_is_named():
+    model, ids = prepare(), tiny.tokens(1, 23)
+    cache = DynamicCache(config=model.config)
+    run_out(model, 3)
+    with pytest.raises(torch.OutOfMemoryError, match="a DynamicCache, may hold a part of the call"):
+        generate(model, ids, past_key_values=cache)
+    assert cache.get_seq_length() == 15
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 3, 4])

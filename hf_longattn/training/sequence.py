@@ -217,7 +217,8 @@ def cut_arguments(share: SequenceShare, arguments: dict[str, Any]) -> dict[str, 
     own = {
         "input_ids": None if ids is None else share.take(ids, 1),
         "inputs_embeds": None if embeds is None else share.split(embeds),
-        "position_ids": share.slices.take(share.filled_positions(), share.positions.ndim - 1),
+        # Added tokens stand at 0: a table of positions may end with the sequence.
+        "position_ids": share.take(share.positions, -1),
         "attention_mask": mask,
         "use_cache": False,
     }

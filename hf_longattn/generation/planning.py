@@ -237,9 +237,13 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
         ranks: among which it is divided; one rank if left out.
 
     Raises:
-        ValueError: a layer is of a kind that keeps no keys and values.
+        ValueError: a layer keeps no keys and values of single tokens.
     """
     ranks = ranks or Ranks()
+    if config.model_type == "block_transformer":
+        raise ValueError(
+            "`config`: a Block Transformer keeps keys and values of blocks, and is not planned for."
+        )
     kinds, keywords = get_layer_types_and_kwargs(config)
     recurrent = lightning_layers(config)
     _, groups, key_width, value_width = head_sizes(config)

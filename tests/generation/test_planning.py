@@ -16,6 +16,7 @@ from hf_longattn.generation.planning import (
     plan_generation,
     workspace_bytes,
 )
+from hf_longattn.modeling.block_transformer import BlockTransformerConfig
 from hf_longattn.parallel.cost import Links, message_bytes, received_bytes, reduction_seconds
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_tables.py"
@@ -126,6 +127,11 @@ def test_the_workspace_names_its_terms():
     assert workspace.activations == 8192 * (4 * 14336 + 3 * 4096) * 2
     assert workspace.logits == 128256 * 10
     assert workspace.total == sum(vars(workspace).values())
+
+
+def test_block_transformers_are_refused():
+    with pytest.raises(ValueError, match="keys and values of blocks"):
+        plan_generation(BlockTransformerConfig(vocab_size=61, hidden_size=32, num_attention_heads=2), 400)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -170,7 +170,7 @@ def _prepare_cache(
     plain = setup.cache_dtype is None and group is None
     ours = (DynamicCache,) if plain else (DynamicCache, LongContextCache)
     if before is not None or not wanted or type(made) not in ours:
-        _check_dtype_of(made, setup)
+        _check_dtype_of(made, setup, before is not None)
         return
     if group is None:
         cache = LongContextCache(model.config, max_cache_length, setup.cache_dtype)
@@ -198,11 +198,11 @@ def _check_continuation(held: int, mode: Any, mask: Any) -> None:
         )
 
 
-def _check_dtype_of(cache: Any, setup: GenerationSetup) -> None:
-    """Refuses a cache that the set-up would have in 8 bits and that is not."""
+def _check_dtype_of(cache: Any, setup: GenerationSetup, given: bool) -> None:
+    """Refuses a cache, `given` by the caller or made by the model, that should be in 8 bits and is not."""
     if setup.cache_dtype is None or cache is None:
         return
-    if isinstance(cache, LongContextCache):
+    if given and isinstance(cache, LongContextCache):
         cache.check_dtype(setup.cache_dtype, "`prepare_generation`")
         return
     raise ValueError(

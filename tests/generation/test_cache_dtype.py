@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import transformers as tf
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -97,6 +98,13 @@ def test_a_cache_in_another_dtype_is_refused():
             generate(model, ids, past_key_values=LongContextCache(model.config, cache_dtype=dtype))
     with pytest.raises(ValueError, match="`cache_dtype`='int8' cannot be honoured.*StaticCache"):
         generate(model, ids, cache_implementation="static")
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    config = tf.MiniMaxConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, **sizes
+    )
+    minimax = hf_longattn.prepare_generation(tf.MiniMaxForCausalLM(config).eval(), cache_dtype="int8")
+    with pytest.raises(ValueError, match="MiniMax.*leave `cache_dtype` out"):
+        generate(minimax, ids)
     # Without a wish of its own, the model takes what it is given.
     plain = hf_longattn.prepare_generation(tiny.build("llama", dtype=torch.float64), prefill_chunk_size=5)
     cache = LongContextCache(plain.config, cache_dtype="int8")

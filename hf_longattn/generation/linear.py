@@ -93,7 +93,7 @@ class Products:
         weights = list(group[0].parameters())
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         timed = group[: max(_TIMED_BYTES // max(size, 1), 1)]
-        states = _probe(rows, weights[0])
+        states = _probe(rows, getattr(group[0], "gate_proj", group[0]).weight)
         if not agree(make(group[0])(states), group[0](states)):
             return False
         theirs = self.clock([functools.partial(module, states) for module in timed])

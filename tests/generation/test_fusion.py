@@ -131,3 +131,15 @@ def test_a_product_that_disagrees_is_not_used(monkeypatch):
     with fused(model, 1, products):
         assert not any("forward" in vars(m) for m in model.modules() if type(m) is torch.nn.Linear)
     assert not clocked
+
+
+def test_gated_layers_with_parameters_of_their_own_are_tried_as_others_are():
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.gain = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        # The order of the parts says nothing either.
+        layer.mlp._modules = dict(reversed(layer.mlp._modules.items()))
+    products, clocked = chooses(True)
+    with fused(model, 1, products):
+        assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
+    assert clocked

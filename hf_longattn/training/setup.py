@@ -134,6 +134,7 @@ def prepare_training(
     for module in inner.modules():
         if isinstance(module, PreTrainedModel):
             changes.set(module, "gradient_checkpointing_enable", _no_checkpointing)
+            changes.set(module, "_replicate_for_data_parallel", _no_replicas)
     if trunk is not None:
         numbers = (setup.loss_chunk_size, setup.label_smoothing)
         # What else a model does with hidden states it does with all of them.
@@ -223,6 +224,15 @@ def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
 def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
     """Stands in for `gradient_checkpointing_enable`: prepared layers recompute their own activations."""
     logger.info("gradient checkpointing: left out, since prepared layers recompute their own activations")
+
+
+def _no_replicas() -> None:
+    """Stands in for what `nn.DataParallel` asks of a module: a replica would compute with our weights."""
+    raise ValueError(
+        "`model`: a prepared model cannot be copied to several GPUs by nn.DataParallel, which Trainer does "
+        "where one process sees several; start a process a GPU by torchrun or accelerate launch, or set "
+        "CUDA_VISIBLE_DEVICES=0."
+    )
 
 
 def _reserve(model: PreTrainedModel, ranks: int) -> Any:

@@ -82,6 +82,16 @@ def test_a_copy_is_a_plain_model(kind):
     assert model(input_ids=IDS, labels=IDS).logits is None
 
 
+def test_replicas_are_refused_by_name():
+    model = prepared()
+    wrapped = torch.nn.DataParallel(model)
+    # Without a GPU it calls the model itself; with several it asks every module for a replica first.
+    with pytest.raises(ValueError, match="nn.DataParallel.*torchrun"):
+        [module._replicate_for_data_parallel() for module in wrapped.module.modules()]
+    hf_longattn.restore(model)
+    assert model._replicate_for_data_parallel() is not model
+
+
 def test_new_embeddings():
     models = [tiny.build("llama").train(), prepared()]
     for model in models:

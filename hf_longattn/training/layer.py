@@ -29,6 +29,7 @@ from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import is_unshared
 from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.visibility import VisibilityCache, split_rows
+from hf_longattn.training.zero import check_input, check_whole
 
 
 def block_tokens(device: torch.device, rows: int) -> int:
@@ -436,13 +437,9 @@ def run_blocks(run: BlockRun, runtime: Runtime, module: nn.Module, hidden: Tenso
         hidden: (B, T, D).
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    check_whole(module)
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        # DeepSpeed puts this on every parameter that it cuts: whole only inside the calls of its module.
-        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-            raise ValueError(
-                "`model`: DeepSpeed's ZeRO stage 3 takes the parameters of a layer away before the backward "
-                "of a block needs them; use ZeRO stage 2, or FSDP2."
-            )
+        check_input(module, hidden)
         return _BlockFunction.apply(run, runtime, hidden, *parameters)
     with torch.no_grad():
         return run_forward(run, hidden, None)[0]

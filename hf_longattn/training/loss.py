@@ -26,22 +26,23 @@ from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.sequence import SequenceParallel, taking_loss
+from hf_longattn.training.zero import in_one_call, is_cut
 
 # Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
 _GPU_LOGITS, _CPU_LOGITS = 1 << 28, 1 << 23
 
 
 class _Stub:
-    """Answers a call in place of the trunk, and is the trunk for everything else."""
+    """Answers a call in place of a child of the model, and is that child for everything else."""
 
-    def __init__(self, trunk: Any, answer: Callable[..., Any]) -> None:
-        self._trunk, self._answer = trunk, answer
+    def __init__(self, child: Any, answer: Callable[..., Any]) -> None:
+        self._child, self._answer = child, answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._trunk, name)
+        return getattr(self._child, name)
 
 
 @dataclass
@@ -61,14 +62,14 @@ class Head:
     output_type: Any = None
 
     @contextlib.contextmanager
-    def _stubbed(self, answer: Callable[..., Any]) -> Iterator[None]:
+    def _stubbed(self, name: str, answer: Callable[..., Any]) -> Iterator[None]:
         modules: dict[str, Any] = self.model._modules
-        trunk = modules[self.trunk]
-        modules[self.trunk] = _Stub(trunk, answer)
+        child = modules[name]
+        modules[name] = _Stub(child, answer)
         try:
             yield
         finally:
-            modules[self.trunk] = trunk
+            modules[name] = child
 
     def run_trunk(self, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
         """The model's output but for its logits, and the hidden states (B, T, D) behind them."""
@@ -80,7 +81,7 @@ class Head:
             return states[-1]
 
         # The last token's logits go unused: the price of leaving the model's forward as it is.
-        with self._stubbed(remember):
+        with self._stubbed(self.trunk, remember):
             output = self.forward(**arguments, logits_to_keep=1, return_dict=True)
         if len(states) != 1:
             raise ValueError(
@@ -96,8 +97,28 @@ class Head:
         """The logits (1, n, V) of (1, n, D) hidden states."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         output = self.output_type(last_hidden_state=hidden)
-        with self._stubbed(lambda *args, **kwargs: output):
+        with self._stubbed(self.trunk, lambda *args, **kwargs: output):
             return self.forward(input_ids=ids, use_cache=False, return_dict=True).logits
+
+    def while_whole(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """`compute(hidden)`, for the time of which ZeRO stage 3 leaves the parameters of the head whole."""
+        children = self.model.named_children()
+        cut = [(name, child) for name, child in children if name != self.trunk and is_cut(child)]
+        if not cut:
+            return compute(hidden)
+        if len(cut) > 1:
+            raise ValueError(
+                f"`loss='chunked'` under DeepSpeed's ZeRO stage 3 knows heads that are one module, got "
+                f"{', '.join(name for name, _ in cut)}; use `loss='model'`."
+            )
+        name, child = cut[0]
+        own = child.forward
+
+        def without_hooks(hidden: Tensor) -> Tensor:
+            with self._stubbed(name, own):
+                return compute(hidden)
+
+        return in_one_call(child, without_hooks, hidden)
 
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, each once."""
@@ -236,7 +257,11 @@ def chunked_loss(
     targets = (targets if share is None else share.take(targets, 1, options.ignore_index)).reshape(-1)
     counted = (targets != options.ignore_index).nonzero()[:, 0]
     parameters = head.parameters() if torch.is_grad_enabled() else []
-    total = _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
+
+    def sum_over_chunks(hidden: Tensor) -> Tensor:
+        return _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
+
+    total = head.while_whole(sum_over_chunks, hidden)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     count = counted.new_tensor(len(counted))

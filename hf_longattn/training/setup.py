@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
 from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
 from hf_longattn.training.layer import Runtime
@@ -82,9 +83,9 @@ def prepare_training(
     """Makes one model train on sequences of any length: blockwise-parallel layers, chunked loss, offload.
 
     Loss and gradients are those of the model as it was; with dropout, other random numbers of the same
-    distribution are drawn. Works under Trainer, DDP, FSDP and PEFT. Evaluation without a cache takes the same
-    path. With labels the model returns the loss and no logits. Parameters, state dict and saved config are
-    untouched. Called again, it replaces the earlier set-up.
+    distribution are drawn. Works under Trainer, DDP, FSDP, DeepSpeed and PEFT. Evaluation without a cache
+    takes the same path. With labels the model returns the loss and no logits. Parameters, state dict and
+    saved config are untouched. Called again, it replaces the earlier set-up.
 
     With an accelerator of several processes or a mesh, these share each sequence: every one of a group is
     given the same batch and computes T / P of its tokens. The loss is that of the whole batch on each rank,
@@ -136,6 +137,7 @@ def prepare_training(
             changes.set(module, "gradient_checkpointing_enable", _no_checkpointing)
             changes.set(module, "_replicate_for_data_parallel", _no_replicas)
     if trunk is not None:
+        _mark_heads(changes, inner, trunk)
         numbers = (setup.loss_chunk_size, setup.label_smoothing)
         # What else a model does with hidden states it does with all of them.
         sharing = parallel if inner._modules[trunk] is decoder else None
@@ -208,10 +210,17 @@ def _patch_layers(
                 own._attn_implementation = IMPLEMENTATION
                 changes.set(module, "config", own)
         changes.set(layer, "gradient_checkpointing", False)
+        changes.set(layer, zero.LEAF, True)
         changes.set(layer, "forward", blockwise_forward(layer, runtime, has_state))
     for norm in decoder.children():
         if "Norm" in type(norm).__name__:
             changes.set(norm, "forward", tokenwise_forward(norm, runtime))
+
+
+def _mark_heads(changes: instance.Setup, model: PreTrainedModel, trunk: str) -> None:
+    for name, head in model.named_children():
+        if name != trunk and zero.can_be_leaf(head, model.get_submodule(trunk)):
+            changes.set(head, zero.LEAF, True)
 
 
 def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:

@@ -83,4 +83,6 @@ def _kept(layer: Any) -> Any:
         return _Window(layer)
     if isinstance(layer, PreallocatedLayer) and not isinstance(layer, PreallocatedSlidingLayer):
         return _Counts(layer)
-    return copy.deepcopy(layer)
+    # The layers of a cache that ranks share have one placement between them, which is put back by its length.
+    placement = getattr(layer, "placement", None)
+    return copy.deepcopy(layer, {id(placement): placement})

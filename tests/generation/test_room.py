@@ -1,6 +1,7 @@
 """Calls that cannot fit are refused before any work; where memory runs out after all, nothing is lost."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -9,6 +10,8 @@ from transformers import DynamicCache
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache, preallocated
+from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
 from hf_longattn.generation import room
 from hf_longattn.generation.graph import device_lengths
@@ -214,6 +217,27 @@ def test_states_are_copied_and_put_back():
         snapshot.restore()
         assert cache.get_seq_length() == 9
         assert torch.equal(model(input_ids=ids[:, 9:], past_key_values=cache).logits, expected)
+
+
+def test_layers_that_ranks_share_keep_one_placement():
+    config = tiny.CONFIGS["llama"]()
+    config._attn_implementation, config.lightning_layers = "lightning_attention", [0, 2]
+    cache = ShardedCache(config, SimpleNamespace(rank=0, world_size=2))
+    states = torch.ones(1, 2, 9, 16)
+
+    def add():
+        for index, layer in enumerate(cache.layers):
+            cache.update(states, states, index)
+            if isinstance(layer, RecurrentLayer):
+                layer.recurrent_state = torch.zeros(1, 4, 16, 16)
+
+    add()
+    snapshot = Snapshot(cache)
+    add()
+    snapshot.restore()
+    assert all(layer.placement is cache.placement for layer in cache.layers)
+    add()
+    assert cache.placement.length == cache.get_seq_length() == 18
 
 
 def test_other_errors_leave_the_cache_to_the_caller():

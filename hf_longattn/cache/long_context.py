@@ -30,7 +30,8 @@ class LongContextCache(Cache):
         config: the model's config, or its text config; tells the kind of every layer.
         capacity: tokens to make room for at the first forward, e.g. prompt and answer together; grows beyond.
         cache_dtype: "int8" or "fp8" (or the torch dtype) keeps keys and values in 8 bits, with a scale for
-            each token and head; None keeps the dtype of the model. Other states are what they are.
+            each token and head, which only the attention of this library reads (not "sdpa" or "eager");
+            None keeps the dtype of the model. Other states are what they are.
 
     Raises:
         ValueError: a `cache_dtype` that is none of these.

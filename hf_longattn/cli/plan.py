@@ -23,6 +23,7 @@ from hf_longattn.generation.planning import (
 )
 from hf_longattn.generation.room import free_memory
 from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
+from hf_longattn.training.setup import prepare_training
 
 _GIB = 1024**3
 
@@ -126,7 +127,7 @@ def make_training_plan(request: Request) -> TrainingPlan:
         request: the options.
 
     Raises:
-        ValueError: an option of generation alone.
+        ValueError: an option of generation alone, or a model that is not prepared or planned for training.
         OSError: there is no such model.
     """
     if request.tp > 1 or request.new_tokens or request.cache_dtype is not None:
@@ -134,6 +135,10 @@ def make_training_plan(request: Request) -> TrainingPlan:
             "`--tp`, `--new-tokens` and `--cache-dtype` plan a prompt: leave them out with `--train`."
         )
     config, dtype = read_config(request.model), getattr(torch, request.dtype)
+    if config.model_type == "block_transformer":
+        raise ValueError("`--train` counts one decoder that reads every token; a Block Transformer has two.")
+    # What cannot be prepared is not planned; the model has no memory, and nobody else has it.
+    model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
     host = request.host_memory
     # The system and the data loader need the rest.
@@ -146,7 +151,7 @@ def make_training_plan(request: Request) -> TrainingPlan:
         host_memory=bytes_of_host,
         dtype=dtype,
     )
-    return plan_training(text, on_meta(config, dtype), head_sizes(text), request.context, sizes)
+    return plan_training(text, model, head_sizes(text), request.context, sizes)
 
 
 def show_training(plan: TrainingPlan, as_json: bool) -> None:

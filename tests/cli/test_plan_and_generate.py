@@ -10,6 +10,7 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
+from hf_longattn import BlockTransformerConfig
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cli.main import app
 from hf_longattn.generation.planning import Hardware, cache_bytes, plan_generation
@@ -84,6 +85,20 @@ def test_plan_prints_and_tells_by_its_status(folder):
     eight = json.loads(run("plan", folder, "--context", 10**9, "--cache-dtype", "int8", "--json").stdout)
     assert eight["longest"] > fields["longest"]
     assert run("plan", folder / "nothing", "--context", 10).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (tf.PhimoeConfig(num_hidden_layers=1, num_local_experts=2), "cannot be prepared for training"),
+        (BlockTransformerConfig(num_hidden_layers=1), "a Block Transformer has two"),
+    ],
+    ids=["phimoe", "block"],
+)
+def test_what_is_not_trained_is_not_planned(tmp_path, config, words):
+    config.save_pretrained(tmp_path)
+    result = run("plan", tmp_path, "--train", "--context", 4000)
+    assert result.exit_code == 2 and words in result.stderr
 
 
 def test_plan_of_a_training_step(folder):

@@ -343,7 +343,8 @@ def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
         return {"headline": f"{image}\n\n{conditions(first.rows)}", "benchmarks": "\n".join(lines)}
     shape = model_shape(results["generation"].rows)
     where = "the commands are on the [benchmark pages](docs/benchmarks/index.md)"
-    caption = f"`generate()` on one GPU, {shape}, bf16, batch 1: {conditions(first.rows, short=True)}; {where}."
+    machine = conditions(first.rows, short=True)
+    caption = f"`generate()` on one GPU, {shape}, bf16, batch 1: {machine}; {where}."
     text = [generation_text(results["generation"]), conditions(results["generation"].rows), "\n".join(lines)]
     return {"headline": f"{image}\n\n{caption}", "benchmarks": "\n\n".join(text)}
 

@@ -141,6 +141,30 @@ def refuses(model, words, before=lambda model: model, after=lambda model: model)
         raise AssertionError("not refused")
 
 
+def gathers_once():
+    """A layer once forward and once backward, the same in every step whatever the lengths."""
+    engine = start(prepare(tiny.build("llama").train()), 3)
+    coordinator, seen = engine.optimizer.parameter_offload.get_param_coordinator(), []
+    fetch = coordinator.fetch_sub_module
+
+    def remember(module, forward):
+        seen.append((type(module).__name__, forward))
+        return fetch(module, forward)
+
+    coordinator.fetch_sub_module = remember
+    for step in range(STEPS):
+        seen.clear()
+        ids = rows(int(os.environ["RANK"]), step)
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+        for forward in (True, False):
+            assert seen.count(("LlamaDecoderLayer", forward)) == 3
+            # The head: once more forward, where the trunk runs inside the model's own forward.
+            assert seen.count(("Linear", forward)) == 1 + forward
+    assert coordinator.is_complete_trace()
+    assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
+
+
 def tied(model):
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -164,6 +188,7 @@ CASES = {
     "qwen3": lambda: compare("qwen3"),
     "gemma2": lambda: compare("gemma2"),
     "tied": lambda: compare("qwen2", change=tied),
+    "gathers": gathers_once,
     "one-sequence": compare_one_sequence,
     "loaded": lambda: compare("qwen3", prepare=load),
     "lora": lambda: compare("llama", change=lora),

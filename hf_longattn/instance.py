@@ -63,10 +63,12 @@ class Setup:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._changes: list[_Change] = []
+        # What is changed is also kept in the list, so that an id stays one object's.
+        self._owners: set[int] = set()
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of one instance and remembers what the instance itself had."""
-        if isinstance(owner, nn.Module) and not any(change.owner is owner for change in self._changes):
+        if isinstance(owner, nn.Module) and id(owner) not in self._owners:
             self._set(owner, "__reduce_ex__", functools.partial(_reduce_plain, owner, self.model))
         self._set(owner, name, value)
 
@@ -92,6 +94,7 @@ class Setup:
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
+        self._owners.add(id(owner))
         setattr(owner, name, value)
 
     def undo(self) -> None:
@@ -113,6 +116,7 @@ class Setup:
             else:
                 setattr(change.owner, change.name, change.before)
         self._changes.clear()
+        self._owners.clear()
 
     def _later(self, change: "_Change") -> "_Change | None":
         """The change that another set-up made on top of one of ours."""

@@ -19,8 +19,9 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hf_longattn.generation.capture import capture
 from hf_longattn.generation.fusion import fused
-from hf_longattn.generation.graph import GraphDecoder, capture, obstacle
+from hf_longattn.generation.graph import GraphDecoder, obstacle
 from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 

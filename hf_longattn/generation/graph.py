@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
 from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.generation.capture import capture
 from hf_longattn.generation.fusion import fused
 from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
 logger = logging.getLogger("hf_longattn")
-
-Result = TypeVar("Result")
 
 # More new tokens than this are a prefill.
 _MAX_TOKENS = 16
@@ -75,27 +74,6 @@ def rehearsal(cache: LongContextCache) -> Iterator[None]:
     finally:
         for state, copy in zip(states, before, strict=True):
             state.copy_(copy)
-
-
-def capture(rehearse: Callable[[], Any], step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Captures `step` in a CUDA graph.
-
-    Args:
-        rehearse: what `step` does, without a trace; run once before, so that everything is compiled.
-        step: launches work on buffers that stay where they are, and never waits for the device.
-
-    Returns:
-        the graph, and what `step` returned: tensors that every replay writes anew.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        rehearse()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
-    return graph, result
 
 
 def _can_be_captured(layer: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_longattn.generation.capture import capture
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
@@ -26,12 +27,13 @@ Call = Callable[[], Any]
 
 def graph_time(calls: list[Call]) -> float:
     """Seconds that the calls take when replayed from a CUDA graph, the better of three replays."""
-    for call in calls[:1]:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def run_all() -> None:
         for call in calls:
             call()
+
+    # All calls are of one shape: the first compiles for the others.
+    graph, _ = capture(calls[0], run_all)
     graph.replay()
     times = []
     for _ in range(3):

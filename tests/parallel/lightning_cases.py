@@ -1,7 +1,6 @@
 """What the ranks of lightning attention's tests do. Run as `python lightning_cases.py P,P... TOPIC...`."""
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -10,11 +9,8 @@ import cases
 import ranks
 import tiny
 import torch
-import torch.distributed as dist
-import transformers as tf
 
 import hf_longattn
-from hf_longattn import LightningConfig, LightningForCausalLM
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.sharded import ShardedCache, ShardedLayer, ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
@@ -137,40 +133,15 @@ MODELS = ["model", "hybrid", "flag", "flag-hybrid", "minimax"]
 KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
 
-def build(name):
-    """A tiny model of the kind, the same weights on every rank."""
-    if name.startswith("flag"):
-        config = tiny.CONFIGS["llama"](lightning_layers=[0, 2] if name == "flag-hybrid" else None)
-        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="lightning_attention")
-    elif name == "minimax":
-        config = tf.MiniMaxConfig(
-            vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=12, layer_types=KINDS, num_local_experts=2,
-            num_experts_per_tok=2, block_size=16, max_position_embeddings=512, pad_token_id=0,
-            bos_token_id=1, eos_token_id=None,
-        )  # fmt: skip
-        model = tf.MiniMaxForCausalLM(config)
-    else:
-        config = LightningConfig(
-            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            lightning_layers=[1, 2] if name == "hybrid" else None, eos_token_id=None,
-        )  # fmt: skip
-        model = LightningForCausalLM(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.shape[1] > 1:
-                parameter.normal_(0, 0.15)
-    return model.eval()
-
-
 def prepare(name, mesh=None, **fields):
-    return hf_longattn.prepare_generation(build(name), device_mesh=mesh, timeout=TIMEOUT, **fields)
+    return hf_longattn.prepare_generation(
+        tiny.build_lightning(name), device_mesh=mesh, timeout=TIMEOUT, **fields
+    )
 
 
 def alone(name):
     """The model in one process; MiniMax of transformers loses its state in beam search."""
-    return prepare(name) if name == "minimax" else build(name)
+    return prepare(name) if name == "minimax" else tiny.build_lightning(name)
 
 
 def answer(name, mode, length=None):
@@ -361,19 +332,5 @@ def expect(topics):
             conversations(name)
 
 
-def enter(rank, size, topics):
-    mesh = cases.mesh_of(size)
-    for topic in topics:
-        started = time.time()
-        globals()[topic](rank, size, mesh)
-        dist.barrier()
-        if rank == 0:
-            print(f"P{size} {topic}: {time.time() - started:.1f} s", flush=True)
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sizes, topics = sys.argv[1].split(","), sys.argv[2:]
-    expect(topics)
-    for size in sizes:
-        ranks.run(enter, int(size), topics)
+    ranks.run_topics(globals(), expect, cases.mesh_of)

@@ -73,3 +73,27 @@ def run(function, world_size, *args, timeout=200):
     server.kill()
     if any(code != 0 for code in codes):
         raise SystemExit(f"exit codes of {world_size} ranks: {codes}")
+
+
+def run_topics(topics, expect, make_mesh):
+    """What a file of cases does as `python FILE P,P... TOPIC...`.
+
+    Args:
+        topics: name -> function of (rank, world_size, mesh).
+        expect: called with the names before the ranks start, so that they inherit what it computes.
+        make_mesh: world size -> mesh.
+    """
+    torch.set_num_threads(1)
+    sizes, names = sys.argv[1].split(","), sys.argv[2:]
+    expect(names)
+
+    def enter(rank, size):
+        mesh = make_mesh(size)
+        for name in names:
+            started = time.monotonic()
+            topics[name](rank, size, mesh)
+            if rank == 0:
+                print(f"P{size} {name}: {time.monotonic() - started:.1f} s", flush=True)
+
+    for size in sizes:
+        run(enter, int(size))

@@ -5,6 +5,8 @@ import functools
 import torch
 import transformers as tf
 
+from hf_longattn import LightningConfig, LightningForCausalLM
+
 _COMMON = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -53,6 +55,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 CAUSAL = tuple(CONFIGS)
+LIGHTNING_KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
 
 def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -67,6 +70,34 @@ def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.f
                 parameter.normal_(0, 0.15)
             elif "sinks" in parameter_name or "bias" in parameter_name:
                 parameter.normal_(0, 0.5)
+    return model.eval()
+
+
+def build_lightning(name: str):
+    """A tiny model with lightning layers: model, hybrid, flag, flag-hybrid, neox-flag or minimax."""
+    if "flag" in name:
+        family = "gpt-neox" if name == "neox-flag" else "llama"
+        config = CONFIGS[family](lightning_layers=[0, 2] if name == "flag-hybrid" else None)
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="lightning_attention")
+    elif name == "minimax":
+        config = tf.MiniMaxConfig(
+            vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, layer_types=LIGHTNING_KINDS, num_local_experts=2,
+            num_experts_per_tok=2, block_size=16, max_position_embeddings=512, pad_token_id=0,
+            bos_token_id=1, eos_token_id=None,
+        )  # fmt: skip
+        model = tf.MiniMaxForCausalLM(config)
+    else:
+        config = LightningConfig(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            lightning_layers=[1, 2] if name == "hybrid" else None, eos_token_id=None,
+        )  # fmt: skip
+        model = LightningForCausalLM(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.shape[1] > 1:
+                parameter.normal_(0, 0.15)
     return model.eval()
 
 

@@ -5,7 +5,6 @@ Every expectation is computed once, in one process on the unprepared models, bef
 
 import functools
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -77,18 +76,5 @@ def expect(topics):
         trained("model"), trained("flag-hybrid")
 
 
-def enter(rank, size, topics):
-    mesh = mesh_of(size)
-    for topic in topics:
-        started = time.time()
-        globals()[topic](rank, size, mesh)
-        if rank == 0:
-            print(f"P{size} {topic}: {time.time() - started:.1f} s", flush=True)
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sizes, topics = sys.argv[1].split(","), sys.argv[2:]
-    expect(topics)
-    for size in sizes:
-        ranks.run(enter, int(size), topics)
+    ranks.run_topics(globals(), expect, mesh_of)

@@ -6,7 +6,6 @@ Every expectation is computed once, in one process on transformers' own forward,
 import contextlib
 import functools
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -459,23 +458,10 @@ TOPICS = {
 SIZES = [int(size) for size in sys.argv[1].split(",")] if __name__ == "__main__" else []
 
 
-def work(rank, size, topics):
-    mesh = mesh_of(size)
-    for topic in topics:
-        start = time.monotonic()
-        TOPICS[topic][0](rank, size, mesh)
-        if rank == 0:
-            print(f"P{size} {topic}: {time.monotonic() - start:.1f} s", flush=True)
-
-
-def main():
-    torch.set_num_threads(1)
-    topics = sys.argv[2:]
-    for topic in topics:
-        TOPICS[topic][1]()
-    for size in SIZES:
-        ranks.run(work, size, topics)
+def expect(names):
+    for name in names:
+        TOPICS[name][1]()
 
 
 if __name__ == "__main__":
-    main()
+    ranks.run_topics({name: topic for name, (topic, _) in TOPICS.items()}, expect, mesh_of)

@@ -11,7 +11,6 @@ import torch
 import transformers as tf
 
 import hf_longattn
-from hf_longattn import LightningConfig, LightningForCausalLM
 
 # fp32 sums in another order; the loss and the gradients of a whole model, relative.
 BOUND = 2e-6
@@ -23,30 +22,7 @@ MODELS = ("model", "hybrid", "flag", "flag-hybrid", "neox-flag", "minimax")
 
 def build(name):
     """A tiny model of the kind, in training mode."""
-    if "flag" in name:
-        family = "gpt-neox" if name == "neox-flag" else "llama"
-        config = tiny.CONFIGS[family](lightning_layers=[0, 2] if name == "flag-hybrid" else None)
-        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="lightning_attention")
-    elif name == "minimax":
-        config = tf.MiniMaxConfig(
-            vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=12, layer_types=KINDS, num_local_experts=2,
-            num_experts_per_tok=2, block_size=16, max_position_embeddings=512, pad_token_id=0,
-            bos_token_id=1, eos_token_id=None,
-        )  # fmt: skip
-        model = tf.MiniMaxForCausalLM(config)
-    else:
-        config = LightningConfig(
-            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            lightning_layers=[1, 2] if name == "hybrid" else None, eos_token_id=None,
-        )  # fmt: skip
-        model = LightningForCausalLM(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.shape[1] > 1:
-                parameter.normal_(0, 0.15)
-    return model.train()
+    return tiny.build_lightning(name).train()
 
 
 def step(model, **inputs):

@@ -4,7 +4,8 @@
     ... benchmarks/bench_tree_decode.py --check        correctness alone; gloo where there is no GPU
 
 32 query heads, 8 key heads, head dim 128, bf16, batch 1; 64K, 256K and 1M keys in all. Every form is first
-checked against fp64. `ours` is decode_attention, one packed all-gather and the merge; `paper` is the three
+checked against fp64. `ours` is decode_attention and one kernel that reads the peers' memory and merges;
+`all-gather` is decode_attention, one packed all-gather of NCCL and the merge; `paper` is the three
 all-reduces of arXiv 2408.04093; `ring` sends keys and values round (own key heads, K and V in one message,
 overlapped with attention); `local` is decode_attention on the shard alone, and `flash` is torch's own kernel
 on it. Eager times and times in a CUDA graph, the median over rounds of the slowest rank. `rate` is what the
@@ -19,6 +20,7 @@ from functools import partial
 
 # Multicast through the switch is never used; a ring gets the channels that its rate needs. Read at start.
 os.environ["NCCL_NVLS_ENABLE"] = "0"
+os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 os.environ.setdefault("NCCL_MIN_P2P_NCHANNELS", "32")
 os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "32")
 
@@ -29,7 +31,7 @@ from _report import Report
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.merge_partials import merge_partials
 from hf_longattn.parallel.group import SequenceGroup
-from hf_longattn.parallel.reduction import gather_merge, three_reductions
+from hf_longattn.parallel.reduction import gather_merge, three_reductions, tree_merge
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 SIZES = (2**16, 2**18, 2**20)
@@ -92,7 +94,8 @@ def forms(group, query, states):
     """Every form by name, as a call that returns (output, lse)."""
     calls = {
         "local": lambda: attend(query, states),
-        "ours": lambda: gather_merge(group, *attend(query, states)),
+        "ours": lambda: tree_merge(group, *attend(query, states)),
+        "all-gather": lambda: gather_merge(group, *attend(query, states)),
         "paper": lambda: three_reductions(group, *attend(query, states)),
         "ring": partial(Ring(group, states), query),
     }

@@ -20,7 +20,7 @@ from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_partials
 from hf_longattn.masking import LazyMask
-from hf_longattn.parallel.reduction import exchange_merge, gather_merge
+from hf_longattn.parallel.reduction import exchange_merge, tree_merge
 
 
 def sharded_attention(
@@ -84,7 +84,7 @@ def _attend_few(
     held = _held(mask, shard, query.device)
     attend = decode_attention if query.shape[2] <= MAX_DECODE_QUERIES else blockwise_attention
     output, lse = attend(query, key, value, mask=held, **_terms(options, shard))
-    return gather_merge(shard.group, output, lse)[0]
+    return tree_merge(shard.group, output, lse)[0]
 
 
 def _attend_run(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_longattn.parallel.peers import PeerBoards
 from hf_longattn.parallel.watch import Watch
 
 # `all_gather_into_tensor` has this name from torch 2.12 on.
@@ -38,6 +39,8 @@ class SequenceGroup:
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
         self._levels = [self._group] if levels is None else list(levels)
+        # By level, once asked for: None where the GPUs do not reach each other's memory.
+        self._boards: dict[int, PeerBoards | None] = {}
         self.watch = Watch(self.rank, self.ranks, timeout, self._abort)
         # Every process that must do the same: these ranks, and on a mesh those of its other dimensions too.
         self.control: SequenceGroup = self
@@ -118,6 +121,31 @@ class SequenceGroup:
         self._run(_all_gather, _bytes(received), _bytes(sent), group=group)
         return received
 
+    def join(self, output: Tensor, lse: Tensor, level: int) -> tuple[Tensor, Tensor] | None:
+        """Joins small partial results through memory that the GPUs of a host read from each other.
+
+        Args:
+            output: (B, H, T, V), this rank's.
+            lse: (B, H, T), -inf where the rank has no key.
+            level: of the hierarchy, 0 innermost.
+
+        Returns:
+            output and lse over the keys of all ranks of the level, the same bits on each; or None on every
+            rank where there is no such memory, or the results are too large for it.
+        """
+        group = self._levels[level]
+        if group is None or not output.is_cuda:
+            return None
+        if level not in self._boards:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            self._boards[level] = PeerBoards.open(group, output.device)
+        boards = self._boards[level]
+        if boards is None:
+            return None
+        self.watch.check()
+        return boards.merge(output, lse)
+
     def exchange(self, parts: Tensor) -> Tensor:
         """Sends part r to rank r, and returns what every rank sent here.
 
@@ -185,7 +213,10 @@ class SequenceGroup:
             raise self.watch.diagnosis(error) from error
 
     def _abort(self) -> None:
-        """Ends what is under way. NCCL alone needs it: its operations wait on the GPU, beyond our timeout."""
+        """Ends what is under way. GPUs alone need it: what waits there is beyond our timeout."""
+        for boards in self._boards.values():
+            if boards is not None:
+                boards.stop()
         for group in {id(group): group for group in (self._group, *self._levels)}.values():
             if group is not None and dist.get_backend(group) == "nccl":
                 group.abort()

@@ -44,6 +44,31 @@ def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     return packed[..., :width], packed.view(dtype)[..., -1]
 
 
+def tree_merge(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The fastest join that the ranks have, a level of the group at a time: inside the node, then across.
+
+    Small results of GPUs that reach each other's memory are written, read and merged by one kernel; all
+    others take `gather_merge`. Shapes and topology decide, so every rank decides alike.
+
+    Args:
+        group: the ranks.
+        output: (B, H, T, V), this rank's.
+        lse: (B, H, T), -inf where the rank has no key.
+
+    Returns:
+        output (B, H, T, V) and lse (B, H, T) over the keys of all ranks.
+    """
+    for level in range(group.levels if group.world_size > 1 else 0):
+        joined = group.join(output, lse, level)
+        output, lse = joined or _gather_level(group, output, lse, level)
+    return output, lse
+
+
+def _gather_level(group: SequenceGroup, output: Tensor, lse: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    parts = group.gather(pack(output, lse), level)
+    return merge_partials(*unpack(parts, output.shape[-1], lse.dtype))
+
+
 def gather_merge(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """One packed all-gather and a local merge a level of the group: inside the node first, then across.
 
@@ -55,11 +80,8 @@ def gather_merge(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple[Ten
     Returns:
         output (B, H, T, V) and lse (B, H, T) over the keys of all ranks.
     """
-    if group.world_size == 1:
-        return output, lse
-    for level in range(group.levels):
-        parts = group.gather(pack(output, lse), level)
-        output, lse = merge_partials(*unpack(parts, output.shape[-1], lse.dtype))
+    for level in range(group.levels if group.world_size > 1 else 0):
+        output, lse = _gather_level(group, output, lse, level)
     return output, lse
 
 

@@ -52,6 +52,22 @@ def _merge_partials(num_parts, num_rows, width, dtype="fp32"):
     return Case(f"merge_partials-N{num_parts}-R{num_rows}-V{width}", kernel, signature, constexprs)
 
 
+def _pull_merge(ranks, width, dtype):
+    """The join through peers' memory: 32 heads of one row."""
+    signature = {
+        "boards_ptr": "*i64:16", "output_ptr": f"*{dtype}:16", "lse_ptr": "*fp32:16",
+        "merged_ptr": f"*{dtype}:16", "merged_lse_ptr": "*fp32:16",
+        "output_strides": ("i64:16",) * 3 + (1,), "lse_strides": ("i64", "i64", 1),
+        "rank": "i32", "num_heads": "i32", "num_queries": "i32", "num_rows": "i32",
+    }  # fmt: skip
+    constexprs = {
+        "RANKS": ranks, "V": width, "BLOCK_V": triton.next_power_of_2(width), "ROWS": 4, "ROW_BYTES": 1024,
+        "PROGRAMS": 64, "STOP": 128,
+    }  # fmt: skip
+    kernel = "hf_longattn.kernels.merge_partials.triton_peers:_pull_merge_kernel"
+    return Case(f"pull_merge-P{ranks}-V{width}-{dtype}", kernel, signature, constexprs)
+
+
 def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
     """`decode_attention` with its own configuration, bare or with every option at once; `keys` in 8 bits."""
     from hf_longattn.kernels.decode_attention.triton import pick_config, pick_rows
@@ -236,6 +252,8 @@ CASES: list[Case] = [
     _merge_partials(16, 1, 128),
     _merge_partials(64, 1, 256),
     _merge_partials(2, 16, 128, "bf16"),
+    _pull_merge(2, 128, "bf16"),
+    _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),
     _decode_attention("bf16", 128, 4, masked=True),
     *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),

@@ -28,7 +28,7 @@ from hf_longattn.generation import room
 from hf_longattn.generation.graph import device_lengths
 from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel.group import SequenceGroup
-from hf_longattn.parallel.reduction import gather_merge, three_reductions
+from hf_longattn.parallel.reduction import gather_merge, three_reductions, tree_merge
 from hf_longattn.parallel.watch import Watch
 
 FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4"]
@@ -325,7 +325,7 @@ def reductions(rank, size, mesh):
         outputs[lse == -torch.inf] = torch.nan if size > 1 else 0.0
         want = merge_reference(outputs.double(), lse.double())
         eps = torch.finfo(dtype).eps
-        for form in (gather_merge, three_reductions):
+        for form in (tree_merge, gather_merge, three_reductions):
             got = form(group, outputs[rank], lse[rank])
             assert (got[0].double() - want[0]).abs().max() <= 2 * eps * want[0].abs().max(), (form, dtype)
             finite = want[1] > -torch.inf

@@ -197,6 +197,16 @@ def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
 
 
+def _laid_out_like(query: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the layout that cuDNN's forward gives its output, which follows from the query's."""
+    strides = torch.empty_like(query, device="meta").stride()
+    fits = all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    return tensor if fits else tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
 def _gradients_cuda(grad: Tensor, inputs: tuple, results: tuple, is_causal: bool, scale: float) -> tuple:
     query, key, value = inputs
     # Both kernels read lse as a packed (B, H, T), whatever its strides say.
@@ -204,6 +214,9 @@ def _gradients_cuda(grad: Tensor, inputs: tuple, results: tuple, is_causal: bool
     sizes = (query.shape[2], key.shape[2])
     nothing = torch.zeros((), dtype=torch.int64, device=query.device)
     if _uses_cudnn(query, key):
+        # torch finds cuDNN's plans by the layouts of query, key and value alone. Those of output and gradient
+        # are built in too: a plan made for other strides reads past the end of a tensor.
+        grad, output = _laid_out_like(query, grad), _laid_out_like(query, output)
         return _ATEN._scaled_dot_product_cudnn_attention_backward(
             grad,
             *inputs,

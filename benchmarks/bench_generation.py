@@ -11,13 +11,25 @@ the same run. Whether the tokens equal those of the first peer stands in each ro
 
 times questions about one document: all of them on a cache forked with `rows`, one of them alone, and all on a
 cache that repeats the document, for which four layers leave room.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_generation.py --peers prepared --name two_gpus
+
+puts each prompt on all GPUs; the peak is that of the rank that took most.
 """
 
 import argparse
 import gc
+import os
+import tempfile
 import time
+from pathlib import Path
+
+# Multicast through the switch is never used. Read when the processes meet.
+os.environ["NCCL_NVLS_ENABLE"] = "0"
+os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 
 import torch
+import torch.distributed as dist
 from _report import Report
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
@@ -35,10 +47,11 @@ SHAPE = {
     "max_position_embeddings": 1 << 20,
 }
 NEW_TOKENS = 48
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Clock(BaseStreamer):
-    """When the prompt and every token arrived."""
+    """When the prompt and every token arrived; on the first rank alone."""
 
     def __init__(self):
         self.times = []
@@ -68,6 +81,15 @@ def build(layers):
     return model
 
 
+def meet():
+    """The mesh of all processes, or None for one alone."""
+    if RANKS == 1:
+        return None
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    return dist.device_mesh.init_device_mesh("cuda", (RANKS,), mesh_dim_names=("cp",))
+
+
 def free():
     gc.collect()
     torch.cuda.empty_cache()
@@ -90,9 +112,13 @@ def measure(model, length, batch, pad, **options):
     free()
     clock = Clock()
     tokens = model.generate(ids, max_new_tokens=NEW_TOKENS, streamer=clock, **call)
-    steps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
-    first = clock.times[1] - clock.times[0]
-    return first, steps[len(steps) // 2], torch.cuda.max_memory_allocated(), tokens[:, length:].tolist()
+    peak = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
+    if RANKS > 1:
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+    # Another rank's clock saw nothing; what it would say is not reported.
+    times = clock.times or [0.0, 0.0, 0.0]
+    steps = sorted(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    return times[1] - times[0], steps[len(steps) // 2], peak.item(), tokens[:, length:].tolist()
 
 
 @torch.inference_mode()
@@ -151,14 +177,14 @@ def cache_dtype_of(peer):
 
 
 def floor(model, length, batch, rate, cache_dtype=None):
-    """Seconds a token at least takes: weights once, and every row's keys and values."""
+    """Seconds a token at least takes: weights once, and every row's keys and values, a share on each rank."""
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     weights -= model.get_input_embeddings().weight.numel() * 2
     # A key or a value of one head: 16 bits a number, or 8 and a scale.
     row = 128 * 2 if cache_dtype is None else 128 + 4
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * row * (length + NEW_TOKENS // 2)
-    return (weights + batch * cache) / rate
+    return (weights + batch * cache / RANKS) / rate
 
 
 def main():
@@ -179,7 +205,10 @@ def main():
     parser.add_argument("--name", default="generation")
     parser.add_argument("--deadline", type=float, default=300)
     arguments = parser.parse_args()
-    report = Report(arguments.name, deadline=arguments.deadline)
+    mesh = meet()
+    # Reports of the other ranks go nowhere.
+    folder = None if int(os.environ.get("RANK", "0")) == 0 else Path(tempfile.mkdtemp())
+    report = Report(arguments.name, deadline=arguments.deadline, folder=folder)
     rate = copy_rate()
     model = build(arguments.layers)
     for length in map(int, arguments.lengths.split(",")):
@@ -193,7 +222,8 @@ def main():
             options = {"cache_implementation": "static"} if peer == "sdpa-static" else {}
             if "prepared" in peer:
                 graph = False if peer.startswith("eager") else "auto"
-                hf_longattn.prepare_generation(model, cuda_graph=graph, cache_dtype=cache_dtype_of(peer))
+                setup = {"cuda_graph": graph, "cache_dtype": cache_dtype_of(peer), "device_mesh": mesh}
+                hf_longattn.prepare_generation(model, **setup)
             row = {
                 "peer": peer,
                 "prompt": length,
@@ -201,7 +231,7 @@ def main():
                 "pad": arguments.pad,
                 "copy_rate": rate,
             }
-            row |= {"layers": arguments.layers}
+            row |= {"layers": arguments.layers} | ({"ranks": RANKS} if RANKS > 1 else {})
             row["floor_ms"] = 1e3 * floor(model, length, arguments.batch, rate, cache_dtype_of(peer))
             try:
                 first, step, peak, tokens[peer] = measure(
@@ -214,7 +244,10 @@ def main():
             finally:
                 hf_longattn.restore(model)
                 free()
-            report.add(**row)
+            if folder is None:
+                report.add(**row)
+    if mesh is not None:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

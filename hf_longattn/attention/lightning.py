@@ -23,12 +23,12 @@ from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, lightnin
 from hf_longattn.cache.sharded import ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
-from hf_longattn.masking import LazyMask
+from hf_longattn.masking import LazyMask, is_tracing
 from hf_longattn.parallel.lightning import scan_slices
 
 NORM_EPS = 1e-6
 # Fewer new tokens than this on a GPU are not worth asking the device which of them exist.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
 
 _rows_of_mask: "weakref.WeakKeyDictionary[LazyMask, dict[bool, TokenRows]]" = weakref.WeakKeyDictionary()
 _slopes_on_device: dict[tuple[Any, ...], Tensor] = {}
@@ -295,9 +295,8 @@ def _make_rows(
     length, device = key.shape[2], query.device
     total = length if layer is None else layer.mask_length
     exists = None if mask is None or mask.padding is None else _columns(mask, length, total).to(device)
-    tracing = torch.compiler.is_compiling()
-    stepping = layer is not None and query.shape[2] <= _FEW_TOKENS and device.type != "cpu"
-    rows = TokenRows(exists, look=not (tracing or stepping))
+    stepping = layer is not None and query.shape[2] <= FEW_TOKENS and device.type != "cpu"
+    rows = TokenRows(exists, look=not (is_tracing(query) or stepping))
     if query.shape[2] == total > 1:
         rows.bounds = None if options.cu_seqlens is None else options.cu_seqlens[0]
         if rows.bounds is None and mask is not None and mask.pattern is None:

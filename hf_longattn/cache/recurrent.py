@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_longattn.cache.preallocated import Clock, grown_capacity
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
@@ -42,6 +42,20 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     if wrong := [index for index in chosen if not isinstance(index, int) or not 0 <= index < number]:
         raise ValueError(f"`config.lightning_layers` must list layers from 0 to {number - 1}, got {wrong}.")
     return frozenset(chosen)
+
+
+def is_empty(cache: Cache, layer_idx: int = 0) -> bool:
+    """Whether a cache has seen no token, without waiting for the device.
+
+    Args:
+        cache: of any kind.
+        layer_idx: whose tokens are counted.
+
+    Returns:
+        False where the length is on the device, as in a captured step: only a filled cache has such steps.
+    """
+    length = cache.get_seq_length(layer_idx)
+    return not isinstance(length, Tensor) and length == 0
 
 
 @dataclass

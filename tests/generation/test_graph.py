@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -51,6 +53,61 @@ def test_steps_by_the_clock_equal_ordinary_ones(family, side):
                 layer.advanced(count)
             assert tiny.relative_error(result, expected) <= 2e-5
             start = stop
+
+
+class WithoutLooking(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for: a captured step may do none of it."""
+
+    OPERATIONS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        chosen = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        assert not chosen and not any(name.startswith(word) for word in self.OPERATIONS), f"{name} waits"
+        return func(*args, **(kwargs or {}))
+
+
+def model_and_cache(name):
+    """A model that our attention runs, and an empty cache of ours for it."""
+    cache_dtype = "int8" if name == "int8" else None
+    name = "gemma2" if name == "int8" else name
+    model = tiny.build(name, "tree_attention") if name in FAMILIES else tiny.build_lightning(name)
+    hf_longattn.prepare_generation(model)
+    if model._can_set_experts_implementation():
+        # The others wait for the device in fp32.
+        model.set_experts_implementation("batched_mm")
+    if name == "minimax":
+        from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
+
+        return model, MiniMaxLongContextCache(model.config, capacity=40)
+    return model, LongContextCache(model.config, 40, cache_dtype)
+
+
+LIGHTNING = ["model", "hybrid", "flag", "flag-hybrid", "neox-flag", "minimax"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "int8", *LIGHTNING])
+@pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
+def test_a_captured_step_never_asks_the_device(name, positions, monkeypatch):
+    (model, cache), clocks = model_and_cache(name), {}
+    ids, mask = (
+        tiny.tokens(2, 14),
+        torch.nn.functional.pad(tiny.padding([14, 6], 14, "left"), (0, 64), value=1),
+    )
+    where = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        first = {"position_ids": where[:, :9]} if positions else {}
+        model(input_ids=ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache, **first)
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        for part in (slice(9, 10), slice(10, 14)):
+            count = part.stop - part.start
+            step = {"position_ids": where[:, part]} if positions else {}
+            with device_lengths(cache, clocks, count), WithoutLooking():
+                for clock in clocks.values():
+                    clock.begin(count)
+                model(input_ids=ids[:, part], attention_mask=mask.bool(), past_key_values=cache, **step)
 
 
 def generate(model, ids, mask, **kwargs):

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
-from hf_longattn.attention.lightning import attend_to_state, starts_of_positions
+from hf_longattn.attention.lightning import FEW_TOKENS, attend_to_state, starts_of_positions
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.recurrent import is_empty
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.instance import Setup
+from hf_longattn.masking import is_tracing
 from hf_longattn.parallel.group import SequenceGroup
 
 _rows_of_positions = WeakIdKeyDictionary()
@@ -186,16 +188,23 @@ def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, e
     forward.
     """
     if position_ids is None or torch.compiler.is_compiling():
-        return TokenRows(None if mask is None else mask.bool(), look=not torch.compiler.is_compiling())
+        return _existing(mask, empty)
     known = _rows_of_positions.get(position_ids)
     versions = version_of(mask), version_of(position_ids)
     if known is None or known[0] is not mask or known[2] != versions:
-        rows = TokenRows(None if mask is None else mask.bool())
+        rows = _existing(mask, empty)
         if empty and shape[1] > 1:
             exists = None if mask is None else mask.bool()
             rows.starts = starts_of_positions(position_ids, exists, shape[0])
         known = _rows_of_positions[position_ids] = (mask, rows, versions)
     return known[1]
+
+
+def _existing(mask: Tensor | None, empty: bool) -> TokenRows:
+    if mask is None:
+        return TokenRows()
+    stepping = not empty and mask.shape[1] <= FEW_TOKENS and mask.device.type != "cpu"
+    return TokenRows(mask.bool(), look=not (is_tracing(mask) or stepping))
 
 
 def _is_theirs(cache: Any) -> bool:
@@ -205,4 +214,4 @@ def _is_theirs(cache: Any) -> bool:
 def _is_empty(cache: Any, layer_idx: int) -> bool:
     if _is_theirs(cache):
         return not isinstance(cache.get_linear_cache(layer_idx), Tensor)
-    return cache.get_seq_length(layer_idx) == 0
+    return is_empty(cache, layer_idx)

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_longattn.attention.lightning import NORM_EPS, lightning_attention_forward, normalised
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.recurrent import is_empty, lightning_layers
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.masking import LazyMask, lazy_mask
 
@@ -321,7 +321,7 @@ class LightningModel(LightningPreTrainedModel):
         if self.config.is_hybrid:
             # An empty cache changes nothing but that transformers would not look for packed documents, unless
             # its ranks share these tokens.
-            fresh = cache is None or (not cache.is_compileable and cache.get_seq_length() == 0)
+            fresh = cache is None or (not cache.is_compileable and is_empty(cache))
             fresh = fresh and not (isinstance(cache, ShardedCache) and cache.is_computing)
             masks[False] = create_causal_mask(
                 config=self.config,

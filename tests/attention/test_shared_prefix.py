@@ -36,7 +36,7 @@ def make_inputs(rows, count, prefix, own, dtype):
 def make_mask(padding, prefix, count, window, kept):
     """The lazy mask of `kept` keys of the prefix and the suffixes, of which the last `count` ask."""
     rows, own = padding.shape
-    whole = torch.cat([torch.ones(rows, prefix, dtype=torch.bool), padding.bool()], 1)
+    whole = torch.cat([padding.new_ones(rows, prefix), padding], 1).bool()
     function = masking_utils.causal_mask_function
     if window is not None:
         function = masking_utils.and_masks(masking_utils.sliding_window_overlay(window), function)

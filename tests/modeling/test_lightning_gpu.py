@@ -1,20 +1,20 @@
 """Lightning models on a GPU: kernels inside whole models, every layout of tokens, and captured steps."""
 
 import copy
-import functools
 
 import pytest
 import tiny
 import torch
 
 import hf_longattn
-from hf_longattn.cache import LongContextCache, recurrent
+from hf_longattn.cache import LongContextCache, recurrent, token_rows
 from hf_longattn.generation.graph import GraphDecoder
-from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from hf_longattn.modeling.lightning import LightningConfig, LightningForCausalLM
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 LENGTH = 150
+# Where models look the operators up.
+OPERATORS = ((token_rows, "lightning_attention"), (recurrent, "lightning_attention_step"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,6 +50,33 @@ def logits(model, ids, mask, cut=None):
     return torch.cat(parts, 1)
 
 
+def use_plain_operators(monkeypatch):
+    """Replaces the kernels by their plain implementation; returns the names of those that ran."""
+    ran = set()
+
+    def plain(name, operator):
+        def run(*args, **kwargs):
+            ran.add(name)
+            return operator(*args, impl="reference", **kwargs)
+
+        return run
+
+    for module, name in OPERATORS:
+        monkeypatch.setattr(module, name, plain(name, getattr(module, name)))
+    return ran
+
+
+@pytest.mark.parametrize("kind", ["flag", "tnl", "hybrid"])
+@pytest.mark.parametrize("cut", [None, 1, 64])
+def test_the_plain_implementation_is_what_a_model_can_be_made_to_run(kind, cut, monkeypatch):
+    model, ids, mask = model_of(kind), tiny.tokens(3, LENGTH), mask_of("left")
+    expected = logits(model, ids, mask, cut)
+    ran = use_plain_operators(monkeypatch)
+    assert torch.equal(logits(model, ids, mask, cut)[mask.bool()], expected[mask.bool()])
+    assert ran == {name for _, name in OPERATORS[: 2 if cut == 1 else 1]}
+
+
+@gpu
 @pytest.mark.parametrize("kind", ["flag", "tnl", "hybrid"])
 @pytest.mark.parametrize("layout", ["left", "right", "holes"])
 @pytest.mark.parametrize("cut", [None, 1, 16, 64])
@@ -61,14 +88,13 @@ def test_error_is_that_of_the_plain_implementation(kind, layout, cut, dtype, mon
     expected = logits(exact, ids, mask)[mask.bool()]
     model.cuda()
     result = logits(model, ids, mask, cut)[mask.bool()]
-    for name, operator in (("", lightning_attention), ("_step", lightning_attention_step)):
-        plain = functools.partial(operator, impl="reference")
-        monkeypatch.setattr(recurrent, f"lightning_attention{name}", plain)
+    use_plain_operators(monkeypatch)
     standard = logits(model, ids, mask, cut)[mask.bool()]
     bound = 1.5 * (tiny.relative_error(standard, expected) + torch.finfo(DTYPES[dtype]).eps)
     assert tiny.relative_error(result, expected) <= bound
 
 
+@gpu
 @pytest.mark.parametrize("kind", ["flag", "tnl", "hybrid"])
 def test_packed_documents_equal_separate_ones(kind):
     model, lengths = model_of(kind).cuda(), [70, 1, 79]
@@ -80,6 +106,7 @@ def test_packed_documents_equal_separate_ones(kind):
     assert tiny.relative_error(result, expected) <= 1e-5
 
 
+@gpu
 @pytest.mark.parametrize("kind", ["tnl", "hybrid"])
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_captured_steps_give_the_tokens_of_eager_ones(kind, mode, monkeypatch):
@@ -97,6 +124,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones(kind, mode, monkeypatch):
     assert len(captures) == 1 or mode
 
 
+@gpu
 def test_training_gradients_on_a_gpu_equal_those_on_a_cpu():
     ids, gradients = tiny.tokens(2, LENGTH), []
     for device in ("cpu", "cuda"):

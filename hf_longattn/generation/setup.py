@@ -14,6 +14,7 @@ from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.quantized import check_cache_dtype, read_cache_dtype
 from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import prefill
@@ -129,6 +130,8 @@ def prepare_generation(
     if group is None and hasattr(inner, "decode_blocks"):
         decoder.stand_in = vars(inner).get("forward")
         changes.set(inner, "_sample", functools.partial(sample, inner, setup, decoder))
+    elif group is None:
+        run_ahead(inner, changes)
     instance.setups(inner)["generation"] = changes
     return model
 

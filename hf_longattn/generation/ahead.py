@@ -1,0 +1,151 @@
+"""Greedy decoding that queues the next step before the host has read whether the last one ended the answer.
+
+transformers' loop asks the device after every token whether any row goes on, and the GPU waits for the host
+to ask, to prepare the next step and to launch it. Its `DeferredStopCheck` reads the answer one step later and
+takes back the one step too many; it serves Apple's GPUs only. Here it serves the calls of a prepared model
+whose results cannot tell: nothing random is drawn, nobody else's code runs once a token, and the cache can
+forget a token. Streamers get the same tokens in the same order.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import utils
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.generation.graph import obstacle
+from hf_longattn.instance import Setup
+
+_NAME = "DeferredStopCheck"
+_DEVICES = ("cuda",)
+# Processors that call a function of the caller's, or the model.
+_CALLING = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+@dataclass
+class _Call:
+    """What one call of `generate` has said so far; it runs ahead once both lists are known to be plain."""
+
+    streamed: bool
+    greedy: bool = False
+    plain_criteria: bool = False
+
+
+_current: ContextVar[_Call | None] = ContextVar("hf_longattn_call", default=None)
+_lock = threading.Lock()
+_users = 0
+
+
+class _ChosenByCall:
+    """Stands in for the class `DeferredStopCheck` while prepared models generate.
+
+    Args:
+        base: the class.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def is_supported(
+        self, device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool
+    ) -> bool:
+        """Whether the host may read one step late: where transformers says so, or the call and the cache."""
+        call = _current.get()
+        ours = call is not None and call.greedy and call.plain_criteria and not is_assistant
+        # A streamer may end the call with an error; a cache that outlives it then holds what was streamed.
+        safe = call is not None and not (call.streamed and cache_is_returned)
+        if ours and safe and device.type in _DEVICES and _forgets_a_token(cache):
+            return True
+        return self.base.is_supported(device, cache, cache_is_returned, is_assistant=is_assistant)
+
+    def __call__(
+        self, input_ids: Any, max_length: Any, cache: Any, cache_is_returned: bool, streamer: Any = None
+    ) -> Any:
+        """The stop check of one call."""
+        # Our layers forget one token as they are; recorded, a window would grow to the whole answer.
+        recorded = cache_is_returned and not _forgets_a_token(cache)
+        check = self.base(input_ids, max_length, cache, recorded, streamer)
+        check.cache = cache if cache_is_returned else None
+        return check
+
+
+def _forgets_a_token(cache: Any) -> bool:
+    if not isinstance(cache, LongContextCache):
+        return False
+    return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    """Puts the choice by call in the place of the class until the last call that is under way ends."""
+    global _users
+    with _lock:
+        _users += 1
+        base: Any = getattr(utils, _NAME, None)
+        if base is not None and not isinstance(base, _ChosenByCall):
+            setattr(utils, _NAME, _ChosenByCall(base))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            now: Any = getattr(utils, _NAME, None)
+            if not _users and isinstance(now, _ChosenByCall):
+                setattr(utils, _NAME, now.base)
+
+
+def run_ahead(model: PreTrainedModel, changes: Setup) -> None:
+    """Lets greedy calls of `generate` of one model run ahead of the host.
+
+    Args:
+        model: the transformers model.
+        changes: where the changes are noted, to be undone.
+    """
+    original_generate: Any = model.generate
+    original_processors: Any = model._get_logits_processor
+    original_criteria: Any = model._get_stopping_criteria
+
+    @functools.wraps(original_generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        token = _current.set(_Call(streamed=kwargs.get("streamer") is not None))
+        try:
+            with _patched():
+                return original_generate(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    def get_logits_processor(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = original_processors(generation_config, *args, **kwargs)
+        if (call := _current.get()) is not None:
+            # A hook sees every call of a module: one too many would show.
+            call.greedy = not generation_config.do_sample and _is_plain(processors) and not obstacle(model)
+        return processors
+
+    def get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
+        criteria = original_criteria(*args, **kwargs)
+        if (call := _current.get()) is not None:
+            call.plain_criteria = _is_plain(criteria)
+        return criteria
+
+    changes.set(model, "generate", generate)
+    changes.set(model, "_get_logits_processor", get_logits_processor)
+    changes.set(model, "_get_stopping_criteria", get_stopping_criteria)
+
+
+def _is_plain(steps: Any) -> bool:
+    """Whether all processors or criteria are transformers' own, and call nobody else's function."""
+    return all(
+        type(step).__module__.startswith("transformers.") and not isinstance(step, _CALLING) for step in steps
+    )

@@ -21,7 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.fusion import fused
-from hf_longattn.generation.graph import GraphDecoder, obstacle
+from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
@@ -325,4 +325,4 @@ def _record(program: BlockProgram, model: PreTrainedModel, decoder: GraphDecoder
     try:
         program.record(model, decoder.products)
     except RuntimeError as error:
-        decoder.give_up(str(error))
+        decoder.give_up(reason_of(model, error))

@@ -180,7 +180,7 @@ class GraphDecoder:
             try:
                 step = graphs.steps[key] = self._capture(kwargs, cache, graphs, count)
             except RuntimeError as error:
-                self.give_up(str(error))
+                self.give_up(reason_of(self.model, error))
                 return self.original(**kwargs)
         for clock, layer in step.leaders:
             layer.set_clock(clock)
@@ -260,6 +260,28 @@ def obstacle(model: PreTrainedModel) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would skip"
     return None
+
+
+def reason_of(model: PreTrainedModel, error: RuntimeError) -> str:
+    """Why a capture failed, in one line, with a way out where one is known.
+
+    Args:
+        model: whose step was captured.
+        error: what the capture ended with.
+    """
+    while isinstance(error.__context__, RuntimeError):
+        # What broke the capture, rather than that it was broken.
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else "the capture failed"
+    grouped = "grouped_mm" in model.get_experts_implementation().values()
+    if not grouped or model.dtype == torch.bfloat16:
+        return first
+    # torch has a kernel for bf16; for other dtypes it copies the bounds of the groups to the host.
+    return (
+        f"the grouped products of the experts wait for the device in {model.dtype}; a model in "
+        f"torch.bfloat16 can be captured. torch said: {first}"
+    )
 
 
 def _is_constant(name: str, value: Any) -> bool:

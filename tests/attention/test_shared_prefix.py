@@ -41,7 +41,7 @@ def make_mask(padding, prefix, count, window, kept):
     if window is not None:
         function = masking_utils.and_masks(masking_utils.sliding_window_overlay(window), function)
     start = prefix + own - count
-    return lazy_mask(rows, count, kept + own, start, prefix - kept, function, whole)
+    return lazy_mask(rows, count, kept + own, start, prefix - kept, function, whole, whole.device)
 
 
 def visible(padding, prefix, count, window, kept):

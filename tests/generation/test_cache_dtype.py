@@ -129,7 +129,7 @@ def test_graph_gives_the_tokens_of_eager(family, dtype, mode):
     ids, mask = tiny.tokens(rows, 23).cuda(), tiny.padding([23, 9][:rows], 23, "left").cuda()
     results = []
     for graph in (False, True):
-        model = tiny.build(family).cuda()
+        model = tiny.capturable(tiny.build(family)).cuda()
         hf_longattn.prepare_generation(model, cache_dtype=dtype, cuda_graph=graph)
         results.append(generate(model, ids, mask, max_new_tokens=40, **MODES[mode]))
     assert results[0] == results[1]

@@ -1,6 +1,7 @@
 """A decoding step with its lengths on the device, and the CUDA graph that replays it."""
 
 import logging
+import re
 
 import pytest
 import tiny
@@ -11,7 +12,8 @@ from transformers.utils import import_utils
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
-from hf_longattn.generation.graph import device_lengths
+from hf_longattn.generation.graph import GraphDecoder, device_lengths, reason_of
+from hf_longattn.kernels.dispatch import log_once
 
 FAMILIES = ["llama", "mistral-window", "gemma2", "gpt-oss", "gpt-neox", "llama4"]
 gpu = pytest.mark.gpu
@@ -74,10 +76,7 @@ def model_and_cache(name):
     cache_dtype = "int8" if name == "int8" else None
     name = "gemma2" if name == "int8" else name
     model = tiny.build(name, "tree_attention") if name in FAMILIES else tiny.build_lightning(name)
-    hf_longattn.prepare_generation(model)
-    if model._can_set_experts_implementation():
-        # The others wait for the device in fp32.
-        model.set_experts_implementation("batched_mm")
+    hf_longattn.prepare_generation(tiny.capturable(model))
     if name == "minimax":
         from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
 
@@ -110,6 +109,53 @@ def test_a_captured_step_never_asks_the_device(name, positions, monkeypatch):
                 model(input_ids=ids[:, part], attention_mask=mask.bool(), past_key_values=cache, **step)
 
 
+def broken_capture():
+    """The error that a capture ends with, raised while the one that broke it is on its way."""
+    try:
+        try:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors\nand more")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_failed_capture_names_what_broke_it_and_the_way_out(required, caplog):
+    reasons = {
+        ("llama", torch.float32): "^Cannot copy between CPU and CUDA tensors$",
+        ("gpt-oss", torch.bfloat16): "^Cannot copy between CPU and CUDA tensors$",
+        ("gpt-oss", torch.float32): "^the grouped products .* torch.float32; a model in torch.bfloat16 can",
+    }
+    log_once.cache_clear()
+    for (family, dtype), expected in reasons.items():
+        model = tiny.build(family, dtype=dtype)
+        reason = reason_of(model, broken_capture())
+        assert re.search(expected, reason), reason
+        decoder = GraphDecoder(model, model.forward, required)
+        if required:
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                decoder.give_up(reason)
+            continue
+        for _ in range(2):
+            decoder.give_up(reason)
+    said = [record.message for record in caplog.records if "could not be captured" in record.message]
+    # Each reason once.
+    assert len(said) == (0 if required else 2)
+
+
+@gpu
+def test_experts_in_fp32_run_eagerly_with_one_warning_and_in_bf16_are_captured(caplog):
+    log_once.cache_clear()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = hf_longattn.prepare_generation(tiny.build("gpt-oss", dtype=dtype).cuda())
+        with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+            for _ in range(2):
+                generate(model, tiny.tokens(1, 9).cuda(), None, max_new_tokens=5)
+        said = [record.message for record in caplog.records if "could not be captured" in record.message]
+        assert len(said) == 1 and "a model in torch.bfloat16 can be captured" in said[0]
+
+
 def generate(model, ids, mask, **kwargs):
     kwargs = {"do_sample": False, "max_new_tokens": 40, **kwargs}
     return model.generate(input_ids=ids, attention_mask=mask, **kwargs).tolist()
@@ -128,8 +174,6 @@ def test_graph_gives_the_tokens_of_eager(family, mode):
 
 @gpu
 def test_one_capture_serves_a_whole_answer(monkeypatch):
-    from hf_longattn.generation.graph import GraphDecoder
-
     captures = []
     real = GraphDecoder._capture
     monkeypatch.setattr(GraphDecoder, "_capture", lambda self, *a: (captures.append(1), real(self, *a))[1])

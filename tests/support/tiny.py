@@ -73,6 +73,13 @@ def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.f
     return model.eval()
 
 
+def capturable(model):
+    """The model, with experts that a CUDA graph can hold in fp32: grouped ones look from the host there."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
 def build_lightning(name: str):
     """A tiny model with lightning layers: model, hybrid, flag, flag-hybrid, neox-flag or minimax."""
     if "flag" in name:

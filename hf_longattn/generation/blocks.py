@@ -149,7 +149,7 @@ class BlockProgram:
         Raises:
             RuntimeError: a step cannot be captured; the program is as it was.
         """
-        with fused(model, self.tokens.shape[0], products):
+        with fused(model, self.tokens.shape[0], products), self.decoding.few_launches():
             self.graph, _ = capture(self._rehearse, self._steps)
 
     def _steps(self) -> None:

@@ -1,5 +1,6 @@
 """Prepared Block Transformers: several tokens a program, and all that plain `generate` gives."""
 
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from hf_longattn.modeling.block_transformer import (
     BlockTransformerConfig,
     BlockTransformerForCausalLM,
     decoding,
+    steps,
 )
 
 PAD, END = 60, 59
@@ -202,6 +204,39 @@ def test_any_number_of_new_tokens(captured, request):
         assert torch.equal(fast, plain) and fast.shape[1] == 9 + count
     # A program that would be replayed once is not worth a capture.
     assert len(graphs) == (2 if captured else 0)
+
+
+def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatch):
+    calls, real = [], steps.few_key_attention
+    monkeypatch.setattr(
+        steps,
+        "few_key_attention",
+        lambda *args, **options: (calls.append((args[0].shape[2], args[5])), real(*args, **options))[1],
+    )
+    plain, fast = both(make(), *prompts(9, 6), **GREEDY)
+    assert torch.equal(fast, plain) and len(recorded) == 1
+    # Rehearsal and capture of four steps, two layers, two groups: P vectors open a block, tokens follow.
+    assert len(calls) == 2 * 4 * 2 * 2
+    assert set(calls) == {(2, 0), (1, 2), (1, 3), (1, 4)}
+
+
+@torch.no_grad()
+def test_pads_of_an_open_block_are_left_out_in_one_launch_too():
+    model = make().double()
+    decoder, results = model.model.token_decoder, []
+    prefix, ids = torch.randn(3, 2, 32, dtype=torch.double), torch.tensor([[5, 6], [PAD, 7], [PAD, PAD]])
+    for fast in (False, True):
+        cache = decoder.make_cache()
+        decoder.step(prefix, ids[:, :0], cache)
+        cache.reset()
+        with steps.few_launches(model) if fast else contextlib.nullcontext():
+            states = [decoder.step(prefix, ids[:, :0], cache, (ids != PAD)[:, :0])]
+            states += [
+                decoder.step(prefix, ids[:, t : t + 1], cache, (ids != PAD)[:, : t + 1]) for t in (0, 1)
+            ]
+        results.append(torch.stack(states))
+    torch.testing.assert_close(*results)
+    assert "forward" not in vars(decoder.decoder.layers[0].attention)
 
 
 def ends_inside(plain, row, place):

@@ -27,6 +27,7 @@ from hf_longattn.masking import LazyMask, Pattern
 
 from .cache_block_transformer import BlockTransformerCache
 from .layout import prompt_offset
+from .steps import few_launches
 
 
 class HeldBlocks(Cache):
@@ -233,6 +234,10 @@ class BlockDecoding:
                 layer.lazy_initialization(states, states)
         for layer in cache.layers:
             layer.reserve(cache.batch_size, blocks * cache.keys_per_block)
+
+    def few_launches(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a step takes fewer launches; worth it while one is being captured."""
+        return few_launches(self.model)
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (B,); logits (B, V) of the one after it."""

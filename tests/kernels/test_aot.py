@@ -52,6 +52,18 @@ def _merge_partials(num_parts, num_rows, width, dtype="fp32"):
     return Case(f"merge_partials-N{num_parts}-R{num_rows}-V{width}", kernel, signature, constexprs)
 
 
+def _merge_over_first(num_parts, width, dtype):
+    """`merge_over_first` as a chunk of a prompt launches it, heads next to each other."""
+    signature = {
+        "outputs_ptrs": (f"*{dtype}:16",) * num_parts, "lse_ptrs": ("*fp32:16",) * num_parts,
+        "outputs_strides": ("i64:16",) * 3 + (1,), "lse_strides": ("i64", 1, "i64"),
+        "num_middle": "i32", "num_inner": "i32", "num_rows": "i32",
+    }  # fmt: skip
+    constexprs = {"V": width, "BLOCK_R": 2048 // width, "BLOCK_V": width}
+    kernel = "hf_longattn.kernels.merge_partials.triton:_join_kernel"
+    return Case(f"merge_over_first-N{num_parts}-V{width}-{dtype}", kernel, signature, constexprs)
+
+
 def _pull_merge(ranks, width, dtype):
     """The join through peers' memory: 32 heads of one row."""
     signature = {
@@ -252,6 +264,8 @@ CASES: list[Case] = [
     _merge_partials(16, 1, 128),
     _merge_partials(64, 1, 256),
     _merge_partials(2, 16, 128, "bf16"),
+    _merge_over_first(2, 128, "bf16"),
+    _merge_over_first(8, 128, "bf16"),
     _pull_merge(2, 128, "bf16"),
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_longattn.kernels.dispatch import interpreting
-from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.merge_partials import merge_over_first, merge_partials
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
 
@@ -87,6 +87,30 @@ def test_triton_reads_strides():
     assert_merged(strided, strided_lse, "triton")
     want = merge_partials(outputs, lse, impl="triton")
     assert all(map(torch.equal, merge_partials(strided, strided_lse, impl="triton"), want))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+@pytest.mark.parametrize("shape", [(2, 2, 3, 37, 64), (3, 1, 5, 20, 48)], ids=shape_name)
+def test_triton_writes_over_the_first_part(shape, dtype):
+    outputs, lse = make_parts(*shape, dtype)
+    want, want_lse = merge_partials(outputs, lse, impl="reference")
+    # Heads next to each other, as torch's kernels leave them.
+    parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in outputs]
+    output, merged = merge_over_first(parts, [part.clone() for part in lse])
+    assert output.data_ptr() == parts[0].data_ptr() and output.stride() == parts[0].stride()
+    eps = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+    assert (output.double() - want.double()).abs().max() <= 2 * eps * want.abs().max()
+    torch.testing.assert_close(merged, want_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("number", [1, 3])
+def test_parts_that_lie_apart(number, dtype):
+    outputs, lse = make_parts(number, 2, 3, 4, 8, dtype, empty=0.0)
+    want = merge_partials(outputs, lse)
+    for got, expected in zip(merge_over_first(list(outputs), list(lse)), want, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @interpreted

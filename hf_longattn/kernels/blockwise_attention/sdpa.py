@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.merge_partials import merge_over_first
 
 from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
 
@@ -187,10 +187,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    outputs, lse = zip(*parts, strict=True)
-    return merge_partials(torch.stack(outputs), torch.stack(lse))
+    return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
 
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:

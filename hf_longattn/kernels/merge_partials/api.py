@@ -8,6 +8,9 @@ from torch import Tensor
 from hf_longattn.kernels.dispatch import check_impl, triton_runs_on
 from hf_longattn.kernels.merge_partials.reference import merge_backward, merge_reference
 
+# The kernel for parts that lie apart is compiled for each number of them.
+_MOST_APART = 8
+
 
 def merge_partials(outputs: Tensor, lse: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Joins attention results over disjoint sets of keys into the result over all of them, exactly.
@@ -56,6 +59,39 @@ def merge_partials(outputs: Tensor, lse: Tensor, *, impl: str = "auto") -> tuple
             f"convert it with `.to({wanted})`."
         )
     return _merge(outputs, lse, impl)
+
+
+def merge_over_first(outputs: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`merge_partials` of parts that lie apart, without stacking them: on a GPU, written over the first.
+
+    For code that owns the parts: afterwards none of them may be read. No gradient.
+
+    Args:
+        outputs: N >= 1 parts (B, H, T, V) of one dtype; any strides, and equal ones are fastest.
+        lse: N log-sum-exps (B, H, T) of the parts, as in `merge_partials`.
+
+    Returns:
+        output (B, H, T, V), laid out as the first part where that was written over, and lse (B, H, T).
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    if len(outputs) == 1:
+        return outputs[0], lse[0]
+    apart = len(outputs) <= _MOST_APART and triton_runs_on(outputs[0].device)
+    alike = all(_alike(x, like) for kind in (outputs, lse) for x in kind for like in kind[:1])
+    if not apart or not alike or lse[0].dtype != torch.float32 or lse[0].shape != outputs[0].shape[:3]:
+        return merge_partials(torch.stack(outputs), torch.stack(lse))
+    from hf_longattn.kernels.merge_partials.triton import merge_over_first as launch
+
+    launch(outputs, lse)
+    return outputs[0], lse[0]
+
+
+def _alike(tensor: Tensor, like: Tensor) -> bool:
+    same = tensor.shape == like.shape and tensor.dtype == like.dtype and tensor.device == like.device
+    return same and tensor.stride() == like.stride()
 
 
 @torch.library.custom_op("hf_longattn::merge_partials", mutates_args=())

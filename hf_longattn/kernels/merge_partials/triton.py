@@ -8,6 +8,10 @@ rows (decoding) and few parts of many rows (prefill) both fill the machine. An e
 even read. A sink is one more part of every row, with output 0 and a logit known beforehand. Sums are kept in
 the dtype of
 lse: fp32, or fp64 for fp64 inputs. Tree Attention, arXiv 2408.04093, section 4.
+
+A few parts that lie apart, as torch leaves them, are joined over the first of them: every element
+is read once, where stacking them would read and write all of it before. Rows are taken in the order in which
+they lie in memory, so that neighbours make long runs whatever the order of the dimensions.
 """
 
 import torch
@@ -71,6 +75,63 @@ def _merge_kernel(
     at = at[:, None] + offs_v[None, :] * output_strides[3]
     tl.store(output_ptr + at, merged.to(output_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_v[None, :])
     tl.store(merged_lse_ptr + offset(row, merged_lse_strides), peak + tl.log(total), mask=mask_r)
+
+
+@triton.jit(do_not_specialize=["num_middle", "num_inner", "num_rows"])
+def _join_kernel(
+    outputs_ptrs, lse_ptrs, outputs_strides, lse_strides, num_middle, num_inner, num_rows,
+    V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    # int32 divides several times as fast, and so many rows fit in no memory; offsets are int64.
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = rows < num_rows
+    row = (rows // num_inner // num_middle, rows // num_inner % num_middle, rows % num_inner)
+    lse_at = offset(row, lse_strides)
+    offs_v = tl.arange(0, BLOCK_V)
+    at = offset((row[0], row[1], row[2], 0), outputs_strides)
+    at = at[:, None] + offs_v[None, :] * outputs_strides[3]
+    mask = mask_r[:, None] & (offs_v < V)[None, :]
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    for n in tl.static_range(len(lse_ptrs)):
+        peak = tl.maximum(peak, tl.load(lse_ptrs[n] + lse_at, mask=mask_r, other=float("-inf")))
+    # A row whose parts are all empty has no peak; any finite stand-in gives it weights of zero.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    merged = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for n in tl.static_range(len(lse_ptrs)):
+        lse = tl.load(lse_ptrs[n] + lse_at, mask=mask_r, other=float("-inf"))
+        weight = tl.exp(lse - peak)
+        total += weight
+        # What an empty part holds is undefined: it is not read.
+        part = tl.load(outputs_ptrs[n] + at, mask=mask & (lse != float("-inf"))[:, None], other=0.0)
+        merged += part.to(tl.float32) * weight[:, None]
+    merged = merged / tl.where(total == 0.0, 1.0, total)[:, None]
+    # Another thread may still read the lse that this one is about to write over.
+    tl.debug_barrier()
+    tl.store(outputs_ptrs[0] + at, merged.to(outputs_ptrs[0].dtype.element_ty), mask=mask)
+    tl.store(lse_ptrs[0] + lse_at, peak + tl.log(total), mask=mask_r)
+
+
+def merge_over_first(outputs: list[torch.Tensor], lse: list[torch.Tensor]) -> None:
+    """Writes the merge of a few parts over the first of them.
+
+    Args:
+        outputs: each (B, H, T, V), of one dtype and one set of strides.
+        lse: each (B, H, T) fp32, of one set of strides.
+    """
+    *shape, width = outputs[0].shape
+    num_rows = lse[0].numel()
+    if num_rows == 0:
+        return
+    order = sorted(range(3), key=outputs[0].stride, reverse=True)
+    block_v = triton.next_power_of_2(width)
+    block_r = max(1, _TILE // 2 // block_v)
+    _join_kernel[(triton.cdiv(num_rows, block_r),)](
+        tuple(outputs), tuple(lse),
+        tuple(outputs[0].stride(dim) for dim in (*order, 3)), tuple(lse[0].stride(dim) for dim in order),
+        shape[order[1]], shape[order[2]], num_rows,
+        V=width, BLOCK_R=block_r, BLOCK_V=block_v, num_warps=4,
+    )  # fmt: skip
 
 
 def merge_forward(

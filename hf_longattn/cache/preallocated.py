@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_longattn.kernels.cache_write import cache_write
+
 # A buffer that is full grows by half, and never by less than this many tokens.
 _SMALLEST_GROWTH = 256
 # Tokens that a sliding layer keeps beyond its window, so that rejected guesses of assisted decoding can be
@@ -118,8 +120,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self, clock: Clock, key_states: Tensor, value_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert self._keys is not None and self._values is not None
-        self._keys.index_copy_(2, clock.index, key_states)
-        self._values.index_copy_(2, clock.index, value_states)
+        cache_write(self._keys, self._values, clock.index, key_states, value_states)
         # A buffer may be longer than that of the next layer, where memory ran out between the two.
         return self._keys[:, :, : self.capacity], self._values[:, :, : self.capacity]
 
@@ -132,6 +133,11 @@ class PreallocatedLayer(CacheLayerMixin):
         """Tells the device where this layer, and all of its group, writes next."""
         clock.set(self.end, self.get_seq_length() - self.end)
 
+    def reserve(self, tokens: int) -> None:
+        """Has the first update make room for `tokens`; a layer that holds memory grows as it needs."""
+        if not self.is_initialized:
+            self.capacity = max(self.capacity, tokens)
+
     def make_room(self, count: int) -> None:
         """Sees to it that `count` more tokens fit without moving anything."""
         self._make_room(count)
@@ -142,19 +148,25 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         count = key_states.shape[2]
+        self._prepare(key_states, value_states)
+        assert self._keys is not None and self._values is not None
+        self._keys[:, :, self.end : self.end + count] = key_states
+        self._values[:, :, self.end : self.end + count] = value_states
+        self.end += count
+
+    def _prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Sees to it that there are buffers, with room for these tokens."""
+        count = key_states.shape[2]
         if not self.is_initialized:
             self.capacity = max(self.capacity, count)
             self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None
         if key_states.shape[0] != self._keys.shape[0]:
             raise ValueError(
                 f"`past_key_values` holds {self._keys.shape[0]} sequences, got a batch of "
                 f"{key_states.shape[0]}; pass a new cache, or `cache.fork(batch_size)`."
             )
         self._make_room(count)
-        self._keys[:, :, self.end : self.end + count] = key_states
-        self._values[:, :, self.end : self.end + count] = value_states
-        self.end += count
 
     def share(self) -> tuple[Tensor, Tensor]:
         """Views of keys and values that nothing done to this layer will change."""
@@ -288,6 +300,10 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
     def activate_past_recording(self) -> None:
         """Keeps every token until the next `crop`, which may then undo any number of them."""
         self.record_past = True
+
+    def reserve(self, tokens: int) -> None:
+        """Has the first update make room for a sequence of `tokens`, of which a window is kept."""
+        super().reserve(sliding_capacity(self.sliding_window, tokens))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -20,6 +20,7 @@ from hf_longattn.cache.placement import BLOCK, Placement, Slices
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
 from hf_longattn.cache.recurrent import MAX_RECORDED, Recording, RecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows
+from hf_longattn.kernels.cache_write import cache_write
 
 _TAG = "_hf_longattn_shard"
 
@@ -132,8 +133,7 @@ class ShardedLayer(PreallocatedLayer):
         assert self._keys is not None and self._values is not None
         spare = self.capacity - 1
         slots = self.placement.slots_of(clock.index, spare)
-        self._keys.index_copy_(2, slots, key_states)
-        self._values.index_copy_(2, slots, value_states)
+        cache_write(self._keys, self._values, slots, key_states, value_states)
         return self._tagged(self._keys[:, :, :spare]), self._values[:, :, :spare]
 
     def positions(self, device: torch.device) -> Tensor:

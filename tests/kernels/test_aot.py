@@ -133,6 +133,17 @@ def _quantized_states(eight, num_rows):
     return Case(f"quantized_states-R{num_rows}-{eight}", kernel, signature, constexprs, warps)
 
 
+def _cache_write(dtype, width):
+    """`cache_write` of a decoding step: one program a head, key and value."""
+    signature = dict.fromkeys(("key_ptr", "value_ptr", "keys_ptr", "values_ptr"), f"*{dtype}:16")
+    signature |= {"index_ptr": "*i64:16", "index_stride": "i32", "T": "i32", "S": "i32"}
+    signature |= dict.fromkeys(("key_strides", "value_strides"), ("i32:16",) * 3 + (1,))
+    signature |= dict.fromkeys(("keys_strides", "values_strides"), ("i64:16",) * 3 + (1,))
+    constexprs = {"K": width, "V": width, "BLOCK_K": width, "BLOCK_V": width}
+    kernel = "hf_longattn.kernels.cache_write.triton:_write_kernel"
+    return Case(f"cache_write-K{width}-{dtype}", kernel, signature, constexprs, 1)
+
+
 def _lightning_scan(dtype, head_dim, options=(), max_spills=0, slow=False):
     """The scan of `lightning_attention`, its own tiling; `options` of state, blocks, packed, reverse."""
     from hf_longattn.kernels.lightning_attention.triton import choose_tiling
@@ -280,6 +291,8 @@ CASES: list[Case] = [
     _decode_attention("bf16", 128, 64, masked=True, keys="i8", slow=True),
     _quantized_states("i8", 1),
     _quantized_states("fp8e4nv", 16),
+    _cache_write("bf16", 128),
+    _cache_write("i8", 64),
     _lightning_scan("bf16", 64, max_spills=16),
     # A few registers too many at the size that counts most; narrower tiles would read more.
     _lightning_scan("bf16", 128, max_spills=64),

@@ -19,10 +19,14 @@ COLUMNS = {
     "loss_before": "loss before",
     "loss": "loss after",
     "untrained_vanilla_loss": "vanilla, untrained",
+    "last_word": "last words, right",
+    "next_sentence": "next sentences, right",
     "tokens_per_s": "tokens/s in training",
     "tflop_per_s": "TFLOP/s",
     "generated_per_s": "tokens/s in `generate()`",
 }
+# Shares of right answers to zero-shot questions.
+ANSWERS = ("last_word", "next_sentence")
 
 
 def millions(field: str, value):
@@ -55,7 +59,9 @@ def training_text(result: Result) -> str:
 
 
 def exact(field: str, value):
-    """Losses to four digits behind the point: their differences are what is compared."""
+    """Shares in percent; losses to four digits behind the point: their differences are what is compared."""
+    if field in ANSWERS:
+        return percent(value)
     return f"{value:.4f}" if "loss" in field and value is not None else value
 
 
@@ -99,11 +105,21 @@ def front(runs: list[dict]) -> list[tuple[float, float]]:
     return best[::-1]
 
 
+def with_answers(row: dict) -> str:
+    """The name of a run, and its shares of right answers where it was asked."""
+    shares = [
+        f"{name.replace('_', ' ')} {percent(row[name])}" for name in ANSWERS if row.get(name) is not None
+    ]
+    return ", ".join([row["run"], *shares])
+
+
 def draw_pareto(result: Result, axis) -> None:
     """Held-out loss against tokens a second of `generate()`: further right and further down is better."""
     runs = [row for row in result.where(section="result").rows if row.get("generated_per_s")]
     for kind in ("vanilla", "block"):
-        mine = sorted((r["generated_per_s"], r["loss"], r["run"]) for r in runs if r["run"].startswith(kind))
+        mine = sorted(
+            (r["generated_per_s"], r["loss"], with_answers(r)) for r in runs if r["run"].startswith(kind)
+        )
         if mine:
             speeds, losses, names = zip(*mine, strict=True)
             axis.plot(speeds, losses, "o", label=kind)

@@ -40,6 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_longattn
+from hf_longattn.cli.cloze import answer_cloze
 from hf_longattn.cli.evaluate import find_numbers
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -378,6 +379,35 @@ def passkeys(
     found = [find_numbers(model, tokenizer, text, length, trials, batch_size=trials) for length in lengths]
     hf_longattn.restore(model)
     return {row.length: row.found / row.asked for row in found}
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, questions: int
+) -> dict[str, Any]:
+    """Shares of right answers to questions on the held-out documents, those of `hf-longattn eval --cloze`.
+
+    Args:
+        model: on its device.
+        tokenizer: of the model.
+        data: the rows; runs with the same text are asked the same.
+        questions: of each kind at most; 0 asks none.
+
+    Returns:
+        `last_word` and `next_sentence` with the numbers of questions; empty where the text holds none.
+    """
+    if not questions:
+        return {}
+    tokens, model = np.asarray(data.held_out.tokens), model.eval()
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    documents = [tokenizer.decode(part, skip_special_tokens=True) for part in np.split(tokens, ends)]
+    kind = model.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        answers = answer_cloze(model, tokenizer, documents, questions)
+    found: dict[str, Any] = {}
+    for answer in answers:
+        name = answer.task.replace(" ", "_")
+        found |= {name: answer.accuracy, f"{name}_asked": answer.asked}
+    return found
 
 
 def draw(path: Path, curves: dict[str, list[dict]]) -> None:

@@ -25,6 +25,10 @@ class Text:
     tokens: int = field(default=100_000_000, metadata={"help": "tokens to train on"})
     held_out: int = field(default=100, metadata={"help": "one document in so many is held out"})
     eval_rows: int = field(default=256, metadata={"help": "held-out rows that are scored"})
+    questions: int = field(
+        default=200,
+        metadata={"help": "last words and next sentences of held-out text asked at the end, of each"},
+    )
     readers: int = field(default=1, metadata={"help": "processes that read and tokenise"})
     smoke: bool = field(default=False, metadata={"help": "tiny models on the project's own text, on a CPU"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint"})
@@ -112,7 +116,7 @@ def parse_alone(kind: type) -> tuple[Any, Text, Training]:
 def smoke(text: Text, training: Training) -> None:
     """Shrinks everything for a run of seconds on a CPU: bytes of the project's own pages, or of `--text`."""
     text.text = text.text or [str(ROOT / "docs")]
-    text.length, text.eval_rows, text.held_out = 64, 16, 4
+    text.length, text.eval_rows, text.held_out, text.questions = 64, 16, 4, min(text.questions, 4)
     text.tokens = min(text.tokens, 40 * 8 * text.length)
     training.use_cpu, training.bf16, training.dataloader_num_workers = True, False, 0
     training.gradient_accumulation_steps, training.learning_rate = 1, 1e-2

@@ -22,6 +22,7 @@ from _common import (
     load_rows,
     train,
     write_report,
+    zero_shot,
 )
 from _options import Preset, parse_alone, smoke
 from transformers import (
@@ -99,6 +100,7 @@ def main() -> None:
         model = build(name, preset, tokenizer, text.length)
         size = {"parameters": model.num_parameters(), "length": text.length, "unique_tokens": data.num_tokens}
         result = train(model, copy.copy(training), text, data, folder / name, flops=flops_a_token(model))
+        result |= zero_shot(model, tokenizer, data, text.questions)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         runs[name] = {"preset": recipe.preset, "learning_rate": training.learning_rate, **size, **result}

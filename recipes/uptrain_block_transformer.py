@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Data, flops_a_token, load_rows, tiny_model, train, write_report
+from _common import Data, flops_a_token, load_rows, tiny_model, train, write_report, zero_shot
 from _options import Preset, parse_alone, smoke
 from transformers import (
     AutoConfig,
@@ -176,6 +176,7 @@ def main() -> None:
     result |= train(model, training, text, data, folder / "model", flops=flops)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    result |= zero_shot(model, tokenizer, data, text.questions)
     result |= generation_speed(recipe, model, data)
     write_report("uptrain_block_transformer", training, {recipe.run: result})
 

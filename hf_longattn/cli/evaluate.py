@@ -1,4 +1,4 @@
-"""`hf-longattn eval`: how a model uses a long context: loss by position, a hidden number, lm_eval's tasks."""
+"""`hf-longattn eval`: loss by position of a long text, a hidden number, cloze questions, lm_eval's tasks."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from hf_longattn import LongContextCache, prepare_generation
+from hf_longattn.cli.cloze import Answers, answer_cloze
 from hf_longattn.cli.measure import pick_device, pick_dtype, read_config
 
 TASK = (
@@ -61,6 +62,7 @@ class Evaluation:
     windows: int = 0
     losses: list[PositionLoss] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
+    cloze: list[Answers] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -78,6 +80,8 @@ class Request:
         implementation: one of `IMPLEMENTATIONS`.
         device: "auto" or a torch device.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        cloze: file with a text to ask last words and next sentences of.
+        questions: of each of the two kinds at most.
     """
 
     model: str
@@ -89,6 +93,8 @@ class Request:
     implementation: str = "tree_attention"
     device: str = "auto"
     dtype: str = "auto"
+    cloze: str | None = None
+    questions: int = 200
 
 
 @torch.no_grad()
@@ -236,6 +242,19 @@ def _read_tokens(request: Request, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(words, add_special_tokens=False).input_ids, dtype=torch.long)
 
 
+def _answer_cloze(request: Request, model: Any, tokenizer: Any) -> list[Answers]:
+    if request.cloze is None:
+        return []
+    text = Path(request.cloze).read_text(encoding="utf-8")
+    answers = answer_cloze(model, tokenizer, [text], request.questions)
+    if not answers:
+        raise ValueError(
+            f"`--cloze` must be a text of sentences that follow each other, got {request.cloze!r} without "
+            "four passages of 50 words; give a book."
+        )
+    return answers
+
+
 def _windows(tokens: Tensor, request: Request) -> Iterator[Tensor]:
     count = min(len(tokens) // request.context, request.windows)
     if count == 0:
@@ -252,8 +271,10 @@ def evaluate(request: Request) -> Evaluation:
     Raises:
         ValueError: names the argument that cannot be honoured, what was got and what is needed.
     """
-    if not (request.context or request.passkey or request.tasks):
-        raise ValueError("nothing to do: give `--context`, `--passkey` or `--tasks`.")
+    if not (request.context or request.passkey or request.tasks or request.cloze):
+        raise ValueError("nothing to do: give `--context`, `--passkey`, `--cloze` or `--tasks`.")
+    if request.cloze is not None and not Path(request.cloze).is_file():
+        raise ValueError(f"`--cloze` must be a text file, got {request.cloze!r}.")
     if request.implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"`--implementation` must be one of {known}, got {request.implementation!r}.")
@@ -271,6 +292,7 @@ def evaluate(request: Request) -> Evaluation:
             [token_losses(model, window.to(device)).cpu() for window in _windows(tokens, request)]
         )
         result.windows, result.losses = len(losses), loss_by_position(losses)
+    result.cloze = _answer_cloze(request, model, tokenizer)
     if request.implementation not in ("sdpa", "eager"):
         prepare_generation(model)
     result.retrievals = [find_numbers(model, tokenizer, tokens, length) for length in request.passkey]
@@ -300,6 +322,12 @@ def show(result: Evaluation, *, as_json: bool) -> None:
         table = Table("prompt", "found", title="a number hidden in the text")
         for row in result.retrievals:
             table.add_row(f"{row.length:,} tokens", f"{row.found} of {row.asked}")
+        console.print(table)
+    if result.cloze:
+        table = Table("task", "right", "share", "by chance", title="zero-shot questions on the text")
+        for row in result.cloze:
+            share, chance = f"{100 * row.accuracy:.1f} %", f"{100 * row.chance:.0f} %"
+            table.add_row(row.task, f"{row.right} of {row.asked}", share, chance)
         console.print(table)
     for name, metrics in result.tasks.items():
         for metric, value in metrics.items():

@@ -138,18 +138,21 @@ def evaluate(
     context: Annotated[int, typer.Option(min=0, help="Show the loss by position over so many tokens.")] = 0,
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text, at most.")] = 4,
     passkey: Annotated[str, typer.Option(help="Lengths of prompts that hide a number: 1024,4096.")] = "",
+    cloze: Annotated[str | None, typer.Option(help="A text to ask last words and next sentences of.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="With --cloze: of each kind, at most.")] = 200,
     tasks: Annotated[str, typer.Option(help="Names of lm_eval tasks, with commas.")] = "",
     implementation: Annotated[str, typer.Option(help="The attention implementation.")] = "tree_attention",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Measure how well a model uses a long context: loss by position, a hidden number, lm_eval's tasks."""
+    """Measure a model: loss by position, a hidden number, zero-shot questions on a text, lm_eval's tasks."""
     from hf_longattn.cli import evaluate as evaluation
 
     lengths = _or_exit(lambda: evaluation.read_lengths(passkey))
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    request = evaluation.Request(model, text, context, windows, lengths, names, implementation, device, dtype)
+    place = (implementation, device, dtype)
+    request = evaluation.Request(model, text, context, windows, lengths, names, *place, cloze, questions)
     evaluation.show(_or_exit(lambda: evaluation.evaluate(request)), as_json=json)
 
 

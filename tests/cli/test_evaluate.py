@@ -105,7 +105,7 @@ def test_the_number_stands_in_the_prompt_and_an_answer_counts(folder, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give `--context`, `--passkey` or `--tasks`"),
+        ([], "give `--context`, `--passkey`, `--cloze` or `--tasks`"),
         (["--context", 100], "`--text` must be a text file"),
         (["--context", 100000, "--text", "book.txt"], "`--context` must be at most the 1860 tokens"),
         (["--passkey", "10", "--text", "book.txt"], "`--passkey` must be"),

@@ -38,7 +38,7 @@ FILES = {
     "pretrain_lightning": [result("llama", 3.5), *curve("llama", 11.0, 3.5)],
     "uptrain_block_transformer": [
         result("vanilla, 30M", 3.0, generated_per_s=100.0),
-        result("block, 30M", 3.25, generated_per_s=900.0),
+        result("block, 30M", 3.25, generated_per_s=900.0, last_word=0.125, next_sentence=0.3),
         *curve("block, 30M", 11.0, 3.25),
     ],
 }
@@ -58,6 +58,14 @@ def test_each_recipe_has_a_page_and_a_figure(name, tmp_path):
     assert f"](../images/{name}.png)" in page and (tmp_path / f"docs/images/{name}.png").exists()
     if name == "linearize":
         assert "| 2.7123 |" in page and "| the source | 50 % |" in page and "| hybrid | 25 % |" in page
+    if name == "uptrain_block_transformer":
+        assert "| last words, right | next sentences, right |" in page and "| 12 % | 30 % |" in page
+
+
+def test_a_point_says_what_the_run_answered():
+    asked = result("block, 30M", 3.25, last_word=0.125, next_sentence=0.3)
+    assert _training.with_answers(asked) == "block, 30M, last word 12 %, next sentence 30 %"
+    assert _training.with_answers(result("vanilla", 3.0)) == "vanilla"
 
 
 def test_the_front_leaves_out_what_is_slower_and_worse():

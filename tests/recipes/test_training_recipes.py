@@ -1,6 +1,7 @@
 """The training recipes: they train on what they read, losses fall, and a resumed run is the same."""
 
 import functools
+import hashlib
 import json
 import lzma
 import os
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hf_longattn.cli.cloze import Answers
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
@@ -25,12 +28,22 @@ import pretrain_lightning  # noqa: E402
 import uptrain_block_transformer  # noqa: E402
 
 
+def held_out_story():
+    """Sentences to ask questions of, in a text whose hash holds it out."""
+    for title in map(str, range(100)):
+        lines = (f"Sentence {i} of story {title} goes down along the road to the harbour." for i in range(48))
+        story = "\n".join(lines)
+        if int.from_bytes(hashlib.sha256(story.encode()).digest()[:8], "big") % 4 == 0:
+            return story
+
+
 def run(recipe, folder, *options):
     """Runs a recipe in its smoke mode and returns the rows of its result file."""
     text = folder.parent / "text"
     if not text.exists():
         # A resumed run needs the text of the first one, whatever becomes of the pages meanwhile.
         shutil.copytree(RECIPES.parent / "docs", text, ignore=shutil.ignore_patterns("*.png"))
+        (text / "story.txt").write_text(held_out_story())
     options = ["--smoke", "--text", str(text), "--output_dir", str(folder), *options]
     command = [sys.executable, str(RECIPES / f"{recipe}.py"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "home")}
@@ -225,6 +238,23 @@ def test_pairs_are_of_equal_size_or_compute(name):
     assert abs(work[1] / work[0] - 1) < 0.01
 
 
+def test_held_out_documents_are_asked_apart(monkeypatch):
+    tokenizer, seen = _common.byte_tokenizer(), []
+    words = ["One document. It ends.", "Another one."]
+    tokens = np.concatenate([tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in words])
+    rows = _common.Rows(tokens, 8)
+
+    def answer(model, tokenizer, documents, questions):
+        seen.extend(documents)
+        return [Answers("last word", questions, 1, 0.0)]
+
+    monkeypatch.setattr(_common, "answer_cloze", answer)
+    data = _common.Data(rows, rows, len(tokens))
+    assert _common.zero_shot(llama(), tokenizer, data, 4) == {"last_word": 0.25, "last_word_asked": 4}
+    assert [text for text in seen if text] == words
+    assert _common.zero_shot(llama(), tokenizer, data, 0) == {}
+
+
 def test_operations_a_token_of_a_llama_are_six_a_weight():
     model = llama(tie_word_embeddings=False)
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
@@ -313,6 +343,7 @@ def test_pretraining_falls_for_both_models(tmp_path):
     assert [row["run"] for row in rows] == ["lightning, smoke", "llama, smoke"]
     for row in rows:
         assert row["loss"] < row["loss_before"] - 1
+        assert row["next_sentence_asked"] == 4 and 0 <= row["next_sentence"] <= 1
     assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.01
     assert rows[0]["tokens"] == rows[1]["tokens"]
 
@@ -322,6 +353,7 @@ def test_uptraining_falls_and_resumes_bit_by_bit(tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     (row,) = results(run("uptrain_block_transformer", whole, "--save_total_limit", "2"))
     assert row["run"] == "block, from vanilla" and row["generated_per_s"] > 0
+    assert row["next_sentence_asked"] == 4 and 0 <= row["next_sentence"] <= 1
     assert row["loss"] < row["loss_before"] - 1
     shutil.copytree(whole, again)
     go_back(again / "model")

@@ -87,6 +87,11 @@ class _Quantized(PreallocatedLayer):
     cache_dtype: torch.dtype
     scales: Any
 
+    def reserve(self, tokens: int) -> None:
+        """Has the first update make room for `tokens`, and for their scales."""
+        super().reserve(tokens)
+        self.scales.reserve(tokens)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,11 @@ class RecurrentLayer(CacheLayerMixin):
         """Tells the device how many tokens this layer, and all of its group, has seen."""
         clock.set(self.length, 0)
 
+    def reserve(self, tokens: int) -> None:
+        """Sets the capacity as the key/value layers do."""
+        if not self.is_initialized:
+            self.capacity = max(self.capacity, tokens)
+
     def make_room(self, count: int) -> None:
         """Grows the capacity as the key/value layers do."""
         if self.length + count > self.capacity:

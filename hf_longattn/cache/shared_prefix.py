@@ -86,6 +86,10 @@ class SharedPrefixLayer(PreallocatedLayer):
         vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return twin
 
+    def reserve(self, tokens: int) -> None:
+        """Has the first update make room for `tokens`, those of the prefix counted."""
+        super().reserve(tokens - self.prefix_length)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

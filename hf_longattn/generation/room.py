@@ -143,6 +143,7 @@ class Room:
         self.before = self._free(args[1]["past_key_values"])
         if self.before is not None and self.call.need(self.call.total) > self.before:
             raise ValueError(self.call.refusal(self.before))
+        _reserve(args[1]["past_key_values"], self.call.total)
 
     def _free(self, cache: Any) -> int | None:
         """The least that any rank has free, so that all of them refuse alike."""
@@ -173,7 +174,8 @@ class Room:
             model=self.model,
             rows=rows,
             prompt=prompt,
-            total=max(max_cache_length, prompt),
+            # The ids may be those of the new tokens alone, with a mask of all.
+            total=max(max_cache_length, prompt + new - 1),
             past=int(cache.get_seq_length()),
             spare=_spare(cache),
             dtype=getattr(cache, "cache_dtype", None) or self.model.dtype,
@@ -222,6 +224,14 @@ def _left_behind(cache: Any, snapshot: Snapshot | None) -> str:
         f"the model is as it was before the call, and `past_key_values`, a {type(cache).__name__}, may hold "
         "a part of the call; pass a new one"
     )
+
+
+def _reserve(cache: LongContextCache, tokens: int) -> None:
+    """Makes room for a whole call in layers that have none: memory that moves is a graph captured anew."""
+    if not isinstance(cache, ShardedCache):
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.reserve(tokens)
 
 
 def _spare(cache: LongContextCache) -> int:

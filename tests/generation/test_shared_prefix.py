@@ -6,6 +6,7 @@ import torch
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.generation.graph import device_lengths
 
 PREFIX, WIDTH, LENGTHS = 23, 19, [19, 5, 1]
@@ -74,6 +75,10 @@ def test_long_answers_grow_the_suffixes_alone(family):
     fork = read_prefix(model).fork(rows=2)
     before = fork.layers[0].prefix[0].data_ptr()
     ids, mask = questions([9, 4])
+    # Memory that is kept from a short answer has no room for a long one.
+    answers(model, ids, mask, fork, max_new_tokens=1)
+    fork.reset()
+    assert fork.layers[0].capacity < 20
     result = answers(model, ids, mask, fork, **MODES["grown"])
     assert result == answers_alone(tiny.build(family), ids, [9, 4], **MODES["grown"])
     assert fork.layers[0].prefix[0].data_ptr() == before and fork.layers[0].capacity > 256
@@ -195,12 +200,26 @@ def test_a_graph_gives_the_answers_of_separate_runs(family, mode):
 def test_one_graph_serves_one_question_after_another(monkeypatch):
     from hf_longattn.generation.graph import GraphDecoder
 
+    model = build("gemma2", "cuda", cuda_graph=True)
+    fork = read_prefix(model).fork(rows=4)
+    # Chunks of a few tokens are steps too: those of the document were captured, in a cache of their own.
     captures = []
     real = GraphDecoder._capture
     monkeypatch.setattr(GraphDecoder, "_capture", lambda self, *a: (captures.append(1), real(self, *a))[1])
-    model = build("gemma2", "cuda", cuda_graph=True)
-    fork = read_prefix(model).fork(rows=16)
-    ids, mask = questions([5] * 16)
-    result = answers(model, ids, mask, fork, max_new_tokens=100)
+    ids, mask = questions([5] * 4)
+    result = answers(model, ids, mask, fork, max_new_tokens=300)
     assert len(captures) == 1
-    assert result == answers_alone(tiny.build("gemma2").cuda(), ids, [5] * 16, max_new_tokens=100)
+    assert result == answers_alone(tiny.build("gemma2").cuda(), ids, [5] * 4, max_new_tokens=300)
+
+
+@pytest.mark.parametrize("given", ["whole", "suffixes"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_first_question_makes_room_for_the_whole_answer(given, beams, monkeypatch):
+    model = build("gemma2")
+    fork = read_prefix(model).fork(rows=2 * beams)
+    ids, mask = questions([9, 4])
+    ids = torch.cat([tiny.tokens(1, PREFIX).expand(2, -1), ids], 1) if given == "whole" else ids
+    moved = []
+    monkeypatch.setattr(PreallocatedLayer, "_replace_buffers", lambda *a: moved.append(1))
+    answers(model, ids, mask, fork, max_new_tokens=40, num_beams=beams)
+    assert not moved and all(layer.capacity == 9 + 40 - 1 for layer in fork.layers)

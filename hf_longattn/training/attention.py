@@ -72,8 +72,6 @@ class TokenMixer:
         token = _running.set(self)
         try:
             yield
-        except KeysKnownError:
-            pass
         finally:
             _running.reset(token)
         if self.calls != 1:

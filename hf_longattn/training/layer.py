@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from hf_longattn.adapters import ForwardHooks
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
-from hf_longattn.training.attention import TokenMixer
+from hf_longattn.training.attention import KeysKnownError, TokenMixer
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import is_unshared
 from hf_longattn.training.states import BlockRowsCache
@@ -146,7 +146,12 @@ class BlockRun:
             arguments |= attention.arguments
         scope = contextlib.nullcontext() if attention is None else attention.block(index, rows, **options)
         with self._as_then(index), scope:
-            output = self.forward(hidden, **arguments)
+            # Caught here, not by the scope: from Python 3.12 on, an exception that a generator's scope takes
+            # holds the frames it came through, with their tensors, until the garbage collector runs.
+            try:
+                output = self.forward(hidden, **arguments)
+            except KeysKnownError:
+                pass
         return _only_tensor(output)
 
 
@@ -218,14 +223,18 @@ def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple
     whole: Tensor | None = None
     for index, rows in enumerate(run.rows):
         block = hidden[:, rows]
+        if saved is not None:
+            # Before the block runs: its copy to the host is over when the block is.
+            saved.hidden.write(index, block)
         output = run.block(index, block, attention, **options)
         if whole is None:
             whole = output.new_empty(output.shape[0], hidden.shape[1], *output.shape[2:])
         whole[:, rows] = output
         if runtime is not None and saved is not None:
-            saved.hidden.write(index, block)
             if attention is not None and attention.results is not None and runtime.save_attention:
                 _save_results(saved, index, attention, runtime, run.rows)
+    if saved is not None:
+        saved.hidden.settle()
     assert whole is not None
     return whole, saved
 

@@ -14,12 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_longattn.cache.pinned import pin, unpin
+
 
 class Blocks(Protocol):
     """A (B, T, ...) tensor that is written and read by blocks of T."""
 
     def write(self, index: int, block: Tensor) -> None:
         """Keeps one block."""
+        ...
+
+    def settle(self) -> None:
+        """After it, a tensor that was written by its views may be freed or written over."""
         ...
 
     def read(self, order: list[int]) -> Iterator[Tensor]:
@@ -56,6 +62,9 @@ class DeviceBlocks:
             assert self.tensor is not None
             self.tensor[:, self.rows[index]] = block
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
     def read(self, order: list[int]) -> Iterator[Tensor]:
         """Views of the blocks."""
         assert self.tensor is not None
@@ -83,8 +92,7 @@ class PinnedPool:
         # Slabs that this length has outgrown make room for the new one.
         self.clear()
         slab = torch.empty(size, dtype=torch.uint8)
-        runtime: Any = torch.cuda.cudart()
-        _check_cuda(runtime.cudaHostRegister(slab.data_ptr(), size, 0))
+        pin(slab, "offload", "lower the length, or use `offload=False`")
         return slab
 
     def give(self, slab: Tensor) -> None:
@@ -96,22 +104,13 @@ class PinnedPool:
         if not self._free:
             return
         torch.cuda.synchronize()
-        runtime: Any = torch.cuda.cudart()
         for slab in self._free:
-            _check_cuda(runtime.cudaHostUnregister(slab.data_ptr()))
+            unpin(slab)
         self._free.clear()
 
     def __del__(self) -> None:
         if self._free and torch.cuda.is_initialized():
             self.clear()
-
-
-def _check_cuda(code: Any) -> None:
-    if int(code) != 0:
-        raise RuntimeError(
-            f"`offload`: pinning host memory failed with CUDA error {int(code)}; lower the length, or use "
-            "`offload=False`."
-        )
 
 
 # Room for the activations of a block and a chunk of logits.
@@ -162,10 +161,13 @@ class HostBlocks:
         pool: where the memory comes from.
         stream: on which copies run.
         layout: of the tensor.
+        lent: whether the blocks are views of one tensor, which stays as it is until `settle`.
     """
 
-    def __init__(self, pool: PinnedPool, stream: torch.cuda.Stream, layout: Layout) -> None:
-        self.pool, self.stream, self.device = pool, stream, layout.device
+    def __init__(
+        self, pool: PinnedPool, stream: torch.cuda.Stream, layout: Layout, lent: bool = False
+    ) -> None:
+        self.pool, self.stream, self.device, self.lent = pool, stream, layout.device, lent
         slab = pool.take(layout.num_bytes)
         self.slab: Tensor | None = slab
         flat = slab[: layout.num_bytes].view(layout.dtype)
@@ -174,14 +176,24 @@ class HostBlocks:
             shape = (layout.shape[0], part.stop - part.start, *layout.shape[2:])
             self.parts.append(flat[start : start + math.prod(shape)].view(shape))
             start += math.prod(shape)
+        self.written: Any = None
 
     def write(self, index: int, block: Tensor) -> None:
         """Starts the copy of one block to the host."""
-        block = block.contiguous()
+        packed = block.contiguous()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.parts[index].copy_(block, non_blocking=True)
-        block.record_stream(self.stream)
+            self.parts[index].copy_(packed, non_blocking=True)
+            self.written = self.stream.record_event()
+        # The allocator keeps what a stream was noted on until the copy is over and the host looks again: no
+        # matter for a block, but a tensor of the whole sequence would outlive its layer.
+        if packed is not block or not self.lent:
+            packed.record_stream(self.stream)
+
+    def settle(self) -> None:
+        """Lets the stream that computes wait for the copies."""
+        if self.written is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.written)
 
     def _fetch(self, index: int) -> tuple[Tensor, Any]:
         # Behind the blocks that are queued already: else a host that runs ahead would fetch them all at once.
@@ -246,7 +258,7 @@ class Offloader:
         if self._moves(layout):
             if layout.device not in self.streams:
                 self.streams[layout.device] = torch.cuda.Stream(layout.device)
-            return HostBlocks(self.pool, self.streams[layout.device], layout)
+            return HostBlocks(self.pool, self.streams[layout.device], layout, lent=tensor is not None)
         if tensor is not None:
             return DeviceBlocks(tensor, layout.rows, filled=True)
         made = torch.empty(layout.shape, dtype=layout.dtype, device=layout.device)

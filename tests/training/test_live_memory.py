@@ -1,0 +1,118 @@
+"""What is alive at the highest point of a step: tensors of the whole sequence, and what should be gone."""
+
+import gc
+
+import pytest
+import torch
+import transformers as tf
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import hf_longattn
+from hf_longattn.training import attention
+from hf_longattn.training.offload import Offloader
+
+WIDTH, HEADS, GROUPS, LAYERS, BLOCK = 64, 4, 2, 4, 64
+HIDDEN = 4 * WIDTH
+KEYS = 4 * 2 * GROUPS * WIDTH // HEADS
+# Cosines and sines, ids, labels, positions, and what is made of them.
+TABLES = 2 * 4 * WIDTH // HEADS + 8 * 8
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that are in tensors made inside, at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.top = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.known.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
+        self.top = max(self.top, sum(size for _, size in self.known.values()))
+        return result
+
+
+class Host:
+    """Stands in for pinned memory, which is none of the GPU's."""
+
+    def __init__(self, layout):
+        self.parts = [None] * len(layout.rows)
+
+    def write(self, index, block):
+        with _disable_current_modes():
+            self.parts[index] = block.clone()
+
+    def settle(self):
+        pass
+
+    def read(self, order):
+        return (self.parts[index] * 1 for index in order)
+
+    def release(self):
+        self.parts = []
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def build(**fields):
+    config = tf.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, vocab_size=32,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config).train()
+    sizes = {"block_size": BLOCK, "loss_chunk_size": BLOCK}
+    return hf_longattn.prepare_training(model, **sizes, **fields)
+
+
+def highest(model, length):
+    """(bytes of the forward, bytes of the step) at the highest point."""
+    model.zero_grad(set_to_none=False)
+    ids = torch.ones(1, length, dtype=torch.long)
+    with Alive() as alive:
+        loss = model(input_ids=ids, labels=ids).loss
+        forward = alive.top
+        loss.backward()
+    return forward, alive.top
+
+
+def slopes(model):
+    highest(model, 128)
+    points = [highest(model, length) for length in (512, 768)]
+    return [(more - less) / 256 for less, more in zip(*points, strict=True)]
+
+
+def test_a_token_on_the_host_leaves_its_share_of_one_layer(monkeypatch, no_collector):
+    monkeypatch.setattr(Offloader, "keep", lambda self, layout, tensor=None: Host(layout))
+    forward, step = slopes(build())
+    # Embeddings, input and output of a layer, and keys and values.
+    assert forward <= 3 * HIDDEN + KEYS + TABLES
+    # A gradient, keys and values, and their gradients.
+    assert step <= max(3 * HIDDEN + KEYS, HIDDEN + 2 * KEYS) + TABLES
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_layer_whose_keys_are_refilled_leaves_nothing_behind(monkeypatch, no_collector, blocks):
+    model, alive = build(offload=False), []
+    backward = attention.PrefixAttention.gradients
+
+    def spy(self, *args):
+        ended = [x for x in gc.get_objects() if type(x) is attention.KeysKnownError]
+        alive.append((len(ended), sum(type(x) is attention.PrefixAttention for x in gc.get_objects())))
+        return backward(self, *args)
+
+    monkeypatch.setattr(attention.PrefixAttention, "gradients", spy)
+    highest(model, blocks * BLOCK)
+    # No exception that ended a pass for keys alone, and the keys and values of one layer.
+    assert len(alive) == blocks * LAYERS and set(alive) == {(0, 1)}

@@ -85,6 +85,40 @@ def test_options(name, dtype):
     check(make_inputs(500, dtype=DTYPES[dtype]), "triton", **OPTIONS[name]())
 
 
+def eager_softcap(query, key, value, softcap):
+    """The standard formula, every step in the dtype of the inputs."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    logits = softcap * torch.tanh(query @ key.mT * query.shape[3] ** -0.5 / softcap)
+    hidden = torch.ones(logits.shape[2:], dtype=torch.bool, device="cuda").triu(1)
+    probs = torch.softmax(logits.masked_fill(hidden, -torch.inf).double(), dim=3).to(query.dtype)
+    return probs @ value
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("std", [1, 10, 60])
+@pytest.mark.parametrize("K", [64, 128, 256])
+def test_softcap_up_to_saturation(K, std, dtype):
+    query, key, value = make_inputs(500, K=K, dtype=DTYPES[dtype])
+    tensors, seed = (query * std, key, value), torch.randn(2, 8, 500, K, device="cuda")
+
+    def outcomes(function, tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad((output.double() * seed).sum(), leaves)]
+
+    def eager(*x):
+        return eager_softcap(*x, 30.0)
+
+    def ours(*x):
+        return blockwise_attention(*x, mask=KeyRange(causal=True), softcap=30.0, impl="triton")[0]
+
+    exact = outcomes(eager, [x.double() for x in tensors])
+    allowed = errors(outcomes(eager, tensors), exact)
+    eps = torch.finfo(DTYPES[dtype]).eps
+    for index, (got, bound) in enumerate(zip(errors(outcomes(ours, tensors), exact), allowed, strict=True)):
+        assert got <= 1.5 * (bound + eps), f"result {index}: {got} > 1.5 * ({bound} + {eps})"
+
+
 @pytest.mark.parametrize("K", [16, 48, 80, 96, 128, 192, 256])
 def test_head_dims(K):
     check(make_inputs(300, K=K), "triton", mask=KeyRange(causal=True, lower=positions(300) - 99))

@@ -218,7 +218,7 @@ def _blockwise(
     signature |= {
         f"{x}_strides": ("i64:16",) * 3 + (1,) for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")
     }
-    signature |= dict.fromkeys(("lse_ptr", "lse2_ptr", "delta_ptr"), "*fp32:16") | {"spans_ptr": "*i32:16"}
+    signature |= {"lse_ptr": "*fp32:16", "rows_ptr": "*i32:16", "spans_ptr": "*i32:16"}
     signature |= {"masks": (*interval, None, "*bf16:16" if name == "dbias" else bias and f"*{bias}:16")}
     signature |= {"mask_strides": ("i32:16", "i32:16", 0, 0, "i32:16", "i32:16", 1), "T": "i32", "S": "i32"}
     signature |= {
@@ -230,7 +230,8 @@ def _blockwise(
     constexprs = {
         "sinks_ptr": None, "dropout": None, "H": 32, "GROUP": 4, "K": head_dim, "V": head_dim, "CAUSAL": True,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK_K": block, "BLOCK_V": block,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "ONE_ROW": False,
+        "TANH": {"fp32": "series", "bf16": "instruction"}.get(dtype, "quotient"), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "ONE_ROW": False,
     }  # fmt: skip
     constexprs |= {} if ranged else {"spans_ptr": None}
     constexprs |= {} if softcap else {"softcap": None}
@@ -269,7 +270,30 @@ def _few_row_linear(rows, columns, gated):
     )  # fmt: skip
 
 
+def _few_key_attention(slots, head_dim, dtype="bf16", masked=False):
+    """`few_key_attention` on a fused projection, a quarter of each head turned, or all options at once."""
+    strides = ("i32:16",) * 3 + (1,)
+    signature = {
+        f"{name}_ptr": f"*{dtype}:16" for name in ("q", "k", "v", "cos", "sin", "held_k", "held_v", "o")
+    }
+    signature |= {f"{name}_strides": strides for name in ("q", "k", "v", "held_k", "held_v", "o")}
+    signature |= {"cos_strides": ("i32", "i32:16", 1), "sin_strides": ("i32", "i32:16", 1)}
+    signature |= {"start": "i32", "T": "i32", "scale": "fp32", "key_mask_strides": ("i32", 1)}
+    constexprs = {
+        "GROUP": 4 if masked else 1, "K": head_dim, "V": head_dim, "R": head_dim // 4,
+        "BLOCK_S": slots, "BLOCK_K": head_dim, "BLOCK_V": head_dim,
+    }  # fmt: skip
+    signature |= {"key_mask_ptr": "*i1:16"} if masked else {}
+    constexprs |= {} if masked else {"key_mask_ptr": None}
+    warps = min(max(slots * head_dim // 1024, 1), 8)
+    kernel = "hf_longattn.kernels.few_key_attention.triton:_few_key_kernel"
+    id = f"few_key_attention-S{slots}-K{head_dim}-{dtype}" + "-masked" * masked
+    return Case(id, kernel, signature, constexprs, warps, 1)
+
+
 CASES: list[Case] = [
+    _few_key_attention(8, 128),
+    _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),
     *(_few_row_linear(rows, 14336, gated=True) for rows in (1, 8)),
     _merge_partials(16, 1, 128),
@@ -307,15 +331,17 @@ CASES: list[Case] = [
     *(_blockwise(name, 128, ranged=True) for name in ("forward", "dq")),
     # Two accumulators of 128 x 128 fill the registers; a narrower tile would read the queries more often.
     # Three stages spill twice what two do and were 12 % faster on an H100 (6.87 against 7.77 ms).
-    _blockwise("dkdv", 128, ranged=True, max_spills=256),
+    _blockwise("dkdv", 128, ranged=True, max_spills=336),
     _blockwise("forward", 64, ranged=True, slow=True),
     # Four warps spill a little at D 64 and were faster than eight warps that do not: 4.04 against 4.79 ms for
     # dK/dV, 2.41 against 2.78 ms for dQ.
-    _blockwise("dkdv", 64, ranged=True, max_spills=64, slow=True),
+    _blockwise("dkdv", 64, ranged=True, max_spills=120, slow=True),
     _blockwise("dq", 64, ranged=True, max_spills=144, slow=True),
     *(_blockwise(name, 256, slow=True) for name in ("forward", "dq")),
     _blockwise("dkdv", 256, max_spills=320, slow=True),
     _blockwise("forward", 128, softcap=True, max_spills=48, slow=True),
+    _blockwise("dkdv", 128, softcap=True, max_spills=472, slow=True),
+    _blockwise("dq", 128, softcap=True, slow=True),
     # A dense bool mask (i1) and an additive one: another path through the mask for every kernel.
     _blockwise("forward", 64, ranged=True, bias="i1", max_spills=48),
     *(_blockwise(name, 64, ranged=True, bias="i1", max_spills=512, slow=True) for name in ("dkdv", "dq")),

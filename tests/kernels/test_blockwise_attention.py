@@ -210,6 +210,40 @@ def test_half_precision(dtype, T, impl):
     check(tensors, impl, with_lse=False, mask=KeyRange(causal=True, lower=positions(T) - 30))
 
 
+def coarse_tanh(pattern, size):
+    """tanh off by `size` of itself: always the same way, or by a sign that changes from score to score."""
+    exact = torch.tanh
+    sign = {"above": lambda x: 1, "below": lambda x: -1, "both": lambda x: torch.sign(torch.sin(200 * x))}
+    return lambda x: (exact(x) * (1 + size * sign[pattern](x))).clamp(-1, 1)
+
+
+def softcap_ratios(monkeypatch, dtype, std, tanh):
+    """The errors of the formula in fp32 with an inexact tanh, in those of the standard one in `dtype`."""
+    query, key, value = make_inputs(B=1, T=130, S=130, K=32, dtype=dtype)
+    tensors, seeds = (query * std, key, value), (torch.randn(1, 4, 130, 32), torch.zeros(1, 4, 130))
+    options = {"mask": KeyRange(causal=True), "softcap": 30.0}
+    exact = run(dense, tensors, seeds, options, torch.float64)
+    plain = run(dense, tensors, seeds, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tanh", tanh)
+        got = run(lambda *a, **k: blockwise_attention(*a, **k, impl="reference"), tensors, seeds, options)
+    return [error(x, truth) / error(y, truth) for x, y, truth in zip(got, plain, exact, strict=True)]
+
+
+@torch_only
+@pytest.mark.parametrize("std", [1, 10, 60])
+@pytest.mark.parametrize("pattern", ["above", "below", "both"])
+def test_softcap_of_bf16_bears_the_tanh_instruction(monkeypatch, std, pattern):
+    # tanh.approx.f32 errs by at most 2^-11, which is taken here everywhere, and scores from far below the cap
+    # to beyond it.
+    assert max(softcap_ratios(monkeypatch, torch.bfloat16, std, coarse_tanh(pattern, 2**-11))) <= 1.5
+
+
+@torch_only
+def test_softcap_of_fp16_does_not_bear_it(monkeypatch):
+    assert max(softcap_ratios(monkeypatch, torch.float16, 60, coarse_tanh("above", 2**-11))) > 1.5
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("T", [pytest.param(500, marks=pytest.mark.slow), 130])
 def test_long_rows(T, impl):

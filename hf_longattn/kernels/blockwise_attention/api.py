@@ -49,7 +49,8 @@ def blockwise_attention(
         mask: the keys each query may see; all of them if None. Causal order is bottom-right: s <= t + S - T.
         bias: (B or 1, H or 1, T or 1, S), bool (True = may attend) or floating (added to the scores after the
             softcap; differentiable; -inf hides a key).
-        softcap: bound on the scores, as in Gemma 2.
+        softcap: bound on the scores, as in Gemma 2. For bf16 the Triton kernels take an NVIDIA GPU's
+            tanh instruction, which errs by up to 2^-11 of a score; every other case is exact up to rounding.
         sinks: (H,) floating, one more logit a head that adds no value, as in GPT-OSS; differentiable.
         dropout: (probability, seed) on the normalised probabilities; lse is that without dropout. The same
             seed drops the same entries in every implementation.

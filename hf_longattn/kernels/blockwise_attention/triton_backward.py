@@ -4,11 +4,11 @@
     dz = p * (dp - delta)  ds = dz * (1 - tanh^2)
     dv = (p * keep)^T do / (1 - rate)      dk = scale * ds^T q      dq = scale * ds k      dbias = sum dz
 
-`_stats_kernel` prepares delta and lse. `_dkdv_kernel`: one program owns a key tile of one key head and loops
-over the queries of every query head of the group, so nothing is added by two programs. It computes the
-transposed z and p, whose products with q and do need no transposed accumulator. `_dq_kernel`: one program
-owns a query tile and loops over the keys. `_dbias_kernel`: one program owns a tile of the bias and loops over
-whatever the bias is broadcast along. All sums have a fixed order.
+`_stats_kernel` prepares lse, delta and the visible interval of every query. `_dkdv_kernel`: one program owns
+a key tile of one key head and loops over the queries of every query head of the group, so nothing is added by
+two programs. It computes the transposed z and p, whose products with q and do need no transposed accumulator.
+`_dq_kernel`: one program owns a query tile and loops over the keys. `_dbias_kernel`: one program owns a tile
+of the bias and loops over whatever the bias is broadcast along. All sums have a fixed order.
 Source: Dao, arXiv 2307.08691, algorithm 2.
 """
 
@@ -27,12 +27,14 @@ from .triton_tiles import (
     dropped,
     hidden_to_zero,
     key_span,
-    load_stat,
+    load_rows,
     load_tile,
     logits_tile,
     row_bounds,
     run_length,
     shared_arguments,
+    sloped,
+    store_rows,
     store_tile,
     tile_of_run,
     without_unseen,
@@ -51,8 +53,7 @@ def _stats_kernel(
     lse_ptr,
     dlse_ptr,
     masks,
-    delta_ptr,
-    lse2_ptr,
+    rows_ptr,
     o_strides,
     do_strides,
     dlse_strides,
@@ -80,8 +81,7 @@ def _stats_kernel(
     lower, upper = row_bounds(masks, mask_strides, b, offs_m, T, S, CAUSAL)
     # lse = inf makes every probability of a row 0, in inner tiles too.
     lse2 = tl.where((lower < upper) & (lse > float("-inf")), lse * 1.4426950408889634, float("inf"))
-    tl.store(delta_ptr + bh * T + offs_m, delta, mask=offs_m < T)
-    tl.store(lse2_ptr + bh * T + offs_m, lse2, mask=offs_m < T)
+    store_rows(rows_ptr + bh * T * 4, start_m, T, lse2, delta, lower, upper, BLOCK_M)
 
 
 @triton.jit
@@ -116,8 +116,7 @@ def _dkdv_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    lse2_ptr,
-    delta_ptr,
+    rows_ptr,
     spans_ptr,
     masks,
     dk_ptr,
@@ -140,6 +139,7 @@ def _dkdv_kernel(
     V: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TANH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,27 +163,22 @@ def _dkdv_kernel(
     for h in tl.range(g * GROUP, (g + 1) * GROUP):
         q_base = q_ptr + offset((b, h, 0, 0), q_strides)
         do_base = do_ptr + offset((b, h, 0, 0), do_strides)
-        row = (b * H + h) * T
+        rows = rows_ptr + (b * H + h) * T * 4
         for OUTER in tl.static_range(2):
             for i in tl.range(0, run_length(span, OUTER)):
                 start_m = tile_of_run(span, i, OUTER) * BLOCK_M
                 offs_m = start_m + tl.arange(0, BLOCK_M)
                 where = (b, h, offs_m[None, :], offs_n[:, None], T, S)
-                lower, upper = row_bounds(masks, mask_strides, b, offs_m, T, S, CAUSAL)
+                lse2, delta, lower, upper = load_rows(rows, start_m, T, BLOCK_M, OUTER)
                 bounds = (lower[None, :], upper[None, :])
                 q = load_tile(q_base, start_m, q_strides, T, K, BLOCK_M, BLOCK_K, OUTER)
                 raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                z, slope = logits_tile(
-                    raw, masks, mask_strides, where, bounds, scale, softcap, PRECISION, OUTER
-                )
-                lse2 = load_stat(lse2_ptr + row, offs_m, T, float("inf"), OUTER)
+                z, x, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, TANH, OUTER)
                 p = tl.exp2(z - lse2[None, :])
                 do = load_tile(do_base, start_m, do_strides, T, V, BLOCK_M, BLOCK_V, OUTER)
                 dv = tl.dot(dropped(p, dropout, where).to(do.dtype), do, dv, input_precision=PRECISION)
                 dp = dropped(tl.dot(v, tl.trans(do), input_precision=PRECISION), dropout, where)
-                delta = load_stat(delta_ptr + row, offs_m, T, 0.0, OUTER)
-                ds = p * (dp - delta[None, :]) * slope
-                ds = hidden_to_zero(ds, p, OUTER)
+                ds = hidden_to_zero(sloped(p, x, softcap) * (dp - delta[None, :]), p, OUTER)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     dk *= scale * 0.6931471805599453
@@ -197,8 +192,7 @@ def _dq_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    lse2_ptr,
-    delta_ptr,
+    rows_ptr,
     masks,
     dq_ptr,
     q_strides,
@@ -216,8 +210,8 @@ def _dq_kernel(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TANH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -228,12 +222,10 @@ def _dq_kernel(
     b, h = bh // H, bh % H
     start_m = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    lower, upper = row_bounds(masks, mask_strides, b, offs_m, T, S, CAUSAL)
+    lse2, delta, lower, upper = load_rows(rows_ptr + bh * T * 4, start_m, T, BLOCK_M)
     span = key_span(masks, lower, upper, S, BLOCK_N)
     q = load_tile(q_ptr + offset((b, h, 0, 0), q_strides), start_m, q_strides, T, K, BLOCK_M, BLOCK_K)
     do = load_tile(do_ptr + offset((b, h, 0, 0), do_strides), start_m, do_strides, T, V, BLOCK_M, BLOCK_V)
-    lse2 = tl.load(lse2_ptr + bh * T + offs_m, mask=offs_m < T, other=float("inf"))
-    delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     k_base = k_ptr + offset((b, h // GROUP, 0, 0), k_strides)
     v_base = v_ptr + offset((b, h // GROUP, 0, 0), v_strides)
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -246,11 +238,11 @@ def _dq_kernel(
             bounds = (lower[:, None], upper[:, None])
             k = load_tile(k_base, start_n, k_strides, S, K, BLOCK_N, BLOCK_K, OUTER)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            z, slope = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, PRECISION, OUTER)
+            z, x, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, TANH, OUTER)
             p = tl.exp2(z - lse2[:, None])
             v = load_tile(v_base, start_n, v_strides, S, V, BLOCK_N, BLOCK_V, OUTER)
             dp = dropped(tl.dot(do, tl.trans(v), input_precision=PRECISION), dropout, where)
-            ds = hidden_to_zero(p * (dp - delta[:, None]) * slope, p, OUTER)
+            ds = hidden_to_zero(sloped(p, x, softcap) * (dp - delta[:, None]), p, OUTER)
             k = without_unseen(k, p, OUTER)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -264,8 +256,7 @@ def _dbias_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    lse2_ptr,
-    delta_ptr,
+    rows_ptr,
     masks,
     dbias_ptr,
     q_strides,
@@ -285,8 +276,8 @@ def _dbias_kernel(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TANH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -306,17 +297,14 @@ def _dbias_kernel(
         h = first_h + i // repeats[2] % repeats[1]
         start_m = tl.cast((first_tile + i % repeats[2]) * BLOCK_M, tl.int32)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        lower, upper = row_bounds(masks, mask_strides, b, offs_m, T, S, CAUSAL)
+        lse2, delta, lower, upper = load_rows(rows_ptr + (b * H + h) * T * 4, start_m, T, BLOCK_M)
         where = (b, h, offs_m[:, None], offs_n[None, :], T, S)
         bounds = (lower[:, None], upper[:, None])
         q = load_tile(q_ptr + offset((b, h, 0, 0), q_strides), start_m, q_strides, T, K, BLOCK_M, BLOCK_K)
         k_base = k_ptr + offset((b, h // GROUP, 0, 0), k_strides)
         k = load_tile(k_base, start_n, k_strides, S, K, BLOCK_N, BLOCK_K)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        z, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, PRECISION, True)
-        row = (b * H + h) * T
-        lse2 = tl.load(lse2_ptr + row + offs_m, mask=offs_m < T, other=float("inf"))
-        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < T, other=0.0)
+        z, _, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, TANH, True)
         do_base = do_ptr + offset((b, h, 0, 0), do_strides)
         do = load_tile(do_base, start_m, do_strides, T, V, BLOCK_M, BLOCK_V)
         v_base = v_ptr + offset((b, h // GROUP, 0, 0), v_strides)
@@ -338,19 +326,18 @@ def _dbias_kernel(
 
 def _run_stats(
     grad_output: Tensor, grad_lse: Tensor | None, results: tuple[Tensor, Tensor], shared: dict
-) -> tuple[Tensor, Tensor]:
-    """lse in units of log2, infinite for a row that sees nothing, and delta: both (B, H, T) in fp32."""
+) -> Tensor:
+    """The (B, H, T, 4) int32 rows of `store_rows`; lse is infinite for a query that sees nothing."""
     output, lse = results
     batch, heads, num_queries, _ = output.shape
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    rows = torch.empty(*lse.shape, 4, dtype=torch.int32, device=lse.device)
     names = ("masks", "mask_strides", "T", "S", "H", "V", "CAUSAL", "BLOCK_V")
     _stats_kernel[(triton.cdiv(num_queries, _STATS_ROWS) * batch * heads,)](
         output,
         grad_output,
         lse,
         grad_lse,
-        delta_ptr=delta,
-        lse2_ptr=lse2,
+        rows_ptr=rows,
         o_strides=output.stride(),
         do_strides=grad_output.stride(),
         dlse_strides=(0, 0, 0) if grad_lse is None else grad_lse.stride(),
@@ -358,7 +345,7 @@ def _run_stats(
         BLOCK_M=_STATS_ROWS,
         num_warps=4,
     )
-    return lse2, delta
+    return rows
 
 
 def prepare(
@@ -379,11 +366,12 @@ def prepare(
     """
     query, key, value = inputs
     shared = shared_arguments(query, key, value, terms)
-    lse2, delta = _run_stats(grad_output, grad_lse, results, shared)
+    rows = _run_stats(grad_output, grad_lse, results, shared)
+    del shared["CAUSAL"]
     tensors = {"q": query, "k": key, "v": value, "do": grad_output}
     pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
     strides = {f"{name}_strides": tensor.stride() for name, tensor in tensors.items()}
-    return {**pointers, **strides, "lse2_ptr": lse2, "delta_ptr": delta, **shared}
+    return {**pointers, **strides, "rows_ptr": rows, **shared}
 
 
 def _blocks(config: Config) -> dict:
@@ -414,6 +402,7 @@ def run_dkdv(arguments: dict, terms: Terms, config: Config) -> tuple[Tensor, Ten
         dv_ptr=grad_value,
         dk_strides=grad_key.stride(),
         dv_strides=grad_value.stride(),
+        CAUSAL=terms.mask.causal,
         **_blocks(config),
     )
     return grad_key, grad_value
@@ -488,7 +477,8 @@ def backward(
     grad_key, grad_value = run_dkdv(arguments, terms, dkdv)
     grad_query = run_dq(arguments, dq)
     grad_bias = run_dbias(arguments, terms.bias) if terms.bias is not None and bias_grad else None
-    grad_sinks = (
-        None if terms.sinks is None else sink_gradient(terms.sinks, results[1], arguments["delta_ptr"])
-    )
+    grad_sinks = None
+    if terms.sinks is not None:
+        delta = arguments["rows_ptr"].view(torch.float32)[..., 1]
+        grad_sinks = sink_gradient(terms.sinks, results[1], delta)
     return Gradients(grad_query, grad_key, grad_value, grad_bias, grad_sinks)

@@ -69,6 +69,7 @@ def _forward_kernel(
     V: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TANH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,12 +99,12 @@ def _forward_kernel(
             bounds = (lower[:, None], upper[:, None])
             k = load_tile(k_base, start_n, k_strides, S, K, BLOCK_N, BLOCK_K, OUTER)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            z, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, PRECISION, OUTER)
-            if OUTER or softcap is not None:
+            z, x, factor = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, TANH, OUTER)
+            if OUTER:
                 m_new = tl.maximum(m, tl.max(z, axis=1))
             else:
-                # The maximum before the scale lets the scale and the subtraction below be one instruction.
-                m_new = tl.maximum(m, tl.max(raw, axis=1) * scale)
+                # The maximum before the factor lets the factor and the subtraction below be one instruction.
+                m_new = tl.maximum(m, tl.max(x, axis=1) * factor)
             # A row that has seen nothing yet: exp2(-inf - -inf) would be NaN.
             base = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(z - base[:, None])

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_longattn.kernels import dispatch
+
 from .philox import drop_threshold
 from .terms import Terms
 
@@ -31,6 +33,22 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+def choose_tanh(query: Tensor) -> str:
+    """How kernels compute the tanh of a softcap: "instruction", "quotient" or "series", see `tanh`.
+
+    Args:
+        query: says dtype and device.
+    """
+    if query.dtype == torch.float32:
+        return "series"
+    # The instruction errs by up to 2^-11 of the score: an eighth of what one rounding to bf16 costs, but as
+    # much as one to fp16, and there the slope 1 - tanh^2 of scores near the cap does not bear it.
+    nvidia = query.device.type == "cuda" and torch.version.hip is None and not dispatch.interpreting()
+    if nvidia and query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) >= (7, 5):
+        return "instruction"
+    return "quotient"
 
 
 def shared_arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> dict:
@@ -63,6 +81,7 @@ def shared_arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
         "V": value.shape[3],
         "CAUSAL": mask.causal,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "TANH": choose_tanh(query),
         "BLOCK_K": max(16, triton.next_power_of_2(query.shape[3])),
         "BLOCK_V": max(16, triton.next_power_of_2(value.shape[3])),
     }
@@ -91,11 +110,33 @@ def load_tile(
 
 
 @triton.jit
-def load_stat(base_ptr, offs_t, T, other, CHECKED: tl.constexpr):
-    """One number a query, `other` past the last of them."""
+def load_rows(rows_ptr, start, T, SIZE: tl.constexpr, CHECKED=True):
+    """(lse2, delta, lower, upper) of a tile of queries; those past T see nothing."""
+    offs_t = start + tl.arange(0, SIZE)
+    pointers = rows_ptr + tl.cast(offs_t, tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     if CHECKED:
-        return tl.load(base_ptr + offs_t, mask=offs_t < T, other=other)
-    return tl.load(base_ptr + offs_t)
+        rows = tl.load(pointers, mask=(offs_t < T)[:, None], other=0)
+    else:
+        rows = tl.load(pointers)
+    even, odd = tl.split(tl.reshape(rows, (SIZE, 2, 2)))
+    lse2, lower = tl.split(even)
+    delta, upper = tl.split(odd)
+    return lse2.to(tl.float32, bitcast=True), delta.to(tl.float32, bitcast=True), lower, upper
+
+
+@triton.jit
+def store_rows(rows_ptr, start, T, lse2, delta, lower, upper, SIZE: tl.constexpr):
+    """Writes what `load_rows` reads, int32: the bits of lse in units of log2, those of delta, the interval.
+
+    Together they are one copy of 16 bytes a query. Apart, Triton 3.6 copies each of them in the layout of
+    the scores, 4 bytes at a time: that gave every thread of `_dkdv_kernel` 32 copies and their addresses.
+    """
+    offs_t = start + tl.arange(0, SIZE)
+    even = tl.join(lse2.to(tl.int32, bitcast=True), lower.to(tl.int32))
+    odd = tl.join(delta.to(tl.int32, bitcast=True), upper.to(tl.int32))
+    rows = tl.reshape(tl.join(even, odd), (SIZE, 4))
+    pointers = rows_ptr + tl.cast(offs_t, tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(pointers, rows, mask=(offs_t < T)[:, None])
 
 
 @triton.jit
@@ -157,10 +198,14 @@ def tile_of_run(span, i, OUTER: tl.constexpr):
 
 
 @triton.jit
-def tanh(x, PRECISION: tl.constexpr):
-    """1 - 2 / (1 + exp 2x) is good to 1e-7; fp32 inputs get a series near 0, where that is not enough."""
+def tanh(x, TANH: tl.constexpr):
+    """By an instruction good to 2^-11, or by 1 - 2 / (1 + exp 2x), for fp32 with a series near 0."""
+    if TANH == "instruction":
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     result = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
-    if PRECISION == "ieee":
+    if TANH == "series":
         square = x * x
         series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
         result = tl.where(square < 0.0625, x * series, result)
@@ -177,18 +222,17 @@ def bias_pointers(masks, mask_strides, b, h, offs_t, offs_s):
 
 @triton.jit
 def logits_tile(
-    raw, masks, mask_strides, where, bounds, scale, softcap, PRECISION: tl.constexpr, OUTER: tl.constexpr
+    raw, masks, mask_strides, where, bounds, scale, softcap, TANH: tl.constexpr, OUTER: tl.constexpr
 ):
-    """Logits in units of log2, -inf where hidden, and the softcap's derivative.
+    """Logits in units of log2, -inf where hidden, then x and factor: their product is the logits, unmasked.
 
-    `where` = (b, h, offs_t, offs_s, T, S) and `bounds` = (lower, upper) come shaped to broadcast with `raw`.
+    With a softcap x is the tanh, of which 1 - x^2 is the derivative. `where` = (b, h, offs_t, offs_s, T, S)
+    and `bounds` = (lower, upper) come shaped to broadcast with `raw`.
     """
-    z = raw * scale
-    slope = 1.0
+    x, factor = raw, scale
     if softcap is not None:
-        bounded = tanh(z / softcap, PRECISION)
-        z = bounded * softcap
-        slope = 1.0 - bounded * bounded
+        x, factor = tanh(raw * (scale / softcap), TANH), softcap
+    z = x * factor
     if OUTER:
         b, h, offs_t, offs_s, T, S = where
         visible = (offs_s >= bounds[0]) & (offs_s < bounds[1])
@@ -204,7 +248,15 @@ def logits_tile(
                 visible &= bias > float("-inf")
                 z += bias * 1.4426950408889634
         z = tl.where(visible, z, float("-inf"))
-    return z, slope
+    return z, x, factor
+
+
+@triton.jit
+def sloped(p, x, softcap):
+    """The probabilities times the derivative of the softcap, of which `x` is the tanh."""
+    if softcap is None:
+        return p
+    return p * (1.0 - x * x)
 
 
 @triton.jit

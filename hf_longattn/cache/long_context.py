@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from hf_longattn.cache.offloaded import offload, offloaded_layers
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
@@ -32,21 +33,34 @@ class LongContextCache(Cache):
         cache_dtype: "int8" or "fp8" (or the torch dtype) keeps keys and values in 8 bits, with a scale for
             each token and head, which only the attention of this library reads (not "sdpa" or "eager");
             None keeps the dtype of the model. Other states are what they are.
+        offload_layers: how many layers of full attention keep keys and values in host memory, evenly spread;
+            two buffers on the device serve all of them.
 
     Raises:
-        ValueError: a `cache_dtype` that is none of these.
+        ValueError: a `cache_dtype` that is none of these, or `offload_layers` that the model does not have.
     """
 
     # For caches of models that make their layers themselves.
     cache_dtype: torch.dtype | None = None
 
     def __init__(
-        self, config: PreTrainedConfig, capacity: int = 0, cache_dtype: str | torch.dtype | None = None
+        self,
+        config: PreTrainedConfig,
+        capacity: int = 0,
+        cache_dtype: str | torch.dtype | None = None,
+        offload_layers: int = 0,
     ) -> None:
         config = config.get_text_config(decoder=True)
         self.signature = _signature(config)
         self.cache_dtype = read_cache_dtype(cache_dtype)
-        super().__init__(layers=_make_layers(config, capacity, self.cache_dtype))
+        layers = _make_layers(config, capacity, self.cache_dtype)
+        offload(layers, offload_layers, config)
+        super().__init__(layers=layers)
+
+    @property
+    def offload_layers(self) -> int:
+        """How many layers keep keys and values in host memory."""
+        return len(offloaded_layers(self.layers))
 
     def fork(self, batch_size: int = 1, rows: int | None = None) -> "LongContextCache":
         """A cache to continue the same prefix in several ways; this one stays as it is.
@@ -101,6 +115,7 @@ class LongContextCache(Cache):
         device: torch.device | str = "cpu",
         capacity: int = 0,
         cache_dtype: str | torch.dtype | None = None,
+        offload_layers: int = 0,
     ) -> "LongContextCache":
         """Reads a cache that `save` wrote.
 
@@ -110,12 +125,13 @@ class LongContextCache(Cache):
             device: where the keys and values go.
             capacity: tokens to make room for.
             cache_dtype: that of the saved cache, as in the constructor.
+            offload_layers: as in the constructor; the saved cache may have had another number.
 
         Raises:
             ValueError: the file is not such a cache, or was made by another model, or in another
                 `cache_dtype`.
         """
-        cache = cls(config, capacity, cache_dtype)
+        cache = cls(config, capacity, cache_dtype, offload_layers)
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

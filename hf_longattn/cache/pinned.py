@@ -1,0 +1,72 @@
+"""Page-locked host memory at its exact size: torch's own pinned allocator rounds to powers of two."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pin(tensor: Tensor, name: str, way_out: str) -> None:
+    """Page-locks the memory of a tensor for CUDA.
+
+    Args:
+        tensor: contiguous, on the CPU, and kept until it is unpinned.
+        name: of the argument that asked for it, for the message.
+        way_out: what to do where it fails, for the message.
+
+    Raises:
+        RuntimeError: CUDA does not lock it.
+    """
+    runtime: Any = torch.cuda.cudart()
+    code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
+    if code != 0:
+        raise RuntimeError(f"`{name}`: pinning host memory failed with CUDA error {code}; {way_out}.")
+
+
+def unpin(tensor: Tensor) -> None:
+    """Gives page-locked memory back to the system.
+
+    Args:
+        tensor: that was pinned, and that no copy reads or writes any more.
+    """
+    runtime: Any = torch.cuda.cudart()
+    # At the end of a process CUDA may be gone before the memory: what it says then helps nobody.
+    runtime.cudaHostUnregister(tensor.data_ptr())
+
+
+class Pins:
+    """Tensors of one owner that are page-locked as long as it holds them; copies of the owner hold none.
+
+    Args:
+        name: of the argument that asked for it, for messages.
+        way_out: what to do where locking fails, for messages.
+    """
+
+    def __init__(self, name: str, way_out: str) -> None:
+        self.name, self.way_out = name, way_out
+        self._held: list[Tensor] = []
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Locks these tensors, and unlocks others that were held before."""
+        if len(self._held) == len(tensors) and all(map(operator.is_, self._held, tensors)):
+            return
+        self.release()
+        for tensor in tensors:
+            pin(tensor, self.name, self.way_out)
+            self._held.append(tensor)
+
+    def release(self) -> None:
+        """Unlocks what is held, once nothing is being copied any more."""
+        held, self._held = self._held, []
+        if held and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            for tensor in held:
+                unpin(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy that holds nothing."""
+        return Pins, (self.name, self.way_out)
+
+    def __del__(self) -> None:
+        self.release()

@@ -10,6 +10,7 @@ The public layout is (B, H, T, K); a kernel that wants another reads it through 
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -19,3 +20,9 @@ def offset(index, strides):
     for i in tl.static_range(len(strides)):
         total += tl.cast(index[i], tl.int64) * strides[i]
     return total
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """(rows, D) of a tensor (..., D), elements of a row next to each other: copied where they are not."""
+    x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -64,6 +64,30 @@ def _merge_over_first(num_parts, width, dtype):
     return Case(f"merge_over_first-N{num_parts}-V{width}-{dtype}", kernel, signature, constexprs)
 
 
+def _norm(kind, width, rows, with_residual=False):
+    """`row_norm` of one row of a model's width a program, or of many heads."""
+    signature = {
+        "x_ptr": "*bf16:16", "weight_ptr": "*bf16:16", "y_ptr": "*bf16:16", "x_strides": ("i64:16", 1),
+        "residual_strides": ("i64:16", 1), "num_rows": "i32", "eps": "fp32",
+    }  # fmt: skip
+    signature |= dict.fromkeys(("residual_ptr", "sum_ptr"), "*bf16:16") if with_residual else {}
+    signature |= {"bias_ptr": "*bf16:16"} if kind == "layer" else {}
+    constexprs = {"D": width, "KIND": kind, "BLOCK_R": rows, "BLOCK_D": triton.next_power_of_2(width)}
+    constexprs |= {name: None for name in ("residual_ptr", "sum_ptr", "bias_ptr") if name not in signature}
+    warps = min(max(rows * constexprs["BLOCK_D"] // 512, 1), 16)
+    kernel = "hf_longattn.kernels.row_norm.triton:_norm_kernel"
+    return Case(f"row_norm-{kind}-D{width}-R{rows}", kernel, signature, constexprs, warps)
+
+
+def _gated_activation(activation):
+    """`gated_activation` of a chunk."""
+    signature = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16:16")
+    signature |= dict.fromkeys(("gate_strides", "up_strides"), ("i64:16", 1))
+    kernel = "hf_longattn.kernels.gated_activation.triton:_gate_kernel"
+    constexprs = {"D": 14336, "KIND": activation, "BLOCK": 2048}
+    return Case(f"gated_activation-{activation}", kernel, signature, constexprs)
+
+
 def _pull_merge(ranks, width, dtype):
     """The join through peers' memory: 32 heads of one row."""
     signature = {
@@ -301,6 +325,12 @@ CASES: list[Case] = [
     _merge_partials(2, 16, 128, "bf16"),
     _merge_over_first(2, 128, "bf16"),
     _merge_over_first(8, 128, "bf16"),
+    _norm("rms", 4096, 1),
+    _norm("layer", 2048, 1, with_residual=True),
+    _norm("rms_plus_one", 128, 16),
+    _norm("rms_wide", 16384, 1),
+    _gated_activation("silu"),
+    _gated_activation("gelu"),
     _pull_merge(2, 128, "bf16"),
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),

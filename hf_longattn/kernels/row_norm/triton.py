@@ -1,0 +1,82 @@
+"""RMS and layer norms, forward only: one launch for the sum with the residual, the norm and the weight.
+
+    s = x + residual, rounded          m = mean(s) of a layer norm, else 0
+    r = 1 / sqrt(mean((s - m)^2) + eps)          y = (s - m) r w + b, rounded as the kind says
+
+One program holds whole rows in registers, BLOCK_R of them where rows are short and many. Every element is
+read and written once, 16 bytes a thread at a time; the weight is asked for before the reduction, so that few
+rows wait for memory once. Accumulates in fp32. Nothing is saved: there is no backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_longattn.kernels.common import flat_rows
+
+
+@triton.jit
+def _scaled(x, weight, kind: tl.constexpr, dtype: tl.constexpr):
+    """x times the weight; the kind says what is added to the weight, and what is rounded before."""
+    if kind == "rms":
+        return x.to(dtype).to(tl.float32) * weight[None, :]
+    if kind == "rms_plus_one":
+        return x * (weight + 1.0)[None, :]
+    return x * weight[None, :]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, x_strides, residual_strides,
+    num_rows, eps, D: tl.constexpr, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.arange(0, BLOCK_D)
+    mask_d = cols < D
+    mask = (rows < num_rows)[:, None] & mask_d[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + rows[:, None] * x_strides[0] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual_at = rows[:, None] * residual_strides[0] + cols[None, :]
+        total = (x + tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(sum_ptr + at, total, mask=mask)
+        # The norm is of the sum as it was stored, as where two modules compute the two.
+        x = total.to(tl.float32)
+    if KIND == "layer":
+        x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
+    if weight_ptr is not None:
+        x = _scaled(x, weight, KIND, dtype)
+    if bias_ptr is not None:
+        x += bias[None, :]
+    tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_forward(
+    states: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel; arguments as in `add_row_norm`. Without a residual the sum is `states`."""
+    D = states.shape[-1]
+    flat = [None if x is None else flat_rows(x) for x in (states, residual)]
+    x, other = flat[0], flat[1]
+    assert x is not None
+    wide = kind == "rms" and weight is not None
+    dtype = torch.promote_types(states.dtype, weight.dtype) if wide and weight is not None else states.dtype
+    total = None if other is None else states.new_empty(states.shape)
+    result = states.new_empty(states.shape, dtype=dtype)
+    num_rows = x.shape[0]
+    if num_rows and D:
+        block_d = triton.next_power_of_2(D)
+        block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
+        _norm_kernel[(triton.cdiv(num_rows, block_r),)](
+            x, other, weight, bias, total, result, x.stride(), (0, 1) if other is None else other.stride(),
+            num_rows, eps, D=D, KIND=kind, BLOCK_R=block_r, BLOCK_D=block_d,
+            num_warps=min(max(block_r * block_d // 512, 1), 16),
+        )  # fmt: skip
+    return states if total is None else total, result

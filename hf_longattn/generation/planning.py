@@ -7,9 +7,9 @@ Nothing is loaded: weights are counted on the meta device, from the config alone
     keys, values  2 * G / T heads * head width of every token of its share, ceil(context / P) and what
                   `share_capacity` adds; windows keep two windows, the same on every rank; states of lightning
                   attention K * V fp32 a head
-    activations   of one chunk in the widest place of a layer: inputs, gate and product of a gated MLP are
-                  alive together, (4 F / T + 3 D) elements a token; or, on P > 1 ranks, six times the queries
-                  of the whole chunk, gathered, attended, merged and sent
+    activations   of one chunk in the widest place of a layer: inputs, gate and up, activation and product of
+                  a gated MLP are alive together, at most (4 F / T + 3 D) elements a token; or, on P > 1
+                  ranks, six times the queries of the whole chunk, gathered, attended, merged and sent
     logits        of the last token of every row: the model's, and two copies in fp32
     partials      of a decoding step: one (V + 1) fp32 a query head and split of the keys
     graph         the pool of the captured step: activations and logits of one token a row

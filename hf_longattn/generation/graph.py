@@ -27,6 +27,7 @@ from hf_longattn.kernels.dispatch import warn_slow
 
 logger = logging.getLogger("hf_longattn")
 
+_GRAPH_DEVICES = ("cuda",)
 # More new tokens than this are a prefill.
 _MAX_TOKENS = 16
 # A mask that outgrows its buffer gets this much more room.
@@ -144,12 +145,14 @@ class GraphDecoder:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if (
             ids is None
-            or not ids.is_cuda
+            or ids.device.type not in _GRAPH_DEVICES
             or ids.shape[1] > _MAX_TOKENS
             or not isinstance(cache, LongContextCache)
         ):
             return False
-        if torch.is_grad_enabled() or self.model.training or torch.cuda.is_current_stream_capturing():
+        if torch.is_grad_enabled() or self.model.training:
+            return False
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         layers = cache.layers
         if not all(_can_be_captured(layer) for layer in layers):

@@ -58,6 +58,17 @@ def gradients(model, inputs):
     return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
 
+def gradients_without_padding(model, inputs):
+    """The gradients of the mean over all tokens, from each row by itself."""
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    total = 0.0
+    for row, length in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}
+        # Each row predicts all of its tokens but the first.
+        total = total + gradients(model, alone) * ((length - 1) / (sum(lengths) - len(lengths)))
+    return total
+
+
 def error(result, exact):
     return ((result - exact).norm() / exact.norm()).item()
 
@@ -66,8 +77,10 @@ def error(result, exact):
 @pytest.mark.parametrize("pad", [0, 333])
 def test_bf16_gradients_are_as_good_as_eager(family, pad):
     inputs = batch(1500, pad)
-    exact = gradients(build(family, torch.float64), inputs)
-    plain = error(gradients(build(family, torch.bfloat16), inputs), exact)
+    # Padding behind a window sees nothing, and eager attention without sinks is NaN there.
+    reference = gradients_without_padding if family == "gemma2" else gradients
+    exact = reference(build(family, torch.float64), inputs)
+    plain = error(reference(build(family, torch.bfloat16), inputs), exact)
     for fields in ({"offload": False}, {"offload": True}, {"offload": True, "save_attention": False}):
         model = hf_longattn.prepare_training(build(family, torch.bfloat16), block_size=400, **fields)
         result = error(gradients(model, inputs), exact)

@@ -1,5 +1,10 @@
-"""The commands of `hf-longattn`. What a command needs is imported inside it, so that `--help` stays quick."""
+"""The commands of `hf-longattn`. What a command needs is imported inside it.
 
+They stand beside the package, since importing anything of it registers it with transformers: `--help`,
+`--version` and what the parser refuses need neither of them, nor torch.
+"""
+
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -24,8 +29,28 @@ CacheDtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-longattn {_version()}")
+        raise typer.Exit()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("hf_longattn")
+    except importlib.metadata.PackageNotFoundError:
+        # A source tree that is on the path but not installed.
+        from hf_longattn import __version__
+
+        return __version__
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Keeps the commands named, however many there are."""
 
 

@@ -17,7 +17,8 @@ import hf_longattn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_longattn"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = ROOT / "hf_longattn_cli.py"
+MODULES = [*sorted(PACKAGE.rglob("*.py")), COMMANDS]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 
@@ -76,7 +77,7 @@ def layer(module):
     return next((i for i, names in enumerate(LAYERS) if re.fullmatch(names, part)), None)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     own = layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
     names = set(imported_names(path))
@@ -277,11 +278,16 @@ def test_a_build_holds_the_package_once(kind, tmp_path):
         names = zipfile.ZipFile(built).namelist()
         assert {name.split("/")[0] for name in names} == {
             "hf_longattn",
+            COMMANDS.name,
             f"{built.name.split('-py3')[0]}.dist-info",
         }
     else:
         with tarfile.open(built) as archive:
             names = [member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()]
-    sources = Counter(name for name in names if name.startswith("hf_longattn/") and name.endswith(".py"))
+    sources = Counter(
+        name
+        for name in names
+        if name.startswith(("hf_longattn/", "hf_longattn_cli")) and name.endswith(".py")
+    )
     assert set(sources) == {str(p.relative_to(ROOT)) for p in MODULES} and set(sources.values()) == {1}
     assert "hf_longattn/py.typed" in names

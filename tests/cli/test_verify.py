@@ -187,7 +187,7 @@ def test_a_gpu_that_is_not_there(folder, monkeypatch):
 
 
 def test_the_command_exists_and_help_names_the_commands():
-    command = [sys.executable, "-m", "hf_longattn.cli.main", "--help"]
+    command = [sys.executable, "-m", "hf_longattn_cli", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
     assert result.returncode == 0
     assert all(name in result.stdout for name in ("doctor", "verify", "plan", "generate", "convert"))

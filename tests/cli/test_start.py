@@ -1,0 +1,65 @@
+"""The command line starts without the package: help, the version and what the parser refuses."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import hf_longattn_cli
+from hf_longattn.cli.main import app, main
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "triton", "hf_longattn"}
+# A plain `python -c "import typer"` loads about 250 modules, torch and transformers 4,000.
+MOST_MODULES = 800
+
+
+def start(*arguments):
+    """(exit status, output, errors, modules) of the command line in a fresh interpreter."""
+    code = """
+import sys, json
+sys.path.insert(0, sys.argv.pop(1))
+from hf_longattn_cli import main
+try:
+    main()
+finally:
+    sys.stdout.flush()
+    print(json.dumps(sorted(sys.modules)))
+"""
+    command = [sys.executable, "-c", code, str(ROOT), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    *output, modules = result.stdout.splitlines()
+    return result.returncode, "\n".join(output), result.stderr, json.loads(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--help"], 0, "verify"),
+        (["--version"], 0, f"hf-longattn {metadata.version('hf_longattn')}"),
+        (["eval", "--help"], 0, "--cloze"),
+        (["convert", "lightning", "--help"], 0, "TransNormerLLM"),
+        ([], 2, "Usage"),
+        (["plan", "model"], 2, "Missing option"),
+        (["plan", "model", "--context", "many"], 2, "Invalid value"),
+        (["swim"], 2, "No such command"),
+    ],
+    ids=lambda value: "-".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_the_parser_needs_no_torch(arguments, status, words):
+    found, output, errors, modules = start(*arguments)
+    assert found == status and words in output + errors
+    assert not HEAVY & set(modules) and len(modules) < MOST_MODULES
+
+
+def test_a_command_registers_the_package():
+    modules = start("eval", "nowhere")[3]
+    assert set(modules) >= HEAVY - {"triton", "datasets"}
+
+
+def test_the_entry_point_is_there():
+    assert 'hf-longattn = "hf_longattn_cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert main is hf_longattn_cli.main and app is hf_longattn_cli.app

@@ -79,10 +79,11 @@ def rehearsal(cache: LongContextCache) -> Iterator[None]:
 
 def _can_be_captured(layer: Any) -> bool:
     """Whether a replay does all that the layer's own code would do in a step."""
-    if isinstance(layer, RecurrentLayer):
-        # What is recorded for a rollback is kept on the host.
-        return layer.recurrent_state is not None and not layer.record_past
-    return isinstance(layer, PreallocatedLayer) and layer.is_initialized
+    # The common kind first: asking an abstract class about another one takes as long as all the rest.
+    if isinstance(layer, PreallocatedLayer):
+        return layer.is_initialized
+    # What is recorded for a rollback is kept on the host.
+    return isinstance(layer, RecurrentLayer) and layer.recurrent_state is not None and not layer.record_past
 
 
 @dataclass
@@ -153,6 +154,9 @@ class GraphDecoder:
         if torch.is_grad_enabled() or self.model.training:
             return False
         if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        if cache.offload_layers:
+            self.refuse("layers in host memory come by copies whose length changes with every token")
             return False
         layers = cache.layers
         if not all(_can_be_captured(layer) for layer in layers):
@@ -302,8 +306,10 @@ def _step_key(kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 def _buffers(cache: LongContextCache) -> tuple[int, ...]:
     layers: list[Any] = cache.layers
-    states = (layer.recurrent_state if isinstance(layer, RecurrentLayer) else layer._keys for layer in layers)
-    return tuple(state.data_ptr() for state in states)  # pyright: ignore[reportOptionalMemberAccess]
+    states = [
+        layer._keys if isinstance(layer, PreallocatedLayer) else layer.recurrent_state for layer in layers
+    ]
+    return tuple([state.data_ptr() for state in states])  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _make_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor]:

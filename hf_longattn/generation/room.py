@@ -2,15 +2,16 @@
 
 Before any work, the keys and values that a call will add and the activations of one chunk are held against
 the free memory of the device; on a CPU against all memory that the machine has, for what the system can free
-is not known. The counts are those of `hf-longattn plan`. Where memory runs out in the middle of a call, the
-cache that the caller passed is taken back to what it held, and the error says how many tokens fit.
+is not known. The counts are those of `hf-longattn plan`. Layers that wait in host memory are put there, too,
+before any work. Where memory runs out in the middle of a call, the cache that the caller passed is taken back
+to what it held, and the error says how many tokens fit.
 """
 
 import functools
 import os
 import traceback
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import OutOfMemoryError
@@ -18,11 +19,22 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.offloaded import full_layers, offload
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
+from hf_longattn.generation.offloading import (
+    fewest_layers,
+    held_buffers,
+    is_empty,
+    layer_bytes,
+    number_of_layers,
+    place_layers,
+    saved_bytes,
+)
 from hf_longattn.generation.planning import RESERVE, Ranks, activation_bytes, cache_bytes, longest
 from hf_longattn.generation.prefill import pick_chunk
 from hf_longattn.instance import Setup
+from hf_longattn.kernels.dispatch import warn_slow
 
 _GIB = 1024**3
 # Nothing that fits may be refused. What is counted, 4 F + 3 D elements a token, is for gate and up in one
@@ -47,6 +59,15 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def host_memory(device: torch.device) -> int:
+    """Bytes of host memory that layers of a model on `device` may take: four fifths of what the machine has.
+
+    Args:
+        device: of the model; a CPU has no memory beside the host's.
+    """
+    return 0 if device.type == "cpu" else (free_memory(torch.device("cpu")) or 0) * 4 // 5
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of `generate`, as far as its memory is concerned.
@@ -61,6 +82,7 @@ class Call:
         dtype: of keys and values.
         chunk: tokens of a chunk, all rows and ranks together.
         ranks: that share the prompt.
+        offload: layers that wait in host memory.
     """
 
     model: PreTrainedModel
@@ -72,15 +94,39 @@ class Call:
     dtype: torch.dtype
     chunk: int
     ranks: Ranks
+    offload: int = 0
 
-    def need(self, total: int) -> int:
-        """Bytes on this rank beyond what is held, once the cache holds so many tokens."""
-        config = self.model.config.get_text_config(decoder=True)
-        sizes = (cache_bytes(config, tokens, self.dtype, self.ranks) for tokens in (total, self.past))
-        added, held = sizes
+    @property
+    def config(self) -> Any:
+        """Of the decoder."""
+        return self.model.config.get_text_config(decoder=True)
+
+    def need(self, total: int, certain: float = _CERTAIN) -> int:
+        """Bytes on this rank beyond what is held, once the cache holds so many tokens.
+
+        Args:
+            total: tokens.
+            certain: the share of the activations that counts.
+        """
+        config = self.config
+        added, held = (
+            cache_bytes(config, tokens, self.dtype, self.ranks)
+            - saved_bytes(config, tokens, self.dtype, self.offload)
+            for tokens in (total, self.past)
+        )
         new = max(min(total, self.prompt) - self.past, 1) * self.rows
         work = activation_bytes(config, min(new, self.chunk), self.model.dtype, self.ranks)
-        return max(self.rows * (added - held) - self.spare, 0) + int(_CERTAIN * work)
+        return max(self.rows * (added - held) - self.spare, 0) + int(certain * work)
+
+    def fewest_offloaded(self, room: int) -> int | None:
+        """The fewest layers in host memory with which the call fits; None where none do."""
+        number = number_of_layers(self.config)
+        # All activations count here: to offload one layer too many costs less than to run out of memory.
+        fewest = fewest_layers(
+            lambda count: replace(self, offload=count).need(self.total, certain=1.0), room, number
+        )
+        size = (fewest or 0) * self.rows * layer_bytes(self.config, self.total, self.dtype)
+        return fewest if size <= host_memory(self.model.device) else None
 
     def fitting(self, room: int) -> int:
         """Tokens of prompt and answer that fit in `room` bytes, the last of which is never cached."""
@@ -96,6 +142,8 @@ class Call:
             ways.append("pass fewer rows or beams at a time")
         if self.dtype.itemsize > 1 and self.ranks.sequence == 1:
             ways.append("keep the cache in 8 bits with `cache_dtype='int8'`")
+        if self.ranks.total == 1 and not self.past and (fewest := self.fewest_offloaded(room)):
+            ways.append(f"keep {fewest} layers in host memory with `offload_layers='auto'`, which is slower")
         ways.append("share the prompt among more GPUs with `accelerator=`")
         return (
             f"`{name}`: a prompt of {self.prompt:,} tokens and {self.total + 1 - self.prompt:,} new{rows} "
@@ -111,10 +159,13 @@ class Room:
     Args:
         model: the transformers model.
         chunk: tokens of a chunk that the set-up asks for, or None.
+        offload_layers: how many layers wait in host memory, or "auto".
     """
 
-    def __init__(self, model: PreTrainedModel, chunk: int | None) -> None:
-        self.model, self.chunk = model, chunk
+    def __init__(
+        self, model: PreTrainedModel, chunk: int | None, offload_layers: int | Literal["auto"] = 0
+    ) -> None:
+        self.model, self.chunk, self.offload_layers = model, chunk, offload_layers
         self.call: Call | None = None
         self.before: int | None = None
 
@@ -138,13 +189,33 @@ class Room:
             ValueError: with the number of tokens that fit.
         """
         prepare(*args)
+        cache = args[1].get("past_key_values")
+        if isinstance(self.offload_layers, int):
+            place_layers(cache, self.offload_layers, self.model.config.get_text_config(decoder=True))
         self.call = self._read(*args)
         if self.call is None:
             return
-        self.before = self._free(args[1]["past_key_values"])
+        self.before = self._free(cache)
+        if self.before is not None and self.offload_layers == "auto":
+            self.call = self._offload_to_fit(cache, self.call, self.before)
         if self.before is not None and self.call.need(self.call.total) > self.before:
             raise ValueError(self.call.refusal(self.before))
-        _reserve(args[1]["past_key_values"], self.call.total)
+        _reserve(cache, self.call.total)
+
+    def _offload_to_fit(self, cache: Any, call: Call, room: int) -> Call:
+        """The call with as many layers in host memory as it takes to fit, where that can be had."""
+        if cache.offload_layers or not is_empty(cache) or not full_layers(cache.layers):
+            return call
+        count = call.fewest_offloaded(room)
+        if not count:
+            return call
+        offload(cache.layers, count, call.config)
+        warn_slow(
+            "offload_layers",
+            f"keys and values of {count} of {number_of_layers(call.config)} layers wait in host memory, so "
+            f"that {call.total + 1:,} tokens fit on {self.model.device}",
+        )
+        return replace(call, offload=count)
 
     def _free(self, cache: Any) -> int | None:
         """The least that any rank has free, so that all of them refuse alike."""
@@ -182,6 +253,7 @@ class Room:
             dtype=getattr(cache, "cache_dtype", None) or self.model.dtype,
             chunk=chunk * rows,
             ranks=Ranks(ranks, getattr(self.model, "tp_size", None) or 1),
+            offload=cache.offload_layers,
         )
 
     def _run(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,14 +308,9 @@ def _reserve(cache: LongContextCache, tokens: int) -> None:
 
 
 def _spare(cache: LongContextCache) -> int:
-    """Bytes of the room that the layers have beyond what they hold."""
-    layers: list[Any] = cache.layers
+    """Bytes of the room that the layers have on the device beyond what they hold."""
     spare = 0
-    # A layer in 8 bits has a second one, for its scales.
-    layers = [*layers, *(layer.scales for layer in layers if hasattr(layer, "scales"))]
-    for layer in layers:
-        for buffer in (getattr(layer, "_keys", None), getattr(layer, "_values", None)):
-            if buffer is not None:
-                left = max(buffer.shape[2] - layer.end, 0)
-                spare += buffer.numel() // max(buffer.shape[2], 1) * left * buffer.element_size()
+    for buffer, held in held_buffers(cache):
+        left = max(buffer.shape[2] - held, 0)
+        spare += buffer.numel() // max(buffer.shape[2], 1) * left * buffer.element_size()
     return spare

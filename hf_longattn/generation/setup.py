@@ -17,6 +17,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
+from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
 from hf_longattn.generation.several import share_generation
@@ -40,6 +41,9 @@ class GenerationSetup:
             capability 8.9 or more, or a CPU.
         cuda_graph: "auto" captures the decoding step in a CUDA graph where it can be, and says once why where
             not; True refuses what "auto" would run eagerly; False never captures.
+        offload_layers: how many layers of full attention keep keys and values in host memory, from where each
+            is fetched while the layers before it compute; "auto" takes the fewest with which a call fits the
+            GPU, and none where it fits as it is. A step is not captured then.
         progress: show a progress bar while the prompt is read; over several processes, rank 0 shows it.
         timeout: seconds that a process waits for the others, where several share one prompt.
     """
@@ -47,6 +51,7 @@ class GenerationSetup:
     prefill_chunk_size: int | None = None
     cache_dtype: Literal["int8", "fp8"] | torch.dtype | None = None
     cuda_graph: Literal["auto"] | bool = "auto"
+    offload_layers: Literal["auto"] | int = 0
     progress: bool = False
     timeout: float = 120.0
 
@@ -56,6 +61,7 @@ class GenerationSetup:
         if not self.timeout > 0:
             raise ValueError(f"`timeout` must be a positive number of seconds, got {self.timeout}.")
         read_cache_dtype(self.cache_dtype)
+        read_offload(self.offload_layers)
         if self.cuda_graph not in ("auto", True, False):
             raise ValueError(f"`cuda_graph` must be 'auto', True or False, got {self.cuda_graph!r}.")
 
@@ -99,6 +105,7 @@ def prepare_generation(
             f"`model` must have a language-modelling head to generate, got {type(inner).__name__}."
         )
     group = _make_group(accelerator, device_mesh, setup)
+    check_setup(setup, inner.config, 1 if group is None else group.control.world_size)
     if group is not None:
         if setup.cache_dtype is not None:
             raise ValueError(
@@ -115,7 +122,7 @@ def prepare_generation(
         _replace_minimax(changes, inner, group)
     original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
     decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
-    room = Room(inner, setup.prefill_chunk_size)
+    room = Room(inner, setup.prefill_chunk_size, setup.offload_layers)
     room.watch(changes)
     if group is not None:
         step = decoder.forward() if setup.cuda_graph else inner.forward

@@ -9,7 +9,7 @@ import torch
 
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 
-SHAPES = [(2, 4, 2, 1, 64), (1, 3, 1, 5, 48), (2, 2, 2, 3, 16), (0, 2, 1, 4, 32)]
+SHAPES = [(2, 4, 2, 1, 64), (1, 3, 1, 5, 48), (2, 2, 2, 3, 16), (0, 2, 1, 4, 32), (1, 10, 9, 70, 24)]
 IDS = [f"B{b}-H{h}-G{g}-T{t}-K{k}" for b, h, g, t, k in SHAPES]
 
 

@@ -3,8 +3,10 @@
     y[i] = x[i] cos[i] - x[i + K/2] sin[i]                i <  K/2
     y[i] = x[i] cos[i] + x[i - K/2] sin[i]                i >= K/2
 
-One program turns one head of one token; programs past the query heads take the key heads. A decoding step is
-bound by the launch alone. Accumulates in fp32 and rounds once. Nothing is saved: there is no backward.
+One program turns BLOCK_H heads of one token, which share its angles; programs past the query heads take the
+key heads. Both halves of a head are read once. A decoding step is bound by the launch, a chunk of a prompt by
+memory.
+Accumulates in fp32 and rounds once. Nothing is saved: there is no backward.
 """
 
 import torch
@@ -14,52 +16,75 @@ from torch import Tensor
 
 from hf_longattn.kernels.common import offset
 
+# Heads of one program: 16 bytes a thread of two warps at 128 elements a head in bf16.
+_HEADS = 8
+
 
 @triton.jit
-def _turn(x_ptr, y_ptr, x_strides, y_strides, where, cos, sin, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    offs_k = tl.arange(0, BLOCK_K)
-    half: tl.constexpr = K // 2
-    first = offs_k < half
-    mask = offs_k < K
-    partner = tl.where(first, offs_k + half, offs_k - half)
-    row = x_ptr + offset(where, x_strides)
-    x = tl.load(row + offs_k * x_strides[3], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(row + partner * x_strides[3], mask=mask, other=0.0).to(tl.float32)
-    y = x * cos + tl.where(first, -other, other) * sin
-    out = y_ptr + offset(where, y_strides) + offs_k * y_strides[3]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
+def _angle(ptr, row, strides, start, mask, BLOCK: tl.constexpr):
+    """(1, BLOCK) cosines or sines of one token, from element `start` on."""
+    at = offset(row, strides) + (start + tl.arange(0, BLOCK)) * strides[2]
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit
+def _turn(x_ptr, y_ptr, x_strides, y_strides, where, mask, angle, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x_row = x_ptr + offset(where, x_strides)[:, None]
+    low = tl.load(x_row + offs[None, :] * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x_row + (offs + HALF)[None, :] * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+    cos_low, sin_low, cos_high, sin_high = angle
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    y_row = y_ptr + offset(where, y_strides)[:, None]
+    tl.store(y_row + offs[None, :] * y_strides[3], (low * cos_low - high * sin_low).to(dtype), mask=mask)
+    tl.store(
+        y_row + (offs + HALF)[None, :] * y_strides[3], (high * cos_high + low * sin_high).to(dtype), mask=mask
+    )
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
 def _rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_strides, k_strides, cos_strides, sin_strides, q_out_strides, k_out_strides,
-    T, H, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    T, H, G, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    HALF: tl.constexpr = K // 2
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, position = token // T, token % T
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = offs_k < K
+    mask_k = tl.arange(0, BLOCK_K) < HALF
     row = (batch, position, 0)
-    cos = tl.load(cos_ptr + offset(row, cos_strides) + offs_k * cos_strides[2], mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + offset(row, sin_strides) + offs_k * sin_strides[2], mask=mask, other=0.0)
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    if head < H:
-        _turn(q_ptr, q_out_ptr, q_strides, q_out_strides, (batch, head, position, 0), cos, sin, K, BLOCK_K)
+    angle = (
+        _angle(cos_ptr, row, cos_strides, 0, mask_k, BLOCK_K),
+        _angle(sin_ptr, row, sin_strides, 0, mask_k, BLOCK_K),
+        _angle(cos_ptr, row, cos_strides, HALF, mask_k, BLOCK_K),
+        _angle(sin_ptr, row, sin_strides, HALF, mask_k, BLOCK_K),
+    )
+    groups = tl.cdiv(H, BLOCK_H)
+    offs_h = tl.arange(0, BLOCK_H)
+    if group < groups:
+        head = group * BLOCK_H + offs_h
+        mask = (head < H)[:, None] & mask_k[None, :]
+        where = (batch, head, position, 0)
+        _turn(q_ptr, q_out_ptr, q_strides, q_out_strides, where, mask, angle, HALF, BLOCK_K)
     else:
-        where = (batch, head - H, position, 0)
-        _turn(k_ptr, k_out_ptr, k_strides, k_out_strides, where, cos, sin, K, BLOCK_K)
+        head = (group - groups) * BLOCK_H + offs_h
+        mask = (head < G)[:, None] & mask_k[None, :]
+        where = (batch, head, position, 0)
+        _turn(k_ptr, k_out_ptr, k_strides, k_out_strides, where, mask, angle, HALF, BLOCK_K)
 
 
 def rotate_forward(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the kernel; arguments as in `rotary_embedding`."""
     B, H, T, K = query.shape
+    G = key.shape[1]
     cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
     query_out, key_out = torch.empty_like(query), torch.empty_like(key)
-    _rotary_kernel[(B * T, H + key.shape[1])](
+    if B * T == 0:
+        return query_out, key_out
+    _rotary_kernel[(B * T, triton.cdiv(H, _HEADS) + triton.cdiv(G, _HEADS))](
         q_ptr=query, k_ptr=key, cos_ptr=cos, sin_ptr=sin, q_out_ptr=query_out, k_out_ptr=key_out,
         q_strides=query.stride(), k_strides=key.stride(), cos_strides=cos.stride(), sin_strides=sin.stride(),
         q_out_strides=query_out.stride(), k_out_strides=key_out.stride(),
-        T=T, H=H, K=K, BLOCK_K=triton.next_power_of_2(K), num_warps=1,
+        T=T, H=H, G=G, K=K, BLOCK_H=_HEADS, BLOCK_K=triton.next_power_of_2(K // 2), num_warps=2,
     )  # fmt: skip
     return query_out, key_out

@@ -6,6 +6,7 @@ a CUDA graph or, on a CPU and where a graph cannot be had, one after the other. 
 streamers and stopping criteria come in the order of transformers' own loop.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.fusion import fused
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
+from hf_longattn.generation.kept import KeptProgram, same_place, settings_of
 from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 
@@ -80,6 +82,16 @@ class TokenChoice:
             self.finished.logical_or_(torch.isin(tokens, self.ends))
         return tokens, scores
 
+    def key(self) -> tuple[Any, ...] | None:
+        """What two calls have in common where one graph serves both; None where that is not known."""
+        settings = settings_of(self.processors)
+        ends = None if self.ends is None else self.ends.numel()
+        return None if settings is None else (settings, self.do_sample, ends)
+
+    def constants(self) -> list[Tensor]:
+        """Every tensor that a choice reads and never changes."""
+        return [self.pad] if self.ends is None else [self.pad, self.ends]
+
     def obstacle(self) -> str | None:
         """Why a graph cannot hold it, or None."""
         for processor in self.processors:
@@ -112,6 +124,7 @@ class BlockProgram:
         self.kept: dict[str, list[Tensor]] = {name: [] for name in kept}
         self.graph: Any = None
         self.capturing = False
+        self.place: Any = None  # of the decoding where the graph begins
 
     def choose(self, logits: Tensor) -> None:
         """Adds the token that follows from logits (B, V)."""
@@ -151,6 +164,47 @@ class BlockProgram:
         """
         with fused(model, self.tokens.shape[0], products), self.decoding.few_launches():
             self.graph, _ = capture(self._rehearse, self._steps)
+        self.place = self.decoding.place
+
+    def key(self) -> tuple[Any, ...] | None:
+        """What two programs have in common where the graph of one serves both; None where it serves one."""
+        choice = self.choice.key()
+        return None if choice is None or self.kept else (choice, self.decoding.kind, self.tokens.shape)
+
+    def steps_from(self, other: "BlockProgram") -> int | None:
+        """Tokens after which the graph of this could go on in the place of `other`; None: it never could.
+
+        Args:
+            other: of a later call, whose keys and values lie in the buffers of this.
+        """
+        if other.key() is None or other.key() != self.key() or other.ids.shape[1] > self.ids.shape[1]:
+            return None
+        buffers = zip(self.decoding.buffers(), other.decoding.buffers(), strict=True)
+        if not all(same_place(own, its) for own, its in buffers):
+            return None
+        steps = self.decoding.steps_from(other.decoding)
+        return None if steps == 0 and other.decoding.place != self.place else steps
+
+    def take_over(self, other: "BlockProgram") -> None:
+        """Goes on in the place of `other`, of which `steps_from` has said 0.
+
+        Args:
+            other: its tensors are copied; it is not used any more.
+        """
+        width = other.ids.shape[1]
+        self.ids[:, width:] = other.ids[:, :1]
+        self.ids[:, :width] = other.ids
+        for own, its in zip(self._tensors(), other._tensors(), strict=True):
+            own.copy_(its)
+        self.length, self.decoding.place = other.length, self.place
+        self.decoding.cache = other.decoding.cache
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the graph reads or writes, but for weights, ids and the keys and values of blocks."""
+        return [*self._state(), *self.choice.constants(), *self.decoding.constants()]
+
+    def _state(self) -> list[Tensor]:
+        return [self.column, self.tokens, self.choice.finished, *self.decoding.state()]
 
     def _steps(self) -> None:
         place, length = self.decoding.place, self.length
@@ -164,7 +218,7 @@ class BlockProgram:
 
     def _rehearse(self) -> None:
         """Runs the steps once and takes back what they did, random numbers included."""
-        state = [self.ids, self.column, self.tokens, self.choice.finished, *self.decoding.state()]
+        state = [self.ids, *self._state()]
         before = [tensor.clone() for tensor in state]
         devices = [self.ids.device] if self.ids.is_cuda else []
         with torch.random.fork_rng(devices=devices):
@@ -187,14 +241,30 @@ class Spectator:
         self.plain = all(type(criterion) in _PLAIN_CRITERIA for criterion in criteria)
         # One copy a program, in place of several launches a token.
         self.ids = program.ids.cpu() if self.plain else program.ids
-        self.length = self.prompt = program.length - 1
+        self.length = self.prompt = self.shown = program.length - 1
         self.unfinished = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
+        self.copied: Tensor | None = None
+        self.arrived = torch.cuda.Event() if program.ids.is_cuda and self.plain else None
+
+    def look(self) -> None:
+        """Notes the tokens that there are; their way to the host begins, and nothing waits for it."""
+        first, self.shown = self.shown, self.program.length
+        if self.plain:
+            new = self.program.ids[:, first : self.shown].contiguous()
+            if self.arrived is None:
+                self.copied = new
+                return
+            self.copied = torch.empty(new.shape, dtype=new.dtype, pin_memory=True)
+            self.copied.copy_(new, non_blocking=True)
+            self.arrived.record()
 
     def watch(self) -> bool:
-        """Whether any row goes on behind the tokens that the program has made."""
-        new = slice(self.length, self.program.length)
-        if self.ids is not self.program.ids:
-            self.ids[:, new].copy_(self.program.ids[:, new])
+        """Whether any row goes on behind the tokens that `look` has noted."""
+        new = slice(self.length, self.shown)
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.copied is not None:
+            self.ids[:, new] = self.copied
         while self.length < new.stop:
             self.length += 1
             done = self.criteria(cast(Any, self.ids[:, : self.length]), self._scores())
@@ -248,27 +318,31 @@ def sample(
     call |= {"generation_config": generation_config, "synced_gpus": synced_gpus, "streamer": streamer}
     if not _fits(model, decoder, generation_config, model_kwargs, synced_gpus):
         return cast(Any, GenerationMixin)._sample(model, input_ids, **call, **model_kwargs)
+    kept: KeptProgram = vars(model)["_kept_program"]
+    cache, prompt = model_kwargs["past_key_values"], input_ids.shape[1]
+    lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    if lasting:
+        kept.clear()
+    else:
+        kept.lend(cache, input_ids.shape[0], model)
     outputs = cast(Any, model)._prefill(input_ids, generation_config, model_kwargs)
-    cache, prompt = outputs.past_key_values, input_ids.shape[1]
     new = generation_config.max_length - prompt
     decoding = cast(Any, model).decode_blocks(cache, new)
-    lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     try:
         choice = TokenChoice(
             logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
         )
-        kept = _kept(generation_config)
-        program = BlockProgram(decoding, choice, input_ids, new + decoding.block_length, kept)
+        room = new + decoding.block_length
+        program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
         program.choose(outputs.logits[:, -1])
         del outputs
         spectator = Spectator(program, stopping_criteria, streamer)
-        while spectator.watch():
-            left = generation_config.max_length - program.length
-            if program.graph is None and left > program.span and setup.cuda_graph:
-                _record(program, model, decoder)
-            program.run(min(left, program.span))
+        _decode(spectator, generation_config.max_length, _Captures(model, setup, decoder, kept), not lasting)
+        program = spectator.program
         if lasting:
             decoding.finish(program.ids[:, prompt : program.length - 1], program.length - spectator.length)
+        else:
+            kept.keep(program, model)
     finally:
         if lasting:
             decoding.close()
@@ -279,6 +353,50 @@ def sample(
         return sequences
     lists = {name: tuple(values[: spectator.length - prompt]) for name, values in program.kept.items()}
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache, **lists)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class _Captures:
+    """Where the graphs of one call come from."""
+
+    model: PreTrainedModel
+    setup: "GenerationSetup"
+    decoder: GraphDecoder
+    kept: KeptProgram
+
+    def find(self, program: BlockProgram, left: int) -> tuple[BlockProgram, int]:
+        """The program to go on with, and how many of the `left` tokens it makes next."""
+        count = min(left, program.span)
+        if program.graph is not None or left <= program.span or not self.setup.cuda_graph:
+            return program, count
+        steps = self.kept.steps_to(program)
+        if steps is None:
+            _record(program, self.model, self.decoder)
+        elif steps == 0:
+            self.kept.program.take_over(program)
+            program = self.kept.program
+        return program, steps or count
+
+
+def _decode(spectator: Spectator, max_length: int, captures: _Captures, ahead: bool) -> None:
+    """Adds tokens until every row has ended.
+
+    `ahead` says that tokens behind the end do no harm: the next program is then queued before the host has
+    read the last one, where nothing that it finds changes what the device does.
+    """
+    ahead = ahead and spectator.plain
+    while True:
+        spectator.look()
+        program = spectator.program
+        left = max_length - program.length
+        queued = ahead and program.graph is not None and left > 0
+        if queued:
+            program.run(program.span)
+        if not spectator.watch():
+            return
+        if not queued:
+            spectator.program, count = captures.find(program, left)
+            spectator.program.run(count)
 
 
 def _kept(generation_config: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
+from hf_longattn.generation.kept import KeptProgram
 from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
@@ -136,6 +137,7 @@ def prepare_generation(
     changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
     if group is None and hasattr(inner, "decode_blocks"):
         decoder.stand_in = vars(inner).get("forward")
+        changes.set(inner, "_kept_program", KeptProgram())
         changes.set(inner, "_sample", functools.partial(sample, inner, setup, decoder))
     elif group is None:
         run_ahead(inner, changes)

@@ -1,12 +1,14 @@
 """Prepared Block Transformers: several tokens a program, and all that plain `generate` gives."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import string
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -237,6 +239,88 @@ def test_pads_of_an_open_block_are_left_out_in_one_launch_too():
         results.append(torch.stack(states))
     torch.testing.assert_close(*results)
     assert "forward" not in vars(decoder.decoder.layers[0].attention)
+
+
+def answers(calls, **fields):
+    """Each call's (tokens of a plain model, tokens of a model that was prepared once)."""
+    plain, fast, results = make(**fields), hf_longattn.prepare_generation(make(**fields)), []
+    for seed, (lengths, options) in enumerate(calls):
+        ids, mask = prompts(*lengths)
+        ids = torch.where(mask.bool(), (ids + 11 * seed) % 58, PAD)
+        results.append([generate(model, ids, mask, **options) for model in (plain, fast)])
+    return fast, results
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize(
+    "options", [GREEDY, pytest.param(DRAW, marks=pytest.mark.slow)], ids=["greedy", "sampling"]
+)
+def test_later_calls_go_on_with_the_program_of_the_first(options, recorded):
+    # Three slots of the open block, shorter and longer answers, and rows at slots of their own.
+    even = [((14, 14), 15), ((9, 9), 11), ((12, 12), 13), ((14, 14), 3), ((14, 14), 15)]
+    calls = [(lengths, {**options, "max_new_tokens": new}) for lengths, new in even]
+    model, results = answers(calls)
+    assert all(torch.equal(*result) for result in results)
+    assert len(recorded) == 1 and recorded[0].replays >= 8
+    buffers = [layer._keys for layer in vars(model)["_kept_program"].program.decoding.cache.layers]
+    generate(model, *prompts(9, 9), **options)
+    kept = vars(model)["_kept_program"].program.decoding.cache.layers
+    assert all(layer._keys is buffer for layer, buffer in zip(kept, buffers, strict=True))
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_rows_at_slots_of_their_own_share_a_program_too(recorded):
+    calls = [((14, 11), GREEDY), ((10, 7), GREEDY), ((11, 7), GREEDY)]
+    _, results = answers(calls)
+    assert all(torch.equal(*result) for result in results)
+    assert len(recorded) == 2, "only the last call has rows at other slots"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("never_token_by_token")
+def test_what_a_graph_holds_is_captured_anew_where_it_changed(recorded):
+    calls = [((9, 9), DRAW), ((9, 9), {**DRAW, "temperature": 1.5}), ((9, 9), GREEDY), ((9,), GREEDY)]
+    calls += [((9,), {**GREEDY, "eos_token_id": END}), ((9,), {**GREEDY, "max_new_tokens": 40})]
+    model, results = answers(calls)
+    assert all(torch.equal(*result) for result in results)
+    assert len(recorded) == len(calls)
+    ids, mask = prompts(9)
+    options = {**GREEDY, "max_new_tokens": 40}
+    # New weights at new places, of another dtype.
+    model.double()
+    expected = generate(make().double(), ids, mask, **options)
+    assert torch.equal(generate(model, ids, mask, **options), expected)
+    assert len(recorded) == len(calls) + 1
+    model.model.token_decoder.decoder.layers[0].attention.scaling *= 1.5
+    assert not torch.equal(generate(model, ids, mask, **options), expected)
+    assert len(recorded) == len(calls) + 2
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_a_cache_that_is_handed_out_is_nobody_elses(recorded):
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)
+    generate(model, ids, mask, **GREEDY)
+    cache = generate(model, ids, mask, return_dict_in_generate=True, **GREEDY).past_key_values
+    before = [layer.keys.clone() for layer in cache.layers]
+    generate(model, (ids + 1) % 58, mask, **GREEDY)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(cache.layers, before, strict=True))
+    assert len(recorded) == 3
+
+
+@pytest.mark.usefixtures("recorded")
+def test_restore_and_calls_of_another_kind_free_the_kept_program():
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)
+    for way in (
+        lambda: hf_longattn.restore(model),
+        lambda: generate(model, ids, mask, num_beams=2, **GREEDY),
+    ):
+        hf_longattn.prepare_generation(model)
+        generate(model, ids, mask, **GREEDY)
+        kept = weakref.ref(vars(model)["_kept_program"].program)
+        assert kept() is not None
+        way()
+        gc.collect()
+        assert kept() is None
 
 
 def ends_inside(plain, row, place):

@@ -135,3 +135,46 @@ def test_blocks_in_bf16_follow_the_logits_of_one_pass():
     # Steps err by 1.5 times what one pass does, at the token chosen and at the best one.
     error = (logits - exact).abs().amax() + torch.finfo(torch.bfloat16).eps
     assert (chosen >= exact.amax(dim=-1) - 2 * 1.5 * error).all()
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampling"])
+def test_later_calls_go_on_with_the_graph_of_the_first(options, monkeypatch):
+    from hf_longattn.generation import blocks
+
+    captures, real = [], blocks.capture
+    monkeypatch.setattr(blocks, "capture", lambda *args: (captures.append(1), real(*args))[1])
+    plain, fast = make("sdpa").cuda(), hf_longattn.prepare_generation(make("sdpa").cuda(), cuda_graph=True)
+    ids = ragged()[0].cuda()
+    # The end of an answer is read while the next block runs: some calls end early.
+    calls = [(203, 61, None), (180, 50, [7, 19]), (201, 33, None), (203, 61, [3, 77, 401])]
+    for seed, (length, new, end) in enumerate(calls):
+        results = []
+        for model in (plain, fast):
+            torch.manual_seed(seed)
+            given = (ids[:, :length] + 17 * seed) % 498 + 2
+            results.append(
+                model.generate(given, max_new_tokens=new, eos_token_id=end, pad_token_id=1, **options)
+            )
+        assert torch.equal(*results)
+    # Ends are a part of the graph, and their number is that of a tensor.
+    assert len(captures) == 4
+
+
+def test_a_call_like_the_last_captures_nothing(monkeypatch):
+    from hf_longattn.generation import blocks
+
+    captures, real = [], blocks.capture
+    monkeypatch.setattr(blocks, "capture", lambda *args: (captures.append(1), real(*args))[1])
+    plain, fast = make("sdpa").cuda(), hf_longattn.prepare_generation(make("sdpa").cuda(), cuda_graph=True)
+    ids = ragged()[0].cuda()
+    for seed, (length, new) in enumerate([(203, 61), (180, 50), (201, 33), (198, 64), (203, 61)]):
+        results = []
+        for model in (plain, fast):
+            torch.manual_seed(seed)
+            given = (ids[:, :length] + 17 * seed) % 498 + 2
+            results.append(model.generate(given, max_new_tokens=new, pad_token_id=1, **SAMPLED))
+        assert torch.equal(*results)
+    assert len(captures) == 1
+    held = torch.cuda.memory_allocated()
+    hf_longattn.restore(fast)
+    assert torch.cuda.memory_allocated() < held

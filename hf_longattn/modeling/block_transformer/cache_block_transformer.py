@@ -54,6 +54,8 @@ class BlockLayer(CacheLayerMixin):
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()
         self.capacity = capacity
+        # Buffers of an earlier layer, for the first write.
+        self.borrowed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Notes dtype and device; the memory comes with the first write."""
@@ -85,6 +87,11 @@ class BlockLayer(CacheLayerMixin):
         held = self._keys.shape
         if held[0] == batch_size and held[2] >= length:
             return
+        if self.borrowed is not None:
+            (self._keys, self._values), self.borrowed = self.borrowed, None
+            self._keys.zero_()
+            self._values.zero_()
+            return self.reserve(batch_size, length)
         room = (
             max(length, self.capacity)
             if held[2] == 0
@@ -133,6 +140,11 @@ class BlockLayer(CacheLayerMixin):
         """Keeps the rows `index` of the batch, in this order."""
         if self.is_initialized:
             index = index.to(self._keys.device)
+            if index.shape[0] == self._keys.shape[0]:
+                # The buffers stay where they are, and a second copy of one is all that is needed.
+                for buffer in (self._keys, self._values):
+                    buffer.copy_(buffer.index_select(0, index))
+                return
             self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
             self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
@@ -189,6 +201,21 @@ class BlockTransformerCache(Cache):
         self.slot_ids = input_ids.new_full((batch, int(offset.max())), self.fill_id)
         if self.slot_ids.shape[1]:
             self.slot_mask = torch.zeros_like(self.slot_ids, dtype=torch.bool, device=device)
+
+    def borrow(self, other: "BlockTransformerCache", rows: int) -> bool:
+        """Has the first writes fill the buffers of a cache that is no longer read; False if they do not fit.
+
+        Args:
+            other: of the same model.
+            rows: of the batch to come.
+        """
+        pairs = list(zip(self.layers, other.layers, strict=True))
+        for own, its in pairs:
+            if not its.is_initialized or its._keys.shape[0] != rows or its._keys.shape[2] < own.capacity:
+                return False
+        for own, its in pairs:
+            own.borrowed = (its._keys, its._values)
+        return True
 
     def pending(self) -> PendingTokens:
         """The tokens of the blocks that are not held: (B, p) each."""

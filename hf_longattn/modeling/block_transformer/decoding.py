@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from hf_longattn.kernels.cache_write import cache_write
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import LazyMask, Pattern
 
@@ -45,6 +46,8 @@ class HeldBlocks(Cache):
         device = self.buffers[0][0].device
         self.each = cache.keys_per_block
         self.rows = torch.arange(batch, device=device)[:, None]
+        # Rows that stand at one block write in one launch.
+        self.even = bool((cache.num_blocks[rows] == cache.num_blocks[rows.start]).all())
         # (R, 1) and (R, n_e), where the block that is computed next goes.
         self.start = (cache.num_blocks[rows, None] * self.each).to(device)
         self.places = self.start + torch.arange(self.each, device=device)
@@ -63,6 +66,9 @@ class HeldBlocks(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes (R, G, n_e, K) at `places`; returns the whole buffers."""
         keys, values = self.buffers[layer_idx]
+        if self.even:
+            cache_write(keys, values, self.places[0], key_states, value_states)
+            return keys, values
         keys.transpose(1, 2)[self.rows, self.places] = key_states.transpose(1, 2)
         values.transpose(1, 2)[self.rows, self.places] = value_states.transpose(1, 2)
         return keys, values
@@ -180,6 +186,17 @@ class BlockGroup:
         if updated:
             cast(Any, self.tokens).is_updated = dict(updated)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the steps of two groups have in common where one program serves both."""
+        optional = (self.attended, self.valid, self.held.key_mask)
+        held = (self.held.room, self.held.even)
+        return self.rows.start, self.rows.stop, *held, *(tensor is None for tensor in optional)
+
+    def constants(self) -> list[Tensor]:
+        """Every tensor that `feed` reads and never changes, but for weights."""
+        return [] if self.held.key_mask is None else [self.held.key_mask]
+
     def state(self) -> list[Tensor]:
         """Every tensor that `feed` changes, but for the keys and values of blocks, which it only adds to."""
         own = [self.block_ids, self.context, self.prefix, self.attended, self.valid]
@@ -261,6 +278,27 @@ class BlockDecoding:
         for group, place in zip(self.groups, places, strict=True):
             group.place = place
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two batches have in common where one program serves both, with the same buffers."""
+        first = self.groups[0].slot
+        apart = [(group.slot - first) % self.block_length for group in self.groups]
+        return self.sorted, tuple(apart), *(group.kind for group in self.groups)
+
+    def constants(self) -> list[Tensor]:
+        """Every tensor that `step` reads and never changes, but for weights."""
+        return [self._to, self._back] + [tensor for group in self.groups for tensor in group.constants()]
+
+    def buffers(self) -> list[Tensor]:
+        """The keys and values of blocks."""
+        return [each for group in self.groups for pair in group.held.buffers for each in pair]
+
+    def steps_from(self, other: "BlockDecoding") -> int | None:
+        """Steps after which `other` stands at the slots where this stands, or None: it never does."""
+        if other.kind != self.kind:
+            return None
+        return (self.groups[0].slot - other.groups[0].slot) % self.block_length
+
     def finish(self, token_ids: Tensor, over: int) -> None:
         """Makes the cache what a forward over the same tokens leaves, but for the order of its rows.
 
@@ -324,6 +362,9 @@ class BlockGenerationMixin(GenerationMixin):
         if cache is None and generation_config.use_cache:
             # Beams copy the whole of a cache at every step: theirs stays as small as can be.
             at_once = "_sample" in vars(self) and generation_config.num_beams == 1
+            kept = vars(self).get("_kept_program")
+            if not at_once and kept is not None:
+                kept.clear()
             capacity = max_cache_length + 2 * self.config.block_length if at_once else 0
             cache = model_kwargs["past_key_values"] = BlockTransformerCache(self.config, capacity)
             if generation_config.is_assistant:

@@ -271,24 +271,25 @@ def _blockwise(
     )  # fmt: skip
 
 
-def _few_row_linear(rows, columns, gated):
+def _few_row_linear(rows, columns, gated, dtype="bf16"):
     """`few_row_linear` on the widths of an 8B model."""
     from hf_longattn.kernels.few_row_linear.triton import choose
 
-    config = choose(rows, columns)
-    signature = {
-        "x_ptr": "*bf16:16", "w_ptr": "*bf16:16", "up_ptr": "*bf16:16", "y_ptr": "*bf16:16",
+    full = dtype == "fp32"
+    config = choose(rows, columns, torch.float32 if full else torch.bfloat16)
+    pointers = {name: f"*{dtype}:16" for name in ("x_ptr", "w_ptr", "up_ptr", "y_ptr")}
+    signature = pointers | {
         "x_stride": "i32:16", "w_stride": "i32:16", "up_stride": "i32:16", "M": "i32", "N": "i32:16",
     }  # fmt: skip
     constexprs = {
         "K": 4096, "ROWS": 1 if rows == 1 else 16, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": "tf32", "bias_ptr": None,
+        "PRECISION": "ieee" if full else "tf32", "bias_ptr": None,
     }  # fmt: skip
     if not gated:
         constexprs |= {"up_ptr": None, "up_stride": None}
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     return Case(
-        f"few_row_linear-M{rows}-N{columns}" + "-gated" * gated,
+        f"few_row_linear-M{rows}-N{columns}-{dtype}" + "-gated" * gated,
         "hf_longattn.kernels.few_row_linear.triton:_few_rows_kernel",
         signature, constexprs, config.num_warps, config.num_stages,
     )  # fmt: skip
@@ -320,6 +321,7 @@ CASES: list[Case] = [
     _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),
     *(_few_row_linear(rows, 14336, gated=True) for rows in (1, 8)),
+    _few_row_linear(8, 14336, gated=True, dtype="fp32"),
     _merge_partials(16, 1, 128),
     _merge_partials(64, 1, 256),
     _merge_partials(2, 16, 128, "bf16"),

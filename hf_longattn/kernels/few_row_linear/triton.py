@@ -28,12 +28,16 @@ class Config(NamedTuple):
 _ONE_ROW = (Config(2, 1024, 4, 1), Config(8, 512, 4, 1))
 # More rows: 16 columns are the least that tensor cores take.
 _MANY_ROWS = (Config(16, 256, 1, 4), Config(32, 256, 2, 4))
+# Rows in fp32: what one product sums, one number after the other, is short.
+_FULL_PRECISION = Config(16, 64, 4, 12)
 # So many columns give every multiprocessor of a large GPU several programs.
 _WIDE = 8192
 
 
-def choose(rows: int, columns: int) -> Config:
-    """The configuration for x of `rows` rows and a weight of `columns` rows."""
+def choose(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Config:
+    """The configuration for x of `rows` rows in `dtype` and a weight of `columns` rows."""
+    if rows > 1 and dtype == torch.float32:
+        return _FULL_PRECISION
     return (_ONE_ROW if rows == 1 else _MANY_ROWS)[columns >= _WIDE]
 
 
@@ -49,9 +53,15 @@ def _weight_tile(w_ptr, stride, offs_n, offs_k, N, K: tl.constexpr, EVEN: tl.con
 
 @triton.jit
 def _add_product(acc, w, x, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + w x: elementwise for one row (summed at the end), else a matrix product."""
+    """acc + w x: elementwise for one row (summed at the end), else a matrix product.
+
+    In fp32 each product has a sum of its own. Its sign keeps the compiler from going on with that of `acc`,
+    which makes one sum of K terms, with an error that grows as sqrt(K).
+    """
     if ROWS == 1:
         acc += w.to(tl.float32) * x.to(tl.float32)
+    elif w.dtype == tl.float32:
+        acc = acc - tl.dot(w, tl.trans(-x), input_precision=PRECISION)
     else:
         acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
     return acc
@@ -93,7 +103,7 @@ def launch(states: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | Non
     x = states.reshape(-1, states.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), N = x.shape, weight.shape[0]
-    config = choose(M, N)
+    config = choose(M, N, x.dtype)
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     _few_rows_kernel[(triton.cdiv(N, config.block_n),)](
         x, weight, up, bias, y, x.stride(0), weight.stride(0), None if up is None else up.stride(0), M, N, K,

@@ -99,7 +99,12 @@ def assert_exact(inputs, mask=None, softcap=None, sinks=None, **options):
 
 def assert_exact_in_8_bits(inputs, eight, mask, softcap=None, sinks=None, **options):
     """Against fp64 attention over the dequantised cache, at the bound of `assert_exact`; the standard
-    implementation dequantises to its own dtype. Slots that nobody sees have NaN scales."""
+    implementation dequantises to its own dtype. Slots that nobody sees have NaN scales.
+
+    In fp32 a kernel adds up the K terms of a score one after the other, where a library keeps several sums.
+    After i terms the sum has grown to sqrt(i / K) of its size, and adding the next errs by eps / 2 of it:
+    eps / 2 sqrt(sum of i / K) = eps sqrt(K / 8) in all, for scores, weights and output alike.
+    """
     query, key, value = inputs
     key, value, scales = quantized_states(key, value, eight, impl="reference")
     exact = [states.double() * scales[..., i : i + 1] for i, states in enumerate((key, value))]
@@ -116,6 +121,8 @@ def assert_exact_in_8_bits(inputs, eight, mask, softcap=None, sinks=None, **opti
     assert torch.equal(lse > -torch.inf, live) and (output[~live] == 0).all()
     # Norms: rows of the cache differ in size, and the largest single error is a matter of luck.
     error, eps = (plain.double() - want)[live].norm(), torch.finfo(query.dtype).eps * want[live].norm()
+    if query.dtype == torch.float32 and options.get("impl") == "triton":
+        eps = eps * max(1.0, (query.shape[-1] / 8) ** 0.5)
     assert (output.double() - want)[live].norm() <= 1.5 * (error + eps)
     error, eps = (
         (plain_lse.double() - want_lse)[live].norm(),

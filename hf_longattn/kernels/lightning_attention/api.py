@@ -43,7 +43,9 @@ def lightning_attention(
 
     S_t = exp(-slope) S_{t-1} + k_t v_t^T and o_t = scale * q_t^T S_t; where not `causal`,
     o_i = scale * sum_j exp(-slope |i - j|) (q_i . k_j) v_j. Differentiable in all tensors; accumulates in
-    fp32.
+    fp32. On a GPU a state and its gradient are good to 2^-16 / 6 of their norm for bf16 inputs, whose decayed
+    values are multiplied as sums of two bf16 numbers; to fp32's rounding for fp16; and all results to about
+    K 2^-28 for fp32 inputs, multiplied as three products of TF32 numbers on tensor cores, which cut sums off.
 
     Example:
         >>> output, state = lightning_attention(q, k, v, slopes, output_final_state=True)

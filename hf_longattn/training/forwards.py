@@ -13,6 +13,7 @@ from hf_longattn.parallel.sequence import SequenceShare, current_share
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.layer import BlockRun, Runtime, run_blocks
+from hf_longattn.training.ownership import references
 from hf_longattn.training.shared_attention import SharedAttention
 from hf_longattn.training.states import BlockStates
 from hf_longattn.training.visibility import PACKING
@@ -43,8 +44,12 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs[hidden_name]
+        found = references(hidden)
+        if runtime.inputs.answer(found):
+            return hidden
         arguments = named_arguments(signature, args, kwargs)
-        hidden = arguments.pop(hidden_name)
+        del arguments[hidden_name]
         cached = any(arguments.get(name) is not None for name in _CACHES)
         if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (cached and not layer.training):
             return original(*args, **kwargs)
@@ -60,8 +65,13 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
             attention = _attention(runtime, arguments, rows, hidden, share)
         arguments = {name: value for name, value in arguments.items() if name not in PACKING}
         hooks = ForwardHooks(layer)
-        run = BlockRun(original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share)
-        return run_blocks(run, runtime, layer, hidden)
+        room = _may_overwrite(runtime, layer, hidden, found, keywords=True)
+        run = BlockRun(
+            original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share, room
+        )
+        output = run_blocks(run, runtime, layer, hidden)
+        runtime.inputs.note(output)
+        return output
 
     return forward
 
@@ -94,6 +104,14 @@ def _states(
     return functools.partial(BlockStates, own, cache_name, share)
 
 
+def _may_overwrite(
+    runtime: Runtime, module: nn.Module, hidden: Tensor, found: tuple[int, ...] | None, keywords: bool
+) -> bool:
+    if module._forward_pre_hooks or module._forward_hooks or not torch.is_grad_enabled():
+        return False
+    return runtime.inputs.may_overwrite(module, hidden, found, keywords)
+
+
 def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     """What stands in for the forward of a module that treats every token alone, as the final norm.
 
@@ -106,6 +124,9 @@ def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor],
 
     @functools.wraps(original)
     def forward(hidden: Tensor) -> Tensor:
+        found = references(hidden)
+        if runtime.inputs.answer(found):
+            return hidden
         share = current_share()
         if not runtime.active or hidden.numel() == 0 or (share is None and hidden.ndim != 3):
             return original(hidden)
@@ -118,7 +139,8 @@ def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor],
         if len(rows) == 1 and share is None:
             return original(hidden)
         seed = _new_seed(module) if drops else None
-        run = BlockRun(original, {}, rows, None, seed, hidden.device, share=share)
+        room = not (drops or is_table) and _may_overwrite(runtime, module, hidden, found, keywords=False)
+        run = BlockRun(original, {}, rows, None, seed, hidden.device, share=share, may_overwrite=room)
         return run_blocks(run, runtime, module, hidden)
 
     return forward

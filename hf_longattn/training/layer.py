@@ -26,7 +26,7 @@ from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
 from hf_longattn.training.attention import KeysKnownError, TokenMixer
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
-from hf_longattn.training.ownership import is_unshared
+from hf_longattn.training.ownership import LayerInputs, is_unshared
 from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 from hf_longattn.training.zero import check_input, check_whole
@@ -59,6 +59,7 @@ class Runtime:
     offloader: Offloader
     visibility: VisibilityCache = field(default_factory=VisibilityCache)
     block_rows: BlockRowsCache = field(default_factory=BlockRowsCache)
+    inputs: LayerInputs = field(default_factory=LayerInputs)
     active: bool = False
 
     def is_active(self) -> bool:
@@ -96,6 +97,7 @@ class BlockRun:
         device: of the hidden states.
         hooks: those of the layer's modules, which the backward needs too.
         share: what this rank computes of a sequence over several.
+        may_overwrite: whether the output may be written over the hidden states once they are on the host.
     """
 
     forward: Callable[..., Any]
@@ -106,6 +108,7 @@ class BlockRun:
     device: torch.device
     hooks: ForwardHooks | None = None
     share: SequenceShare | None = None
+    may_overwrite: bool = False
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -220,21 +223,23 @@ def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple
         attention.gather()
         options["stores"] = False
     saved = None if runtime is None else Saved(runtime.offloader.keep(_layout(hidden, run.rows), hidden))
-    whole: Tensor | None = None
+    # Where the input waits on the host, the output of a block takes the place of its input.
+    in_place = run.may_overwrite and saved is not None and not isinstance(saved.hidden, DeviceBlocks)
+    whole = hidden if in_place else None
     for index, rows in enumerate(run.rows):
         block = hidden[:, rows]
         if saved is not None:
             # Before the block runs: its copy to the host is over when the block is.
             saved.hidden.write(index, block)
         output = run.block(index, block, attention, **options)
-        if whole is None:
+        if whole is None or (index == 0 and (output.dtype, output.shape) != (block.dtype, block.shape)):
             whole = output.new_empty(output.shape[0], hidden.shape[1], *output.shape[2:])
+        if saved is not None and (whole is hidden or index == len(run.rows) - 1):
+            saved.hidden.settle()
         whole[:, rows] = output
         if runtime is not None and saved is not None:
             if attention is not None and attention.results is not None and runtime.save_attention:
                 _save_results(saved, index, attention, runtime, run.rows)
-    if saved is not None:
-        saved.hidden.settle()
     assert whole is not None
     return whole, saved
 
@@ -411,6 +416,8 @@ class _BlockFunction(torch.autograd.Function):
     def forward(ctx: Any, run: BlockRun, runtime: Runtime, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output, saved = run_forward(run, hidden, runtime)
         assert saved is not None
+        if output is hidden:
+            ctx.mark_dirty(hidden)
         ctx.saved = saved
         ctx.run, ctx.num_parameters = run, len(parameters)
         # What stays on the device is autograd's to free and to guard against changes in place.

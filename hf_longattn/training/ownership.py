@@ -1,5 +1,7 @@
 """Whether a gradient that autograd hands to a node is the node's alone, so that it may be written over.
 
+The same of the input of a layer, which the layer's output may be written over.
+
 Autograd passes the same tensor to several nodes where it can (both sides of a sum), and hooks may keep it.
 Each of these holds a reference, so a gradient is the node's alone if it has no more references than one that
 certainly is; how many those are depends on the versions of torch and Python, and is measured once.
@@ -7,6 +9,8 @@ certainly is; how many those are depends on the versions of torch and Python, an
 
 import functools
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _references(tensor: Tensor) -> tuple[int, ...] | None:
-    """References to the tensor in C++ and in Python, and to its memory; None where torch cannot tell."""
+def references(tensor: Tensor) -> tuple[int, ...] | None:
+    """References to a tensor in C++ and in Python, and to its memory; None where torch cannot tell.
+
+    Args:
+        tensor: bound to one name by the caller.
+    """
     tensors, storages = getattr(tensor, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
     if tensors is None or storages is None:
         return None
@@ -28,7 +36,7 @@ def is_unshared(grad: Tensor) -> bool:
     Args:
         grad: an argument of the running `backward`, bound to one name there.
     """
-    allowed, found = _references_alone(), _references(grad)
+    allowed, found = _references_alone(), references(grad)
     return (
         allowed is not None
         and found is not None
@@ -52,7 +60,7 @@ class _Probe(torch.autograd.Function):
 
 def _look(grad: Tensor) -> tuple[int, ...] | None:
     # As deep in calls as `is_unshared`.
-    return _references(grad)
+    return references(grad)
 
 
 @functools.cache
@@ -63,3 +71,59 @@ def _references_alone() -> tuple[int, ...] | None:
         output = _Probe.apply(_Probe.apply(tensor, found), [])
         torch.autograd.grad(output.sum(), tensor)
     return found[0]
+
+
+class LayerInputs:
+    """Whether the input of a prepared layer is the output of the one before, and nobody's any more.
+
+    A model goes from layer to layer by `hidden = layer(hidden)`: what has more references than a tensor in
+    such a call is kept by somebody, as a model does that returns all its hidden states.
+    """
+
+    def __init__(self) -> None:
+        self._made: weakref.ref[Tensor] | None = None
+        self._alone: dict[bool, tuple[int, ...] | None] = {}
+        self._probing: bool | None = None
+
+    def note(self, output: Tensor) -> None:
+        """Remembers what a prepared layer returned."""
+        self._made = weakref.ref(output)
+
+    def answer(self, found: tuple[int, ...] | None) -> bool:
+        """Takes the references of the probe, where a layer is called with it; else False."""
+        if self._probing is None:
+            return False
+        self._alone[self._probing] = found
+        return True
+
+    def may_overwrite(
+        self, call: Callable[..., Any], hidden: Tensor, found: tuple[int, ...] | None, keywords: bool
+    ) -> bool:
+        """Whether a layer's output may be written over its input.
+
+        Args:
+            call: calls the layer as models do.
+            hidden: the input.
+            found: its references in the layer's forward.
+            keywords: whether models call it with keywords, which they unpack, or with the input alone.
+        """
+        made = self._made is not None and self._made() is hidden
+        if not made or found is None or hidden.is_leaf or hidden._base is not None or hidden._backward_hooks:
+            return False
+        if keywords not in self._alone:
+            self._probing = keywords
+            try:
+                self._probe(call)
+            finally:
+                self._probing = None
+        alone = self._alone.get(keywords)
+        return alone is not None and all(count <= most for count, most in zip(found, alone, strict=True))
+
+    def _probe(self, call: Callable[..., Any]) -> None:
+        hidden = torch.empty(0)
+        # As models do: calls of other forms keep more or fewer copies of their arguments.
+        if self._probing:
+            keywords = {"use_cache": False}
+            hidden = call(hidden, **keywords)
+        else:
+            hidden = call(hidden)

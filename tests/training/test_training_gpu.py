@@ -138,9 +138,8 @@ def test_the_peak_a_token_is_that_of_one_layer():
     peak(model, 1 << 15)
     slope = (peak(model, 1 << 17) - peak(model, 1 << 16)) / (1 << 16)
     hidden, kv = 2 * 256, 2 * 2 * 128
-    # Embeddings, input and output of a layer, an input on its way to the host, keys and values; positions,
-    # labels, cosines and sines.
-    assert slope <= 4 * hidden + kv + 2 * 2 * 64 + 6 * 8
+    # In the backward a gradient, keys and values, and theirs in fp32; positions, labels, cosines and sines.
+    assert slope <= hidden + 3 * kv + 2 * 2 * 64 + 6 * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

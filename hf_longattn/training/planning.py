@@ -13,14 +13,17 @@ that share a sequence; D is the width of the model, i the bytes of one number:
 
 and what comes on top is the most of three moments, with cosines, sines, ids and labels in each:
 
-    forward       the output of a layer (with embeddings, input and a copy on its way where inputs go to the
-                  host), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
-    loss          the final norm's input and output and their gradient; logits of one chunk as the model gives
-                  them, in fp32, and their gradient; fp32 sums of the head's gradient where the head trains
+    forward       the output of a layer (written over its input where that goes to the host, beside the
+                  embeddings), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
+    loss          the final norm's output and its gradient, and its input where that stays; logits of one
+                  chunk as the model gives them, in fp32, and what the sum of their exponentials takes; fp32
+                  sums of the head's gradient where the head trains
     backward      one gradient, keys and values, and their gradients in fp32; the graph of one block in one
-                  layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F); gradients of the keys
-                  and values of one call of the attention kernel, for every query head, of at most 65,536
-                  tokens; gradients of a layer's parameters, in fp32 and of one block
+                  layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
+                  F takes, which is free by then, gradients of the keys and values of one call of the
+                  attention kernel, for every query head, of at most 65,536 tokens; gradients of a layer's
+                  parameters, in fp32 and of one block; the head's gradient, which waits for that of the
+                  embeddings where they are one
 
 where P > 1 keys and values are those of all ranks, twice while they are put in order.
 """
@@ -221,7 +224,7 @@ class _Step:
             inputs=kept,
             host=host,
             forward=self._forward(tokens, host > 0),
-            loss=self._loss(tokens),
+            loss=self._loss(tokens, host > 0),
             backward=self._backward(tokens),
             memory=request.memory,
             host_memory=request.host_memory,
@@ -273,15 +276,16 @@ class _Step:
     def _forward(self, tokens: int, offloads: bool) -> int:
         item = self.request.dtype.itemsize
         rows, inner = self._rows(tokens)
-        whole = (4 if offloads else 1) * self._hidden + self._states * item + self._tables
+        whole = (2 if offloads else 1) * self._hidden + self._states * item + self._tables
         return tokens * whole + rows * (2 * self.config.hidden_size + 3 * inner) * item
 
-    def _loss(self, tokens: int) -> int:
+    def _loss(self, tokens: int, offloads: bool) -> int:
         item, vocabulary = self.request.dtype.itemsize, self.config.vocab_size
         options = LossOptions(self.request.loss_chunk_size, 0.0)
         chunk = min(options.chunk(torch.empty(0, device=_DEVICE), vocabulary), tokens)
-        head = self.parameters.head * (4 // item + 1)
-        return tokens * (3 * self._hidden + self._tables) + chunk * vocabulary * (2 * item + 4) + head
+        head = self.parameters.head * 4 // item
+        whole = (2 if offloads else 3) * self._hidden + self._tables
+        return tokens * whole + chunk * vocabulary * (item + 8) + head
 
     def _backward(self, tokens: int) -> int:
         item = self.request.dtype.itemsize
@@ -289,10 +293,11 @@ class _Step:
         rows, inner = self._rows(tokens)
         whole = self._hidden + self._states * (item + 4) + self._tables
         keys = min(tokens * self.request.ranks, MOST_KEYS) * heads * (key_width + value_width)
-        block = int(rows * (13.5 * self.config.hidden_size + 6 * inner))
+        block = int(rows * 13.5 * self.config.hidden_size) + max(rows * 6 * inner, keys)
         # Adapters are fp32 already.
         sums = self.parameters.layer * (2 if self.request.lora else 4 // item + 1)
-        return tokens * whole + (block + keys) * item + sums
+        head = self.parameters.head if getattr(self.config, "tie_word_embeddings", False) else 0
+        return tokens * whole + block * item + sums + head
 
     def advice(self, plan: TrainingPlan) -> list[str]:
         """What would make it fit, or bring it nearer."""

@@ -77,13 +77,13 @@ def test_the_law_of_a_layer_is_that_of_the_specification():
         plans = [plan_of(SHAPES[shape], tokens, offload=True, lora=16) for tokens in (1 << 19, 1 << 20)]
         slope = (plans[1].backward - plans[0].backward) / (1 << 19)
         assert 5 * width <= slope <= 9 * width
-        # One block saves 57 d and 53 d bytes a token, and takes 18 d and 16 d more in its backward; gradients
-        # of 64 K keys and values come on top, and a layer's gradients of the adapters, twice.
-        kernel = 65536 * 32 * 2 * (width // 32) * 2
+        # One block saves 57 d and 53 d bytes a token, and takes 18 d and 16 d more in its backward, which is
+        # more than gradients of 64 K keys and values; a layer's gradients of the adapters, twice.
+        assert 65536 * 32 * 2 * (width // 32) * 2 < 16384 * width * (48 if shape == "1B" else 42)
         block = 16384 * width * (75 if shape == "1B" else 69)
         layers = SHAPES[shape].num_hidden_layers
         rest = plans[0].backward - slope * (1 << 19)
-        assert rest == block + kernel + 2 * plans[0].gradients // layers
+        assert rest == block + 2 * plans[0].gradients // layers
 
 
 def test_weights_gradients_and_optimizer():
@@ -150,4 +150,4 @@ def test_a_step_on_a_gpu_takes_what_is_planned():
     torch.cuda.reset_peak_memory_stats()
     model(input_ids=ids, labels=ids).loss.backward()
     plan = plan_of(config, tokens)
-    assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak - plan.optimizer, rel=0.15)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak - plan.optimizer, rel=0.05)

@@ -5,8 +5,8 @@ Nothing is loaded: weights are counted on the meta device, from the config alone
 
     weights       those that transformers' tensor parallel plan cuts: 1 / T; all others whole
     keys, values  2 * G / T heads * head width of every token of its share, ceil(context / P) and what
-                  `share_capacity` adds; windows keep two windows, the same on every rank; states of lightning
-                  attention K * V fp32 a head
+                  `share_capacity` adds; windows keep two windows, the same on every rank; lightning layers
+                  hold no token: a state of K * V fp32 for each of H / T heads, the same on every rank
     activations   of one chunk in the widest place of a layer: inputs, gate and up, activation and product of
                   a gated MLP are alive together, at most (4 F / T + 3 D) elements a token; or, on P > 1
                   ranks, six times the queries of the whole chunk, gathered, attended, merged and sent
@@ -18,12 +18,15 @@ Nothing is loaded: weights are counted on the meta device, from the config alone
 and 1 GiB is left for the CUDA context, cuBLAS and the rounding of the allocator. Times:
 
     a token       (weights read + keys and values of the rank) / bandwidth + launches a layer
-                  + a reduction a layer (`parallel/cost.py`) + 2 all-reduces a layer where T > 1
-    first token   matrix products / (P T) at their rate + attention / (P T) at its own + what travels
+                  + a reduction a layer whose tokens are shared (`parallel/cost.py`)
+                  + 2 all-reduces a layer where T > 1
+    first token   matrix products / (P T) at their rate + attention / (P T) at its own + what travels;
+                  of a lightning layer 4 K V products a token and head, and one state a rank and chunk
 
 The rates, shares of the dense peak, are those at which the measured prefills of an 8B shape agree with it.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -36,7 +39,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
-from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers
 from hf_longattn.cache.sharded import share_capacity
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
 from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
@@ -169,7 +172,8 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
         dtype: of the weights.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Of a copy: the attention that is chosen for it is noted in the config.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def count_weights(config: PreTrainedConfig, dtype: torch.dtype, tensor_parallel: int = 1) -> Weights:
@@ -245,15 +249,15 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
             "`config`: a Block Transformer keeps keys and values of blocks, and is not planned for."
         )
     kinds, keywords = get_layer_types_and_kwargs(config)
-    recurrent = lightning_layers(config)
+    states = _state_bytes(config)
     _, groups, key_width, value_width = head_sizes(config)
     a_row = (key_width + value_width) * dtype.itemsize + scale_bytes(dtype)
     a_token = groups // ranks.tensor * a_row
     share = tokens if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
     for index, kind in enumerate(kinds):
-        if index in recurrent:
-            total += config.num_attention_heads * key_width * value_width * 4
+        if index in states:
+            total += states[index] // ranks.tensor
         elif kind == "full_attention":
             total += share * a_token
         elif kind in ("sliding_attention", "chunked_attention"):
@@ -263,6 +267,21 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
                 f"`config`: layers of kind {kind!r} keep no keys and values, and are not planned for."
             )
     return total
+
+
+def _state_bytes(config: PreTrainedConfig) -> dict[int, int]:
+    """Bytes of each lightning layer's state, fp32; a relative position encoding doubles the keys' width."""
+    heads, _, key_width, value_width = head_sizes(config)
+    double = getattr(config, "lrpe_layers", None) or ()
+    return {i: heads * key_width * value_width * 4 << (i in double) for i in lightning_layers(config)}
+
+
+def _as_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A saved config with the attention whose layers it lists: its name, unlike the list, is not saved."""
+    if config._attn_implementation is None and getattr(config, "lightning_layers", None) is not None:
+        config = copy.copy(config)
+        config._attn_implementation = IMPLEMENTATION
+    return config
 
 
 def activation_bytes(
@@ -347,7 +366,7 @@ def plan_generation(
             f"`--cache-dtype` must be left out where GPUs share a sequence, got {ranks.sequence} that do; "
             "a shared cache keeps the dtype of the model."
         )
-    text = config.get_text_config(decoder=True)
+    text = _as_loaded(config.get_text_config(decoder=True))
     _check_ranks(text, ranks)
     weights = count_weights(config, dtype, ranks.tensor)
     chunk = chunk or GPU_CHUNK_TOKENS * min(ranks.sequence, MOST_CHUNKS)
@@ -414,11 +433,20 @@ class _Clock:
         heads, _, _, width = head_sizes(self.config)
         layers, links = self.config.num_hidden_layers, self.hardware.links
         message = message_bytes(batch_size, heads // self.ranks.tensor, width, self.dtype.itemsize)
-        a_layer = _OVERHEAD_A_LAYER + reduction_seconds(message, self.ranks.sequence, links)
+        # Windows and states are the same on every rank.
+        full = self._kinds().count("full_attention")
+        reductions = full * reduction_seconds(message, self.ranks.sequence, links)
         hidden = batch_size * self.config.hidden_size * self.dtype.itemsize
         # An all-reduce is twice the way of a gather.
-        a_layer += 2 * reduction_seconds(2 * hidden // self.ranks.tensor, self.ranks.tensor, links)
-        return layers * a_layer
+        a_layer = _OVERHEAD_A_LAYER + 2 * reduction_seconds(
+            2 * hidden // self.ranks.tensor, self.ranks.tensor, links
+        )
+        return layers * a_layer + reductions
+
+    def _kinds(self) -> list[str]:
+        """The kind of each layer; "lightning" is not among those of transformers."""
+        recurrent, kinds = lightning_layers(self.config), get_layer_types_and_kwargs(self.config)[0]
+        return ["lightning" if index in recurrent else kind for index, kind in enumerate(kinds)]
 
     def prefill(self, tokens: int) -> float:
         """Seconds of the prompt of one row."""
@@ -429,25 +457,29 @@ class _Clock:
         return products + attention + self._travel(tokens)
 
     def _attention(self, tokens: int) -> float:
-        """Floating-point operations of the visible pairs."""
-        kinds, keywords = get_layer_types_and_kwargs(self.config)
+        """Floating-point operations of the visible pairs, and of the states of lightning layers."""
+        window = get_layer_types_and_kwargs(self.config)[1].get("sliding_window") or tokens
         heads, _, key_width, value_width = head_sizes(self.config)
-        pairs = 0.0
-        for kind in kinds:
-            window = keywords.get("sliding_window") or tokens
+        total = 0.0
+        for kind in self._kinds():
             seen = tokens if kind == "full_attention" else min(window, tokens)
-            pairs += seen * (tokens - seen / 2)
-        return 2.0 * heads * (key_width + value_width) * pairs
+            scores = (key_width + value_width) * seen * (tokens - seen / 2)
+            total += 2 * key_width * value_width * tokens if kind == "lightning" else scores
+        return 2.0 * heads * total
 
     def _travel(self, tokens: int) -> float:
         """Seconds of sending queries and partial results round, and of tensor parallel sums."""
         heads, _, key_width, value_width = head_sizes(self.config)
         item, links = self.dtype.itemsize, self.hardware.links
         sequence, tensor = self.ranks.sequence, self.ranks.tensor
-        shared = tokens * heads // tensor * (key_width + value_width) * item * (sequence - 1) / sequence
+        states = _state_bytes(self.config)
+        chunks = -(-tokens // (GPU_CHUNK_TOKENS * min(sequence, MOST_CHUNKS)))
+        gathered = chunks * (sequence - 1) * sum(states.values()) / tensor
+        queries = tokens * heads // tensor * (key_width + value_width) * item * (sequence - 1) / sequence
         rate = links.rate if sequence <= links.node_size else links.node_rate
         summed = 4 * tokens / sequence * self.config.hidden_size * item * (tensor - 1) / tensor
-        return self.config.num_hidden_layers * (shared / rate + summed / links.rate)
+        layers = self.config.num_hidden_layers
+        return ((layers - len(states)) * queries + gathered) / rate + layers * summed / links.rate
 
 
 def this_hardware(device: torch.device) -> Hardware:

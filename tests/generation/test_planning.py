@@ -1,5 +1,6 @@
 """The plan against what was measured, and against what the caches and the tensor parallel plan hold."""
 
+import copy
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import tiny
 import torch
 import transformers as tf
 
-from hf_longattn.cache.sharded import ShardedLayer
+import hf_longattn
+from hf_longattn import LongContextCache
+from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.cache.sharded import ShardedLayer, share_capacity
 from hf_longattn.generation.planning import (
     Ranks,
     cache_bytes,
@@ -17,6 +21,7 @@ from hf_longattn.generation.planning import (
     workspace_bytes,
 )
 from hf_longattn.modeling.block_transformer import BlockTransformerConfig
+from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
 from hf_longattn.parallel.cost import Links, message_bytes, received_bytes, reduction_seconds
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_tables.py"
@@ -105,6 +110,64 @@ def test_lightning_layers_keep_a_state_of_constant_size():
     config._attn_implementation = "lightning_attention"
     assert cache_bytes(config, 10, torch.float32) == cache_bytes(config, 10**6, torch.float32)
     assert cache_bytes(config, 10, torch.float32) == 3 * 4 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("name", ["model", "hybrid", "flag", "flag-hybrid", "neox-flag", "minimax"])
+def test_lightning_models_hold_what_their_cache_holds(name):
+    """Bytes of the tensors in a cache that a prepared model has filled, and their share on ranks."""
+    model = tiny.build_lightning(name)
+    kind = MiniMaxLongContextCache if name == "minimax" else LongContextCache
+    cache = kind(model.config, capacity=300)
+    hf_longattn.prepare_generation(model)
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, 300), past_key_values=cache, use_cache=True)
+    held, states = 0, 0
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentLayer):
+            states += layer.recurrent_state.numel() * layer.recurrent_state.element_size()
+        else:
+            held += 2 * layer.keys.numel() * layer.keys.element_size()
+    assert states and bool(held) == (name in ("hybrid", "flag-hybrid", "minimax"))
+    assert cache_bytes(model.config, 300, torch.float32) == states + held
+    assert cache_bytes(model.config, 300, torch.bfloat16) == states + held // 2
+    if held:
+        # A state is whole on every rank, and its heads are divided as those of the keys are.
+        shared = cache_bytes(model.config, 300, torch.float32, Ranks(sequence=2))
+        assert shared == states + held // 300 * share_capacity(300, 2)
+    assert 2 * cache_bytes(model.config, 300, torch.float32, Ranks(tensor=2)) == states + held
+
+
+def test_a_saved_config_that_lists_lightning_layers_is_planned_as_it_is_loaded(tmp_path):
+    """`attn_implementation` is not saved: without the list, a plan is that of softmax."""
+    loaded = tiny.CONFIGS["llama"](lightning_layers=[0, 2])
+    loaded.save_pretrained(tmp_path)
+    plain = tiny.CONFIGS["llama"]()
+    listed = tf.AutoConfig.from_pretrained(tmp_path)
+    assert listed._attn_implementation is None
+    loaded._attn_implementation = "lightning_attention"
+    plans = [plan_generation(config, 4096) for config in (listed, loaded, plain)]
+    assert plans[0] == plans[1] and listed._attn_implementation is None
+    a_layer = plans[2].cache // 3
+    assert plans[0].cache == a_layer + 2 * 4 * 16 * 16 * 4
+    assert plans[0].longest > 2 * plans[2].longest
+    # A model that is loaded with softmax keeps keys and values.
+    listed._attn_implementation = "sdpa"
+    assert plan_generation(listed, 4096).cache == plans[2].cache
+
+
+def test_lightning_layers_take_time_linear_in_the_length_and_join_nothing():
+    config = copy.deepcopy(SHAPE)
+    config._attn_implementation, config.lightning_layers = "lightning_attention", list(range(32))
+    times = [plan_generation(config, n, ranks=Ranks(2)).expected_first_token for n in (1 << 18, 1 << 20)]
+    assert times[1] == pytest.approx(4 * times[0], rel=1e-3)
+    softmax = [plan_generation(SHAPE, n, ranks=Ranks(2)).expected_first_token for n in (1 << 18, 1 << 20)]
+    assert softmax[1] > 8 * softmax[0] and softmax[0] > times[0]
+    alone, two = (plan_generation(config, 4096, ranks=Ranks(ranks)) for ranks in (1, 2))
+    assert two.expected_a_token == alone.expected_a_token and two.cache == alone.cache
+    one, both = (plan_generation(SHAPE, 1, ranks=Ranks(ranks)) for ranks in (1, 2))
+    join = 32 * reduction_seconds(message_bytes(1, 32, 128), 2, Links())
+    rest = (one.expected_a_token - one.floor_a_token) + join
+    assert both.expected_a_token - both.floor_a_token == pytest.approx(rest)
 
 
 @pytest.mark.parametrize("ranks", [Ranks(), Ranks(2), Ranks(8), Ranks(4, 2), Ranks(128)], ids=str)

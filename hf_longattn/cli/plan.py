@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_longattn.cache.quantized import read_cache_dtype
+from hf_longattn.generation.offloading import OffloadPlan, PlanWithOffload, with_offload
 from hf_longattn.generation.planning import (
     Hardware,
     Plan,
@@ -98,8 +99,8 @@ def read_config(model: str) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(model, local_files_only=local)
 
 
-def make_plan(request: Request) -> Plan:
-    """The plan of one generation.
+def make_plan(request: Request) -> PlanWithOffload:
+    """The plan of one generation, with layers in host memory where it does not fit one GPU otherwise.
 
     Args:
         request: the options.
@@ -108,16 +109,20 @@ def make_plan(request: Request) -> Plan:
         ValueError: an option, or an architecture that cannot be planned for.
         OSError: there is no such model.
     """
-    return plan_generation(
-        read_config(request.model),
+    config, ranks = read_config(request.model), Ranks(request.gpus // request.tp, request.tp)
+    dtype, cache_dtype = getattr(torch, request.dtype), read_cache_dtype(request.cache_dtype)
+    plan = plan_generation(
+        config,
         request.context,
         new_tokens=request.new_tokens,
         batch_size=request.batch,
-        dtype=getattr(torch, request.dtype),
-        cache_dtype=read_cache_dtype(request.cache_dtype),
-        ranks=Ranks(request.gpus // request.tp, request.tp),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        ranks=ranks,
         hardware=request.hardware(),
     )
+    text = config.get_text_config(decoder=True)
+    return with_offload(text, plan, ranks, request.batch, cache_dtype or dtype)
 
 
 def make_training_plan(request: Request) -> TrainingPlan:
@@ -175,7 +180,7 @@ def show_training(plan: TrainingPlan, as_json: bool) -> None:
     print_table([*rows, *(("to make it fit", words) for words in plan.advice)])
 
 
-def show(plan: Plan, as_json: bool) -> None:
+def show(plan: PlanWithOffload, as_json: bool) -> None:
     """Prints the plan as a table, or as JSON."""
     if as_json:
         print_json({**dataclasses.asdict(plan), "peak": plan.peak, "fits": plan.fits})
@@ -194,7 +199,22 @@ def show(plan: Plan, as_json: bool) -> None:
     if plan.new_tokens:
         answer = plan.expected_first_token + plan.new_tokens * plan.expected_a_token
         rows.append((f"answer of {plan.new_tokens:,}", f"about {answer:.1f} s in all"))
+    if plan.offload is not None:
+        rows += _offload_rows(plan.offload)
     print_table(rows if gpus == 1 else [("GPUs", _division(plan.ranks)), *rows])
+
+
+def _offload_rows(offload: OffloadPlan) -> list[tuple[str, str]]:
+    """What `offload_layers="auto"` makes of a prompt that does not fit."""
+    name = "layers in host memory"
+    if offload.layers is None:
+        return [(name, f"all {offload.number} that could wait there are not enough")]
+    rate = f"{offload.rate / 1e9:.0f} GB/s of PCIe 5 x16, assumed"
+    return [
+        (name, f"{offload.layers} of {offload.number} make it fit, with {_gib(offload.host)} of the host"),
+        ("time a token then", f"at least {1e3 * offload.expected_a_token:.1f} ms, at {rate}"),
+        ("the prompt read again", f"about {offload.expected_recomputing:.1f} s a token, in place of that"),
+    ]
 
 
 def _time_a_token(plan: Plan) -> str:

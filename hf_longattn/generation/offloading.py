@@ -11,6 +11,7 @@ Over PCIe 5 x16 a token of a layer of an 8B shape (4 KiB in bf16) takes 0.08 us;
 again, 0.44 GFLOP, take 1 us at the rate of a measured prefill, so fetching wins.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,6 +203,25 @@ def held_buffers(cache: LongContextCache) -> list[tuple[torch.Tensor, int]]:
         slots = [slot for lane in layer.carrier.lanes.values() for slot in lane.slots]
         held += [(buffer, length) for slot in slots for buffer in slot.buffers]
     return held
+
+
+@dataclass(frozen=True)
+class PlanWithOffload(Plan):
+    """A plan, and what offload makes of a prompt that does not fit one GPU.
+
+    Args:
+        offload: None where the prompt fits as it is, or several GPUs share it.
+    """
+
+    offload: OffloadPlan | None = None
+
+
+def with_offload(
+    config: PreTrainedConfig, plan: Plan, ranks: Ranks, batch_size: int, dtype: torch.dtype
+) -> PlanWithOffload:
+    """The plan with its `plan_offload`, whose arguments these are."""
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return PlanWithOffload(**fields, offload=plan_offload(config, plan, ranks, batch_size, dtype))
 
 
 def plan_offload(

@@ -84,7 +84,24 @@ def test_plan_prints_and_tells_by_its_status(folder):
     assert shared.exit_code == 2 and "`--cache-dtype`" in shared.stderr
     eight = json.loads(run("plan", folder, "--context", 10**9, "--cache-dtype", "int8", "--json").stdout)
     assert eight["longest"] > fields["longest"]
+    assert fields["offload"]["layers"] is None
     assert run("plan", folder / "nothing", "--context", 10).exit_code == 2
+
+
+def test_plan_says_how_many_layers_must_wait_in_host_memory(tmp_path):
+    tiny.CONFIGS["llama"](num_hidden_layers=12).save_pretrained(tmp_path)
+    size = ["--context", 10**6, "--memory", 2]
+    result = run("plan", tmp_path, *size)
+    fields = json.loads(run("plan", tmp_path, *size, "--json").stdout)
+    offload = fields["offload"]
+    a_layer = fields["cache"] // 12
+    # A reserve of 1 GiB, and two buffers on the GPU.
+    over = fields["peak"] + (1 << 30) - (2 << 30)
+    assert not fields["fits"] and offload["layers"] == -(-over // a_layer) + 2
+    assert offload["host"] == offload["layers"] * a_layer
+    assert f"{offload['layers']} of 12 make it fit" in " ".join(result.stdout.split())
+    assert "50 GB/s of PCIe 5 x16, assumed" in " ".join(result.stdout.split())
+    assert json.loads(run("plan", tmp_path, "--context", 1000, "--json").stdout)["offload"] is None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.generation.fusion import fused_prompt
 
 if TYPE_CHECKING:
     from hf_longattn.generation.graph import GraphDecoder
@@ -87,7 +88,7 @@ def prefill(
         # The layers that read a prompt see one position a block of tokens.
         chunk *= model.config.block_length
     causal_model = cast(Any, model)
-    with _progress_bar(setup.progress, total) as advance:
+    with _progress_bar(setup.progress, total) as advance, fused_prompt(model):
         if total <= chunk:
             outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
             advance(total)

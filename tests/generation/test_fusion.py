@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from hf_longattn.generation import fusion, linear
+from hf_longattn import prepare_generation, restore
+from hf_longattn.generation import fusion, linear, prefill
 from hf_longattn.generation.fusion import fused
 
 
@@ -27,14 +28,80 @@ def test_logits_stay_and_everything_is_put_back(family):
     assert {name for name, module in model.named_modules() if "forward" in vars(module)} == own
 
 
-def test_llama_is_fused_and_gemma_norms_are_not():
-    llama, gemma = tiny.build("llama"), tiny.build("gemma2")
-    for module in gemma.modules():
-        if type(module).__name__ == "Gemma2RMSNorm":
+@pytest.mark.parametrize(
+    ("family", "kind", "activation"),
+    [
+        ("llama", "rms", "silu"),
+        ("gemma2", "rms_plus_one", "gelu_tanh"),
+        ("olmo2", "rms_wide", "silu"),
+        ("phi3", "rms", "silu"),
+        ("gpt-neox", "layer", None),
+    ],
+)
+def test_norms_and_gates_are_told_apart(family, kind, activation, monkeypatch):
+    model, seen = tiny.build(family, dtype=torch.bfloat16), []
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
             torch.nn.init.normal_(module.weight)
-    with fused(llama), fused(gemma):
+    for name, option in (("row_norm", "kind"), ("gated_activation", "activation")):
+        real = getattr(fusion, name)
+        monkeypatch.setattr(
+            fusion, name, lambda *a, real=real, option=option, **k: (seen.append(k[option]), real(*a, **k))[1]
+        )
+    with torch.no_grad(), fused(model):
+        seen.clear()
+        model(input_ids=tiny.tokens(2, 5))
+    assert set(seen) == {kind, activation} - {None}
+
+
+def test_modules_of_another_kind_are_left_alone():
+    class HalfRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+
+        def forward(self, states):
+            return states * torch.rsqrt(states[..., :32].square().mean(-1, keepdim=True) + self.eps)
+
+    model = tiny.build("llama")
+    layer = model.model.layers[1]
+    layer.input_layernorm = HalfRMSNorm()
+    layer.mlp.act_fn = torch.nn.ReLU()
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output)
+    with fused(model):
+        assert "forward" not in vars(layer.input_layernorm) and "forward" not in vars(layer.mlp)
+        assert "forward" not in vars(model.model.layers[2].mlp)
+        assert "forward" in vars(model.model.layers[0].mlp)
+
+
+def test_a_prompt_is_fused_on_a_gpu_alone():
+    model = tiny.build("llama")
+    with torch.no_grad(), fusion.fused_prompt(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_a_model_has_shown_is_not_asked_again(monkeypatch):
+    model = tiny.build("llama")
+    with fused(model):
+        pass
+    monkeypatch.setattr(fusion, "_draw", None)
+    with fused(model):
+        assert all("forward" in vars(m) for m in model.modules() if type(m).__name__ == "LlamaRMSNorm")
+
+
+def test_two_calls_at_once_leave_the_rotary_embedding_as_it_was():
+    llama, other = tiny.build("llama"), tiny.build("llama")
+    before = sys.modules[type(llama).__module__].apply_rotary_pos_emb
+    first, second = fused(llama), fused(other)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert sys.modules[type(llama).__module__].apply_rotary_pos_emb is before
+
+
+def test_llama_is_fused():
+    llama = tiny.build("llama")
+    with fused(llama):
         assert all("forward" in vars(m) for m in llama.modules() if type(m).__name__ == "LlamaRMSNorm")
-        assert not any("forward" in vars(m) for m in gemma.modules() if type(m).__name__ == "Gemma2RMSNorm")
         assert "_rotate" in repr(sys.modules[type(llama).__module__].apply_rotary_pos_emb)
 
 
@@ -99,12 +166,12 @@ def test_products_are_replaced_where_they_are_faster_and_put_back(family, ours):
             plain = [m for m in model.modules() if type(m) is torch.nn.Linear]
             assert all(("forward" in vars(m)) == ours for m in plain) and plain
             result = model(input_ids=ids).logits
-            replaced = {type(m).__name__ for m in model.modules() if "forward" in vars(m)}
+            gated = [m.forward for m in model.modules() if type(m).__name__ == "LlamaMLP"]
         timed = len(clocked)
         with fused(model, 8, products):
             pass
     assert len(clocked) == timed, "a shape was timed twice"
-    assert ("LlamaMLP" in replaced) == (ours and family == "llama")
+    assert {"_gated_few_rows" in repr(forward) for forward in gated} <= {ours}
     assert tiny.relative_error(result.float(), expected.float()) <= 2**-7
     assert {name for name, module in model.named_modules() if "forward" in vars(module)} == own
 
@@ -115,7 +182,7 @@ def test_more_rows_than_the_kernel_takes_and_layers_that_are_not_plain_are_left_
     model.lm_head = torch.nn.Sequential(model.lm_head)
     model.model.layers[0].mlp.gate_proj.forward = model.model.layers[0].mlp.gate_proj.forward
     with fused(model, 17, products):
-        assert not any("forward" in vars(m) for m in model.model.layers[1].mlp.modules())
+        assert not any("forward" in vars(m) for m in model.model.layers[1].mlp.children())
     assert not clocked
     fp32 = tiny.build("llama")
     with fused(fp32, 1, products):
@@ -143,3 +210,38 @@ def test_gated_layers_with_parameters_of_their_own_are_tried_as_others_are():
     with fused(model, 1, products):
         assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
     assert clocked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt-neox", "cohere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_prompt_on_a_gpu(family, dtype):
+    model, ids = tiny.build(family, "tree_attention").cuda(), tiny.tokens(2, 300).cuda()
+    own = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    model = model.to(dtype)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with fusion.fused_prompt(model):
+            assert any("forward" in vars(m) for m in model.modules() if type(m).__name__.endswith("Norm"))
+            result = model(input_ids=ids).logits
+        model.set_attn_implementation("eager")
+        exact = model.double()(input_ids=ids).logits
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == own
+    allowed = (plain.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert (result.double() - exact).norm() <= 1.5 * allowed
+
+
+def test_chunks_of_a_prompt_run_fused(monkeypatch):
+    model, ids = tiny.build("llama"), tiny.tokens(2, 21)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    prepare_generation(model, prefill_chunk_size=8)
+    widths, real = [], fusion.gated_activation
+    monkeypatch.setattr(prefill, "fused_prompt", fused)
+    monkeypatch.setattr(
+        fusion, "gated_activation", lambda gate, up, **k: (widths.append(gate.shape), real(gate, up, **k))[1]
+    )
+    with torch.no_grad():
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    layers = len(model.model.layers)
+    assert [shape[1] for shape in widths[-3 * layers :: layers]] == [8, 8, 5]
+    assert not any("forward" in vars(layer.mlp) for layer in restore(model).model.layers)

@@ -135,13 +135,18 @@ def _cross_entropy(
     """The summed loss of (n, V) logits, and its gradient (or an empty tensor)."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.detach().to(dtype, copy=True)
-    lse = scores.logsumexp(-1, keepdim=True)
-    loss = (lse - scores.gather(-1, targets[:, None])).sum() * (1 - smoothing)
-    if smoothing:
-        loss = loss + (lse[:, 0] - scores.mean(-1)).sum() * smoothing
+    chosen, mean = scores.gather(-1, targets[:, None]), scores.mean(-1) if smoothing else None
+    # One fp32 copy of the logits becomes exponentials, then probabilities: torch's logsumexp makes another.
+    most = scores.amax(-1, keepdim=True)
+    exponentials = scores.sub_(most).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    lse = total.log() + most
+    loss = (lse - chosen).sum() * (1 - smoothing)
+    if mean is not None:
+        loss = loss + (lse[:, 0] - mean).sum() * smoothing
     if not needs_grad:
         return loss, scores.new_empty(0)
-    grad = scores.sub_(lse).exp_().sub_(smoothing / scores.shape[-1])
+    grad = exponentials.div_(total).sub_(smoothing / scores.shape[-1])
     grad.scatter_add_(-1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
     return loss, grad.to(logits.dtype)
 

@@ -16,8 +16,8 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
     forward       the output of a layer (written over its input where that goes to the host, beside the
                   embeddings), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
     loss          the final norm's output and its gradient, and its input where that stays; logits of one
-                  chunk as the model gives them, in fp32, and what the sum of their exponentials takes; fp32
-                  sums of the head's gradient where the head trains
+                  chunk as the model gives them, their gradient, and both in fp32 or, later, the gradient that
+                  the head gets of the chunk; fp32 sums of the latter where the head trains
     backward      one gradient, keys and values, and their gradients in fp32; the graph of one block in one
                   layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
                   F takes, which is free by then, gradients of the keys and values of one call of the
@@ -283,9 +283,9 @@ class _Step:
         item, vocabulary = self.request.dtype.itemsize, self.config.vocab_size
         options = LossOptions(self.request.loss_chunk_size, 0.0)
         chunk = min(options.chunk(torch.empty(0, device=_DEVICE), vocabulary), tokens)
-        head = self.parameters.head * 4 // item
+        head, logits = self.parameters.head, chunk * vocabulary
         whole = (2 if offloads else 3) * self._hidden + self._tables
-        return tokens * whole + chunk * vocabulary * (item + 8) + head
+        return tokens * whole + logits * 2 * item + max(logits * 4, head) + head * 4 // item
 
     def _backward(self, tokens: int) -> int:
         item = self.request.dtype.itemsize

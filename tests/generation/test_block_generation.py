@@ -223,6 +223,29 @@ def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatc
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parallel", [True, False])
+def test_layers_with_parallel_branches_are_joined_by_one_launch(parallel, monkeypatch):
+    model = make(use_parallel_residual=parallel, num_hidden_layers=3).double()
+    calls, real = [], steps.residual_norms
+    monkeypatch.setattr(
+        steps, "residual_norms", lambda *args, **o: (calls.append(len(args)), real(*args, **o))[1]
+    )
+    for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
+        for norm in (module for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+        calls.clear()
+        states = torch.randn(2, 3, 32, dtype=torch.double)
+        plain = decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+        with steps.few_launches(model):
+            fast = [decoder(inputs_embeds=states * i, use_cache=False).last_hidden_state for i in (1, -1, 1)]
+        torch.testing.assert_close(fast[0], plain)
+        assert torch.equal(fast[0], fast[2]) and not torch.allclose(fast[1], plain)
+        # Two norms between layers, and the last one alone, three passes.
+        assert calls == [4, 4, 3] * 3 * parallel
+
+
+@torch.no_grad()
 def test_pads_of_an_open_block_are_left_out_in_one_launch_too():
     model = make().double()
     decoder, results = model.model.token_decoder, []

@@ -328,7 +328,23 @@ def _few_key_attention(slots, head_dim, dtype="bf16", masked=False):
     return Case(id, kernel, signature, constexprs, warps, 1)
 
 
+def _residual_norms(width, norms):
+    """`residual_norms` between two layers (two norms) and behind the last one."""
+    names = ("x", "b1", "b2", "w1", "c1", "w2", "c2", "total", "y1", "y2")
+    signature = {f"{name}_ptr": "*bf16:16" for name in names} | {"eps": "fp32"}
+    block = triton.next_power_of_2(width)
+    constexprs = {"D": width, "BLOCK_D": block}
+    constexprs |= {} if norms == 2 else dict.fromkeys(("w2_ptr", "c2_ptr", "y2_ptr"))
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    kernel = "hf_longattn.kernels.residual_norms.triton:_norms_kernel"
+    return Case(
+        f"residual_norms-D{width}-N{norms}", kernel, signature, constexprs, min(max(block // 512, 1), 8)
+    )
+
+
 CASES: list[Case] = [
+    _residual_norms(2048, 2),
+    _residual_norms(8192, 1),
     _few_key_attention(8, 128),
     _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),

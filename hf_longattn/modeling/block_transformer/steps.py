@@ -1,8 +1,9 @@
-"""Fewer launches in a captured step of a Block Transformer: attention inside a block in one kernel.
+"""Fewer launches in a captured step of a Block Transformer whose decoders are GPT-NeoX.
 
-While a step is being captured, the attention modules of a token decoder of GPT-NeoX take query, key and
-value where the fused projection left them, and one launch turns them, keeps the new keys and attends. What a
-step asks beyond that runs as the module's own forward.
+While a step is being captured, the attention modules of the token decoder take query, key and value where the
+fused projection left them, and one launch turns them, keeps the new keys and attends. In layers with parallel
+branches, one launch adds both branches to the residual stream and takes the two norms of the next layer. What
+a step asks beyond that runs as the module's own forward.
 """
 
 import contextlib
@@ -11,17 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
+from torch import Tensor, nn
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXModel
 
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_key_attention import few_key_attention
+from hf_longattn.kernels.residual_norms import residual_norms
 
 
 @contextlib.contextmanager
 def few_launches(model: Any) -> Iterator[None]:
-    """Inside, attention within a block is one launch a layer.
+    """Inside, attention within a block is one launch a layer, and what lies between two layers another.
 
     Args:
         model: a `BlockTransformerForCausalLM` in evaluation mode.
@@ -30,6 +32,9 @@ def few_launches(model: Any) -> Iterator[None]:
     for module in model.model.token_decoder.modules():
         if type(module) is GPTNeoXAttention and "forward" not in vars(module):
             changes.set(module, "forward", functools.partial(_attend, module, module.forward))
+    for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
+        if type(decoder) is GPTNeoXModel and _has_parallel_branches(decoder):
+            _join_layers(changes, decoder)
     try:
         yield
     finally:
@@ -73,3 +78,47 @@ def _is_plain(module: Any, layer: PreallocatedLayer, attention_mask: Any) -> boo
     return attention_mask is None or (
         isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
     )
+
+
+def _has_parallel_branches(decoder: Any) -> bool:
+    """Whether its layers are plain ones that add attention and feed-forward to the same states."""
+    norms = [decoder.final_layer_norm]
+    for layer in decoder.layers:
+        if type(layer) is not GPTNeoXLayer or not layer.use_parallel_residual or "forward" in vars(layer):
+            return False
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    plain = all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+    return plain and not decoder.training and not torch.is_autocast_enabled()
+
+
+def _join_layers(changes: Setup, decoder: Any) -> None:
+    """Has each layer take the norms of the next one together with its own sum."""
+    made: dict[str, tuple[Tensor, ...]] = {}
+    layers = list(decoder.layers)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        norms = [decoder.final_layer_norm]
+        if following is not None:
+            norms = [following.input_layernorm, following.post_attention_layernorm]
+        changes.set(layer, "forward", functools.partial(_run_layer, layer, norms, made))
+    final = decoder.final_layer_norm
+    changes.set(final, "forward", functools.partial(_normed, made, 1, final.forward))
+
+
+def _run_layer(
+    layer: Any, norms: list[Any], made: dict[str, tuple[Tensor, ...]], hidden_states: Tensor, **keywords: Any
+) -> Tensor:
+    """A layer of GPT-NeoX with parallel branches; leaves the norms that come next in `made`."""
+    states = _normed(made, 1, layer.input_layernorm, hidden_states)
+    attended, _ = layer.attention(states, **keywords)
+    branch = layer.mlp(_normed(made, 2, layer.post_attention_layernorm, hidden_states))
+    pairs = [(norm.weight, norm.bias) for norm in norms]
+    made["last"] = residual_norms(hidden_states, (branch, attended), *pairs, eps=norms[0].eps)  # pyright: ignore[reportArgumentType]
+    return made["last"][0]
+
+
+def _normed(
+    made: dict[str, tuple[Tensor, ...]], which: int, norm: Callable[[Tensor], Tensor], states: Tensor
+) -> Tensor:
+    """The norm of `states`, taken before where they are the last sum."""
+    last = made.get("last")
+    return last[which] if last is not None and last[0] is states else norm(states)

@@ -29,6 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import hf_longattn
 
@@ -120,13 +121,15 @@ def main() -> None:
         block_size=128 if recipe.smoke else None,
         label_smoothing=recipe.label_smoothing,
     )
-    before = loss_by_position(model, held_out, recipe.length)
+    # ZeRO stage 3 cuts weights while they are read, and joins them from the first step of training on.
+    cut = is_deepspeed_zero3_enabled()
+    before = {} if cut else loss_by_position(model, held_out, recipe.length)
     trainer.train()
     after = loss_by_position(model, held_out, recipe.length)
     if trainer.is_world_process_zero():
         print(f"\n{'positions':>16}  before   after")
-        for name, loss in before.items():
-            print(f"{name:>16}  {loss:6.3f}  {after[name]:6.3f}")
+        for name, loss in after.items():
+            print(f"{name:>16}  {before.get(name, math.nan):6.3f}  {loss:6.3f}")
     if not all(map(math.isfinite, after.values())):
         raise SystemExit("the loss is not finite")
     trainer.save_model()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -18,6 +20,7 @@ EXPECTED = {
     "two_gpus_ddp": (DistributedType.MULTI_GPU, 2),
     "two_gpus_fsdp2": (DistributedType.FSDP, 2),
     "two_gpus_generate": (DistributedType.MULTI_GPU, 2),
+    "two_gpus_zero3": (DistributedType.DEEPSPEED, 2),
 }
 
 
@@ -30,9 +33,33 @@ def test_accelerate_reads_the_file(path):
     if config.distributed_type == DistributedType.FSDP:
         assert config.fsdp_config["fsdp_version"] == 2
         assert not config.fsdp_config["fsdp_activation_checkpointing"]
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        assert config.deepspeed_config["zero_stage"] == 3
+        assert config.deepspeed_config["zero3_save_16bit_model"]
     command = re.search(r"^# accelerate launch --config_file (\S+) (\S+)", path.read_text(), re.MULTILINE)
     assert command and all((RECIPES.parent / name).is_file() for name in command.groups())
     assert (RECIPES.parent / command[1]) == path
+
+
+def test_the_launcher_hands_deepspeed_what_the_file_says():
+    """And leaves to Trainer what it says itself: a number here would have to be equal to its argument."""
+    path = RECIPES / "accelerate" / "two_gpus_zero3.yaml"
+    arguments = ["--config_file", str(path), "recipe.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    # `launch_command` notes it on the way.
+    args.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(args)
+    found = {
+        name.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_"): value
+        for name, value in environment.items()
+        if name.startswith("ACCELERATE_")
+    }
+    expected = {
+        "MIXED_PRECISION": "bf16", "USE_DEEPSPEED": "true", "ZERO_STAGE": "3", "ZERO3_INIT": "true",
+        "GRADIENT_ACCUMULATION_STEPS": "auto", "GRADIENT_CLIPPING": "auto",
+        "ZERO3_SAVE_16BIT_MODEL": "true", "OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none",
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
 
 
 def launch(folder, settings, script, *arguments):

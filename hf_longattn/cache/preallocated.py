@@ -120,9 +120,10 @@ class PreallocatedLayer(CacheLayerMixin):
         self, clock: Clock, key_states: Tensor, value_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert self._keys is not None and self._values is not None
-        cache_write(self._keys, self._values, clock.index, key_states, value_states)
-        # A buffer may be longer than that of the next layer, where memory ran out between the two.
-        return self._keys[:, :, : self.capacity], self._values[:, :, : self.capacity]
+        # A buffer may be longer than the other, or that of the next layer, where memory ran out in between.
+        keys, values = self._keys[:, :, : self.capacity], self._values[:, :, : self.capacity]
+        cache_write(keys, values, clock.index, key_states, value_states)
+        return keys, values
 
     @property
     def group(self) -> tuple[Any, ...]:

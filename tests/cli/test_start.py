@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import hf_longattn
 import hf_longattn_cli
 from hf_longattn.cli.main import app, main
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "triton", "hf_longattn"}
-# A plain `python -c "import typer"` loads about 250 modules, torch and transformers 4,000.
-MOST_MODULES = 800
+# `import hf_longattn_cli` loads about 190, `import hf_longattn` 2,900.
+MOST_MODULES = 600
+# A source tree that is on the path alone has its version in the package.
+INSTALLED = any(metadata.distributions(name="hf_longattn"))
 
 
 def start(*arguments):
@@ -39,7 +42,12 @@ finally:
     ("arguments", "status", "words"),
     [
         (["--help"], 0, "verify"),
-        (["--version"], 0, f"hf-longattn {metadata.version('hf_longattn')}"),
+        pytest.param(
+            ["--version"],
+            0,
+            f"hf-longattn {hf_longattn.__version__}",
+            marks=pytest.mark.skipif(not INSTALLED, reason="the package is not installed"),
+        ),
         (["eval", "--help"], 0, "--cloze"),
         (["convert", "lightning", "--help"], 0, "TransNormerLLM"),
         ([], 2, "Usage"),

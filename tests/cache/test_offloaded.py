@@ -300,15 +300,21 @@ def test_copies_beside_the_computing_stream(monkeypatch, slow, cache_dtype):
             with torch.cuda.stream(copies.stream):
                 for buffer in slot.buffers:
                     buffer.fill_(float("nan"))
+            slot.ready = copies.mark()
 
     take = Slot.take
     monkeypatch.setattr(Slot, "take", poisoning)
     if slow == "copies":
         monkeypatch.setattr(offloaded.StreamCopies, "move", late)
     caches, wrong = pair(5, cache_dtype), torch.zeros((), device="cuda")
-    for step, tokens in enumerate([9, 5, 1, 1, 300, 1, 1]):
-        for index in range(LAYERS):
-            new = [tensor.cuda() for tensor in states(2, tokens, 100 * step + index)]
+    # Made before, for a copy from pageable memory would wait for the computing stream.
+    counts = [9, 5, 1, 1, 300, 1, 1, 1]
+    steps = [
+        [[tensor.cuda() for tensor in states(2, count, 100 * step + index)] for index in range(LAYERS)]
+        for step, count in enumerate(counts)
+    ]
+    for layers in steps:
+        for index, new in enumerate(layers):
             expected, result = (cache.update(*new, index) for cache in caches)
             if slow == "compute":
                 torch.cuda._sleep(cycles)

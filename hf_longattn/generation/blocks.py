@@ -314,20 +314,33 @@ def sample(
     Returns:
         (B, T + new tokens), or a `GenerateDecoderOnlyOutput`.
     """
-    call: dict[str, Any] = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-    call |= {"generation_config": generation_config, "synced_gpus": synced_gpus, "streamer": streamer}
-    if not _fits(model, decoder, generation_config, model_kwargs, synced_gpus):
-        return cast(Any, GenerationMixin)._sample(model, input_ids, **call, **model_kwargs)
     kept: KeptProgram = vars(model)["_kept_program"]
+    call: dict[str, Any] = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    call |= {"generation_config": generation_config, "streamer": streamer}
+    if not _fits(model, decoder, generation_config, model_kwargs, synced_gpus):
+        kept.clear()
+        call["synced_gpus"] = synced_gpus
+        return cast(Any, GenerationMixin)._sample(model, input_ids, **call, **model_kwargs)
+    with kept.serving():
+        return _sample(_Captures(model, setup, decoder, kept), input_ids, model_kwargs, **call)
+
+
+def _sample(
+    captures: "_Captures",
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+) -> Any:
+    model: Any = captures.model
     cache, prompt = model_kwargs["past_key_values"], input_ids.shape[1]
     lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    if lasting:
-        kept.clear()
-    else:
-        kept.lend(cache, input_ids.shape[0], model)
-    outputs = cast(Any, model)._prefill(input_ids, generation_config, model_kwargs)
+    captures.kept.lend(None if lasting else cache, input_ids.shape[0], model)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
     new = generation_config.max_length - prompt
-    decoding = cast(Any, model).decode_blocks(cache, new)
+    decoding = model.decode_blocks(cache, new)
     try:
         choice = TokenChoice(
             logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
@@ -337,12 +350,12 @@ def sample(
         program.choose(outputs.logits[:, -1])
         del outputs
         spectator = Spectator(program, stopping_criteria, streamer)
-        _decode(spectator, generation_config.max_length, _Captures(model, setup, decoder, kept), not lasting)
+        _decode(spectator, generation_config.max_length, captures, not lasting)
         program = spectator.program
         if lasting:
             decoding.finish(program.ids[:, prompt : program.length - 1], program.length - spectator.length)
         else:
-            kept.keep(program, model)
+            captures.kept.keep(program, model)
     finally:
         if lasting:
             decoding.close()

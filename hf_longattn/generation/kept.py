@@ -5,6 +5,8 @@ program of the last call stays with the prepared model, its buffers included: th
 values into them, and where rows, processors and model are the same, the graph goes on with the new state.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,15 @@ class KeptProgram:
         """Lets go of the program and of its memory."""
         self.program = self._model = None
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Around a call: one that fails, say for memory, leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
+
     def keep(self, program: Any, model: nn.Module) -> None:
         """Keeps a program that has a graph, in place of an earlier one.
 
@@ -43,13 +54,15 @@ class KeptProgram:
         """Has an empty cache fill the buffers of the kept program, which is dropped where it cannot serve.
 
         Args:
-            cache: of a call that has no tokens yet, and leaves no cache behind.
+            cache: of a call that has no tokens yet; None where it holds some, or outlives the call.
             rows: of the batch.
             model: that generates; what was changed since the capture ends the program.
         """
         if self.program is None:
             return
-        if self._model != fingerprint(model) or not cache.borrow(self.program.decoding.cache, rows):
+        if cache is None or self._model != fingerprint(model):
+            self.clear()
+        elif not cache.borrow(self.program.decoding.cache, rows):
             self.clear()
 
     def steps_to(self, program: Any) -> int | None:

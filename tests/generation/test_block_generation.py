@@ -499,6 +499,23 @@ def test_a_streamer_that_raises_leaves_the_callers_cache_in_order():
     assert torch.equal(generate(model, ids, mask, past_key_values=cache, **GREEDY), expected)
 
 
+@pytest.mark.usefixtures("recorded")
+def test_a_call_that_fails_leaves_no_program_behind():
+    class OutOfMemory(Collect):
+        def put(self, value):
+            super().put(value)
+            if len(self.parts) == 8:
+                raise torch.OutOfMemoryError("out of memory")
+
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)
+    expected = generate(model, ids, mask, **GREEDY)
+    assert vars(model)["_kept_program"].program is not None
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, (ids + 5) % 58, mask, streamer=OutOfMemory(), **GREEDY)
+    assert vars(model)["_kept_program"].program is None
+    assert torch.equal(generate(model, ids, mask, **GREEDY), expected)
+
+
 @pytest.mark.parametrize("place", ["processor", "first step"])
 def test_an_error_before_the_first_block_leaves_the_callers_rows_in_order(place, monkeypatch):
     def fail(*args):

@@ -61,12 +61,12 @@ def few_key_attention(
     dispatch.check_impl(_NAME, impl, query.device, ("auto", "triton", "reference"))
     _check_shapes(query, key, value, held_keys, held_values, start)
     _check_options(query, start, rotary, key_mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     if _takes_triton(query, key, value, held_keys, held_values, impl):
         from hf_longattn.kernels.few_key_attention.triton import attend_forward
 
-        return attend_forward(query, key, value, held_keys, held_values, start, rotary, scale, key_mask)
-    return attend(query, key, value, held_keys, held_values, start, rotary, scale, key_mask)
+        return attend_forward(query, key, value, held_keys, held_values, start, rotary, factor, key_mask)
+    return attend(query, key, value, held_keys, held_values, start, rotary, factor, key_mask)
 
 
 def _check_shapes(

@@ -9,7 +9,7 @@ a step asks beyond that runs as the module's own forward.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,14 @@ def _attend(
         return original(hidden_states, attention_mask=attention_mask, **keywords)
     batch, length, _ = hidden_states.shape
     states = module.query_key_value(hidden_states).view(batch, length, -1, 3 * module.head_size)
+    query, key, value = states.transpose(1, 2).chunk(3, dim=-1)
+    keys, values = cast(tuple[Tensor, Tensor], (layer._keys, layer._values))
     output = few_key_attention(
-        *states.transpose(1, 2).chunk(3, dim=-1),
-        layer._keys,
-        layer._values,
+        query,
+        key,
+        value,
+        keys,
+        values,
         layer.end,
         rotary=position_embeddings,
         scale=module.scaling,

@@ -1,5 +1,7 @@
 """The Block Transformer on a GPU: as exact as eager attention, the same tokens with and without a cache."""
 
+import gc
+
 import pytest
 import torch
 
@@ -177,4 +179,32 @@ def test_a_call_like_the_last_captures_nothing(monkeypatch):
     assert len(captures) == 1
     held = torch.cuda.memory_allocated()
     hf_longattn.restore(fast)
+    gc.collect()
     assert torch.cuda.memory_allocated() < held
+
+
+def test_joined_launches_in_bf16_are_as_exact_as_the_layers_own():
+    from hf_longattn.modeling.block_transformer.steps import few_launches
+
+    model = make("sdpa", torch.bfloat16).cuda()
+    decoder = model.model.token_decoder
+    prefix, ids = (
+        torch.randn(64, 2, 256, device="cuda").bfloat16(),
+        torch.randint(0, 500, (64, 3), device="cuda"),
+    )
+
+    def steps(decoder, prefix):
+        cache = decoder.make_cache()
+        decoder.step(prefix, ids[:, :0], cache)
+        cache.reset()
+        parts = [decoder.step(prefix, ids[:, :0], cache)]
+        parts += [decoder.step(prefix, ids[:, t : t + 1], cache) for t in range(3)]
+        return torch.stack(parts).double()
+
+    with torch.no_grad():
+        plain = steps(decoder, prefix)
+        with few_launches(model):
+            fast = steps(decoder, prefix)
+        exact = steps(decoder.double(), prefix.double())
+    errors = [(result - exact).norm() for result in (plain, fast)]
+    assert errors[1] <= 1.5 * (errors[0] + torch.finfo(torch.bfloat16).eps * exact.norm())

@@ -186,8 +186,8 @@ def share_layers(layers: list[Any], rows: int) -> list[SharedPrefixLayer]:
         # A subclass holds something else than one whole sequence of keys.
         if type(layer) not in (PreallocatedLayer, PreallocatedSlidingLayer):
             raise ValueError(
-                f"`rows`: layer {index} is a {type(layer).__name__}, which has no keys and values to share; "
-                "use `fork(batch_size)`."
+                f"`rows`: layer {index} is a {type(layer).__name__}, whose keys and values cannot be "
+                "shared; use `fork(batch_size)`."
             )
         if layer.batch_size != 1 or not layer.get_seq_length():
             raise ValueError(

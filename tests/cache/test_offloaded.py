@@ -163,9 +163,12 @@ def test_saved_files_do_not_depend_on_where_layers_wait(order, tmp_path, cache_d
     assert loaded[1].offload_layers == 3
     forward([caches[0], *loaded], 1, 1)
     forward([caches[0], *loaded], 2, 2)
-    # Into a cache that has tokens in its buffers.
-    loaded[1].layers[5].load_state(loaded[0].layers[5].state(), 12)
-    forward([caches[0], *loaded], 1, 3)
+    # Other tokens into layers that have some in their buffers.
+    for index in range(LAYERS):
+        state = {name: tensor.flip(2) for name, tensor in loaded[0].layers[index].state().items()}
+        for cache in loaded:
+            cache.layers[index].load_state(state, 12)
+    forward(loaded, 1, 3)
 
 
 def test_a_snapshot_takes_back_what_was_added(order):

@@ -258,12 +258,25 @@ def test_the_plan_says_how_many_layers_must_wait():
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_are_those_without_offload_on_a_gpu(family, mode):
     ids = tiny.tokens(1 if mode == "lookup" else 2, 23).cuda()
-    plain = prepare(family, "cuda", cuda_graph=False)
-    model = prepare(family, "cuda", offload_layers=4)
+    plain, model = (prepare(family, "cuda", cuda_graph=False, offload_layers=count) for count in (0, 4))
     expected, result = scores(plain, ids, **MODES[mode]), scores(model, ids, **MODES[mode])
     check_equal(expected, result)
     layers = offloaded_layers(result[2].layers)
     assert len(layers) == 4 and all(layer._keys.device.type == "cpu" for layer in layers)
+
+
+@pytest.mark.gpu
+def test_auto_captures_no_step_and_says_why(memory, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_longattn.generation.graph.warn_slow", lambda name, reason: said.append(reason))
+    model, ids = prepare(device="cuda", offload_layers="auto"), tiny.tokens(1, 23).cuda()
+    expected = scores(prepare(device="cuda", cuda_graph=False), ids)
+    memory(bytes_of(model.config, 23 + 8, 4))
+    result = scores(model, ids)
+    assert result[2].offload_layers == 4 and any("layers in host memory" in reason for reason in said)
+    assert torch.equal(result[0], expected[0])
+    with pytest.raises(ValueError, match="`cuda_graph=True` cannot be honoured: layers in host memory"):
+        scores(prepare(device="cuda", offload_layers="auto", cuda_graph=True), ids)
 
 
 @pytest.mark.gpu
@@ -278,7 +291,7 @@ def test_the_device_holds_what_the_plan_says():
         scores(model, tiny.tokens(1, 64).cuda())
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        model.generate(tiny.tokens(1, tokens).cuda(), max_new_tokens=2, do_sample=False)
+        model.generate(tiny.tokens(1, tokens).cuda(), max_new_tokens=2, do_sample=False, pad_token_id=0)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     saved = 8 * layer_bytes(config, tokens + 1, torch.bfloat16)
     assert peaks[0] - peaks[1] == pytest.approx(saved, rel=0.1)

@@ -169,15 +169,16 @@ def _dkdv_kernel(
                 start_m = tile_of_run(span, i, OUTER) * BLOCK_M
                 offs_m = start_m + tl.arange(0, BLOCK_M)
                 where = (b, h, offs_m[None, :], offs_n[:, None], T, S)
-                lse2, delta, lower, upper = load_rows(rows, start_m, T, BLOCK_M, OUTER)
-                bounds = (lower[None, :], upper[None, :])
                 q = load_tile(q_base, start_m, q_strides, T, K, BLOCK_M, BLOCK_K, OUTER)
                 raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                do = load_tile(do_base, start_m, do_strides, T, V, BLOCK_M, BLOCK_V, OUTER)
+                dp = dropped(tl.dot(v, tl.trans(do), input_precision=PRECISION), dropout, where)
+                # Read after both products, lse and delta take no registers from them: no loop spills.
+                lse2, delta, lower, upper = load_rows(rows, start_m, T, BLOCK_M, OUTER)
+                bounds = (lower[None, :], upper[None, :])
                 z, x, _ = logits_tile(raw, masks, mask_strides, where, bounds, scale, softcap, TANH, OUTER)
                 p = tl.exp2(z - lse2[None, :])
-                do = load_tile(do_base, start_m, do_strides, T, V, BLOCK_M, BLOCK_V, OUTER)
                 dv = tl.dot(dropped(p, dropout, where).to(do.dtype), do, dv, input_precision=PRECISION)
-                dp = dropped(tl.dot(v, tl.trans(do), input_precision=PRECISION), dropout, where)
                 ds = hidden_to_zero(sloped(p, x, softcap) * (dp - delta[None, :]), p, OUTER)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 

@@ -324,6 +324,6 @@ def test_what_is_counted_is_not_more_than_what_is_taken():
     torch.cuda.reset_peak_memory_stats()
     generate(model, tiny.tokens(1, 1 << 17).cuda(), max_new_tokens=2)
     taken = torch.cuda.max_memory_allocated() - before
-    needed = cache_bytes(config, (1 << 17) + 1, torch.bfloat16)
-    needed += room._CERTAIN * activation_bytes(config, 8192, torch.bfloat16)
-    assert 0.85 * taken <= needed <= taken
+    cache = cache_bytes(config, (1 << 17) + 1, torch.bfloat16)
+    activations = activation_bytes(config, 8192, torch.bfloat16)
+    assert cache + room._CERTAIN * activations <= taken <= cache + 1.1 * activations

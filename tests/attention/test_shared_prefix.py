@@ -98,7 +98,7 @@ def check(sizes, dtype, window=None, softcap=None, sinks=None, prefix=50, device
     # Padded queries answer nobody.
     real = padding[:, -count:].bool()
     scale = want[real].abs().max()
-    # The kernel adds fp32 products one key after another, and the reference in pieces. A walk of n roundings of
+    # The kernel adds fp32 products one key after another, the reference in pieces. A walk of n roundings of
     # eps / sqrt(12) under a sum that grows evenly ends sqrt(n) / 6 eps away; the largest of many, four times.
     steps = 4 * prefix**0.5 / 6 if device == "cuda" and dtype == torch.float32 else 1.0
     bound = 1.5 * ((usual[real] - want[real]).abs().max() + steps * torch.finfo(dtype).eps * scale)

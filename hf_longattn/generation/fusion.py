@@ -222,15 +222,10 @@ def _rotate(
     part = width < q.shape[-1]
     if cos.dtype != q.dtype or width > q.shape[-1] or not widths[part]:
         return original(q, k, cos, sin, unsqueeze_dim)
-    query, key = q[..., :width], k[..., :width]
     if unsqueeze_dim == 2:
-        query, key = rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-    else:
-        query, key = rotary_embedding(query, key, cos, sin)
-    if not part:
-        return query, key
-    return torch.cat([query, q[..., width:]], dim=-1), torch.cat([key, k[..., width:]], dim=-1)
+        query, key = rotary_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2)
+    return rotary_embedding(q, k, cos, sin)
 
 
 def _same_rotation(original: Callable[..., Any], like: Tensor, head_dim: int) -> bool:

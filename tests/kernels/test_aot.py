@@ -88,16 +88,16 @@ def _gated_activation(activation):
     return Case(f"gated_activation-{activation}", kernel, signature, constexprs)
 
 
-def _rotary(head_dim):
-    """`rotary_embedding` of heads next to each other."""
+def _rotary(head_dim, width):
+    """`rotary_embedding` of the first `width` of heads next to each other."""
     signature = {f"{name}_ptr": "*bf16:16" for name in ("q", "k", "cos", "sin", "q_out", "k_out")}
     strides = ("i64:16",) * 3 + (1,)
     signature |= {f"{name}_strides": strides for name in ("q", "k", "q_out", "k_out")}
     signature |= {f"{name}_strides": ("i64:16", "i64:16", 1) for name in ("cos", "sin")}
     signature |= dict.fromkeys(("T", "H", "G"), "i32")
-    constexprs = {"K": head_dim, "BLOCK_H": 8, "BLOCK_K": triton.next_power_of_2(head_dim // 2)}
+    constexprs = {"R": width, "K": head_dim, "BLOCK_H": 8, "BLOCK_R": triton.next_power_of_2(width // 2)}
     kernel = "hf_longattn.kernels.rotary_embedding.triton:_rotary_kernel"
-    return Case(f"rotary_embedding-K{head_dim}", kernel, signature, constexprs, num_warps=2)
+    return Case(f"rotary_embedding-K{head_dim}-R{width}", kernel, signature, constexprs, num_warps=2)
 
 
 def _pull_merge(ranks, width, dtype):
@@ -361,8 +361,9 @@ CASES: list[Case] = [
     _norm("rms_wide", 16384, 1),
     _gated_activation("silu"),
     _gated_activation("gelu"),
-    _rotary(128),
-    _rotary(96),
+    _rotary(128, 128),
+    _rotary(96, 96),
+    _rotary(128, 32),
     _pull_merge(2, 128, "bf16"),
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),

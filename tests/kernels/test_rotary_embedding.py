@@ -9,34 +9,44 @@ import torch
 
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 
-SHAPES = [(2, 4, 2, 1, 64), (1, 3, 1, 5, 48), (2, 2, 2, 3, 16), (0, 2, 1, 4, 32), (1, 10, 9, 70, 24)]
-IDS = [f"B{b}-H{h}-G{g}-T{t}-K{k}" for b, h, g, t, k in SHAPES]
+# (B, H, G, T, K, R): the first R of a head turn.
+SHAPES = [
+    (2, 4, 2, 1, 64, 64),
+    (1, 3, 1, 5, 48, 48),
+    (2, 2, 2, 3, 16, 16),
+    (0, 2, 1, 4, 32, 32),
+    (1, 10, 9, 70, 24, 24),
+    (2, 9, 2, 3, 128, 32),
+    (1, 3, 1, 5, 81, 20),
+]
+IDS = [f"B{b}-H{h}-G{g}-T{t}-K{k}-R{r}" for b, h, g, t, k, r in SHAPES]
 
 
-def inputs(b, h, g, t, k, dtype, device="cpu"):
+def inputs(b, h, g, t, k, r, dtype, device="cpu"):
     # Heads behind tokens, as projections leave them.
     query = torch.randn(b, t, h, k, device=device).to(dtype).transpose(1, 2)
     key = torch.randn(b, t, g, k, device=device).to(dtype).transpose(1, 2)
-    angle = torch.randn(b, t, k // 2, device=device).repeat(1, 1, 2)
+    angle = torch.randn(b, t, r // 2, device=device).repeat(1, 1, 2)
     return query, key, angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def definition(states, cos, sin):
-    """The rotation as a product of complex numbers."""
-    half = states.shape[-1] // 2
-    turned = torch.complex(states[..., :half].double(), states[..., half:].double())
+    """The rotation as a product of complex numbers; what does not turn stays."""
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    turned = torch.complex(states[..., :half].double(), states[..., half:width].double())
     turned = turned * torch.complex(cos[:, None, :, :half].double(), sin[:, None, :, :half].double())
-    return torch.cat((turned.real, turned.imag), -1)
+    return torch.cat((turned.real, turned.imag, states[..., width:].double()), -1)
 
 
 def check(impl, dtype, shape, device="cpu"):
     query, key, cos, sin = inputs(*shape, dtype, device)
+    width, half = shape[5], shape[5] // 2
     for result, states in zip(rotary_embedding(query, key, cos, sin, impl=impl), (query, key), strict=True):
+        assert torch.equal(result[..., width:], states[..., width:])
+        result, states = result[..., :width], states[..., :width]
         exact = definition(states, cos, sin)
-        plain = (
-            states * cos[:, None]
-            + torch.cat((-states[..., shape[4] // 2 :], states[..., : shape[4] // 2]), -1) * sin[:, None]
-        )
+        swapped = torch.cat((-states[..., half:], states[..., :half]), -1)
+        plain = states * cos[:, None] + swapped * sin[:, None]
         allowed = (plain.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
         assert (result.double() - exact).norm() <= 1.5 * allowed
         assert result.dtype == dtype
@@ -70,14 +80,17 @@ def test_kernel_on_a_gpu(shape, dtype):
 
 
 def test_gradients_take_the_plain_path():
-    query, key, cos, sin = inputs(1, 2, 1, 3, 8, torch.float64)
+    query, key, cos, sin = inputs(1, 2, 1, 3, 8, 6, torch.float64)
     query.requires_grad_()
     assert torch.autograd.gradcheck(lambda q: rotary_embedding(q, key, cos, sin)[0], (query,))
 
 
 def test_what_does_not_fit_is_refused():
-    query, key, cos, sin = inputs(1, 2, 1, 3, 8, torch.float32)
+    query, key, cos, sin = inputs(1, 2, 1, 3, 8, 8, torch.float32)
+    for width, other in ((3, 3), (4, 6), (0, 0)):
+        with pytest.raises(ValueError, match="`cos`"):
+            rotary_embedding(query, key, cos[..., :width], sin[..., :other])
     with pytest.raises(ValueError, match="`cos`"):
-        rotary_embedding(query, key, cos[..., :4], sin[..., :4])
+        rotary_embedding(query[..., :6], key[..., :6], cos, sin)
     with pytest.raises(ValueError, match="`impl`"):
         rotary_embedding(query, key, cos, sin, impl="fast")

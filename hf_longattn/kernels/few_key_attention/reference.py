@@ -34,7 +34,7 @@ def attend(
         (B, T, H, V), in the dtype of `query`.
     """
     if rotary is not None:
-        query, key = _turned(query, *rotary), _turned(key, *rotary)
+        query, key = rotate(query, *rotary).to(query.dtype), rotate(key, *rotary).to(key.dtype)
     (H, T), stop = query.shape[1:3], start + query.shape[2]
     held_keys[:, :, start:stop] = key
     held_values[:, :, start:stop] = value
@@ -50,9 +50,3 @@ def attend(
     # A row without keys is all -inf, of which the softmax is NaN.
     weights = scores.softmax(dim=-1).nan_to_num(0.0)
     return (weights @ values).to(query.dtype).transpose(1, 2)
-
-
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    width = cos.shape[-1]
-    turned = rotate(states[..., :width], cos, sin).to(states.dtype)
-    return torch.cat([turned, states[..., width:]], dim=-1)

@@ -15,10 +15,11 @@ def rotary_embedding(
     """Turns queries and keys by their positions (RoFormer, arXiv 2104.09864, in the layout of GPT-NeoX).
 
     Args:
-        query: (B, H, T, K), K even.
+        query: (B, H, T, K).
         key: (B, G, T, K).
-        cos: (B or 1, T, K), the two halves equal.
-        sin: (B or 1, T, K), the two halves equal.
+        cos: (B or 1, T, R), the two halves equal; R even, at most K. The first R elements of a head turn, the
+            others are copied.
+        sin: (B or 1, T, R), the two halves equal.
         impl: "auto", "triton" (forward only) or "reference".
 
     Returns:
@@ -28,11 +29,12 @@ def rotary_embedding(
         ValueError: shapes that do not fit, or a gradient asked of "triton".
     """
     dispatch.check_impl(_NAME, impl, query.device, ("auto", "triton", "reference"))
-    width = query.shape[-1]
-    if width % 2 or cos.shape[-1] != width or key.shape[-1] != width:
+    width, head_dim = cos.shape[-1], query.shape[-1]
+    if width % 2 or not 0 < width <= head_dim or key.shape[-1] != head_dim or sin.shape[-1] != width:
         raise ValueError(
-            f"`cos` of {_NAME} must have the even head dim of `query` and `key`, got {cos.shape[-1]}, "
-            f"{width} and {key.shape[-1]}; turn a part of the head by slicing it."
+            f"`cos` and `sin` of {_NAME} must have one even width, at most the head dim of `query` and "
+            f"`key`, got {width}, {sin.shape[-1]}, {head_dim} and {key.shape[-1]}; cut the angles to the "
+            "part of a head that turns."
         )
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if impl == "triton" and gradient:

@@ -1,12 +1,12 @@
 """Rotary position embedding of queries and keys, forward only: one launch where plain torch takes ten.
 
-    y[i] = x[i] cos[i] - x[i + K/2] sin[i]                i <  K/2
-    y[i] = x[i] cos[i] + x[i - K/2] sin[i]                i >= K/2
+    y[i] = x[i] cos[i] - x[i + R/2] sin[i]                i <  R/2
+    y[i] = x[i] cos[i] + x[i - R/2] sin[i]                R/2 <= i < R
+    y[i] = x[i]                                           R <= i < K
 
 One program turns BLOCK_H heads of one token, which share its angles; programs past the query heads take the
-key heads. Both halves of a head are read once. A decoding step is bound by the launch, a chunk of a prompt by
-memory.
-Accumulates in fp32 and rounds once. Nothing is saved: there is no backward.
+key heads. Every element of a head is read once. A decoding step is bound by the launch, a chunk of a prompt
+by memory. Accumulates in fp32 and rounds once. Nothing is saved: there is no backward.
 """
 
 import torch
@@ -28,8 +28,24 @@ def _angle(ptr, row, strides, start, mask, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _turn(x_ptr, y_ptr, x_strides, y_strides, where, mask, angle, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _keep(x_row, y_row, x_stride, y_stride, mask, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Copies the elements [FIRST, LAST) of some heads, 32 at a time."""
+    for start in tl.static_range(FIRST, LAST, 32):
+        offs = start + tl.arange(0, 32)[None, :]
+        inside = mask[:, None] & (offs < LAST)
+        tl.store(
+            y_row + offs * y_stride, tl.load(x_row + offs * x_stride, mask=inside, other=0.0), mask=inside
+        )
+
+
+@triton.jit
+def _turn(
+    x_ptr, y_ptr, x_strides, y_strides, where, mask_h, angle,
+    R: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = R // 2
     offs = tl.arange(0, BLOCK)
+    mask = mask_h[:, None] & (offs < HALF)[None, :]
     x_row = x_ptr + offset(where, x_strides)[:, None]
     low = tl.load(x_row + offs[None, :] * x_strides[3], mask=mask, other=0.0).to(tl.float32)
     high = tl.load(x_row + (offs + HALF)[None, :] * x_strides[3], mask=mask, other=0.0).to(tl.float32)
@@ -40,43 +56,42 @@ def _turn(x_ptr, y_ptr, x_strides, y_strides, where, mask, angle, HALF: tl.const
     tl.store(
         y_row + (offs + HALF)[None, :] * y_strides[3], (high * cos_high + low * sin_high).to(dtype), mask=mask
     )
+    _keep(x_row, y_row, x_strides[3], y_strides[3], mask_h, R, K)
 
 
 @triton.jit(do_not_specialize=["T", "H", "G"])
 def _rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_strides, k_strides, cos_strides, sin_strides, q_out_strides, k_out_strides,
-    T, H, G, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    T, H, G, R: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = K // 2
+    HALF: tl.constexpr = R // 2
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, position = token // T, token % T
-    mask_k = tl.arange(0, BLOCK_K) < HALF
+    mask_r = tl.arange(0, BLOCK_R) < HALF
     row = (batch, position, 0)
     angle = (
-        _angle(cos_ptr, row, cos_strides, 0, mask_k, BLOCK_K),
-        _angle(sin_ptr, row, sin_strides, 0, mask_k, BLOCK_K),
-        _angle(cos_ptr, row, cos_strides, HALF, mask_k, BLOCK_K),
-        _angle(sin_ptr, row, sin_strides, HALF, mask_k, BLOCK_K),
+        _angle(cos_ptr, row, cos_strides, 0, mask_r, BLOCK_R),
+        _angle(sin_ptr, row, sin_strides, 0, mask_r, BLOCK_R),
+        _angle(cos_ptr, row, cos_strides, HALF, mask_r, BLOCK_R),
+        _angle(sin_ptr, row, sin_strides, HALF, mask_r, BLOCK_R),
     )
     groups = tl.cdiv(H, BLOCK_H)
     offs_h = tl.arange(0, BLOCK_H)
     if group < groups:
         head = group * BLOCK_H + offs_h
-        mask = (head < H)[:, None] & mask_k[None, :]
         where = (batch, head, position, 0)
-        _turn(q_ptr, q_out_ptr, q_strides, q_out_strides, where, mask, angle, HALF, BLOCK_K)
+        _turn(q_ptr, q_out_ptr, q_strides, q_out_strides, where, head < H, angle, R, K, BLOCK_R)
     else:
         head = (group - groups) * BLOCK_H + offs_h
-        mask = (head < G)[:, None] & mask_k[None, :]
         where = (batch, head, position, 0)
-        _turn(k_ptr, k_out_ptr, k_strides, k_out_strides, where, mask, angle, HALF, BLOCK_K)
+        _turn(k_ptr, k_out_ptr, k_strides, k_out_strides, where, head < G, angle, R, K, BLOCK_R)
 
 
 def rotate_forward(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the kernel; arguments as in `rotary_embedding`."""
     B, H, T, K = query.shape
-    G = key.shape[1]
+    G, R = key.shape[1], cos.shape[-1]
     cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
     query_out, key_out = torch.empty_like(query), torch.empty_like(key)
     if B * T == 0:
@@ -85,6 +100,6 @@ def rotate_forward(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tupl
         q_ptr=query, k_ptr=key, cos_ptr=cos, sin_ptr=sin, q_out_ptr=query_out, k_out_ptr=key_out,
         q_strides=query.stride(), k_strides=key.stride(), cos_strides=cos.stride(), sin_strides=sin.stride(),
         q_out_strides=query_out.stride(), k_out_strides=key_out.stride(),
-        T=T, H=H, G=G, K=K, BLOCK_H=_HEADS, BLOCK_K=triton.next_power_of_2(K // 2), num_warps=2,
+        T=T, H=H, G=G, R=R, K=K, BLOCK_H=_HEADS, BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2,
     )  # fmt: skip
     return query_out, key_out

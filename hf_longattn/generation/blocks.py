@@ -68,7 +68,10 @@ class TokenChoice:
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def __call__(self, seen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens (B,), scores (B, V)) of logits (B, V) in fp32 behind the tokens `seen` (B, >= 1)."""
+        """(tokens (B,), scores (B, V)) of logits (B, V) behind the tokens `seen` (B, >= 1).
+
+        The logits are fp32, or of any dtype where `takes_largest`.
+        """
         scores = self.processors(seen, logits)
         if self.do_sample:
             probabilities = scores.softmax(dim=-1)
@@ -81,6 +84,10 @@ class TokenChoice:
             tokens = torch.where(self.finished, self.pad, tokens)
             self.finished.logical_or_(torch.isin(tokens, self.ends))
         return tokens, scores
+
+    def takes_largest(self) -> bool:
+        """Whether the token is that of the largest logit, which the logits' own dtype shows as fp32 does."""
+        return not self.processors and not self.do_sample
 
     def key(self) -> tuple[Any, ...] | None:
         """What two calls have in common where one graph serves both; None where that is not known."""
@@ -128,7 +135,10 @@ class BlockProgram:
 
     def choose(self, logits: Tensor) -> None:
         """Adds the token that follows from logits (B, V)."""
-        logits = logits.to(torch.float32, copy=True)
+        # A copy in fp32 of every logit costs more than the choice; in fp64 it could make two of them equal.
+        as_they_are = not self.kept and self.choice.takes_largest() and logits.dtype != torch.float64
+        if not as_they_are:
+            logits = logits.to(torch.float32, copy=True)
         seen = self.ids if self.capturing else self.ids[:, : self.length]
         tokens, scores = self.choice(seen, logits)
         for name, values in self.kept.items():

@@ -439,6 +439,38 @@ def test_scores_and_logits_are_those_of_the_plain_model(options, recorded, caplo
     assert any("`output_scores` keeps" in record.message for record in caplog.records)
 
 
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (GREEDY, torch.bfloat16),
+        ({**GREEDY, "repetition_penalty": 1.3}, torch.float32),
+        (DRAW, torch.float32),
+        ({**GREEDY, "return_dict_in_generate": True, "output_logits": True}, torch.float32),
+    ],
+    ids=["greedy", "penalty", "sampling", "kept-logits"],
+)
+def test_the_largest_of_16_bit_logits_is_taken_as_it_is_and_the_first_of_equal_ones(
+    options, dtype, monkeypatch
+):
+    model, seen = make().bfloat16(), set()
+    with torch.no_grad():
+        # Every even token has the logit of the odd one behind it.
+        weight = model.lm_head.weight
+        weight[0:60:2] = weight[1:60:2]
+    choose = blocks.TokenChoice.__call__
+    monkeypatch.setattr(
+        blocks.TokenChoice, "__call__", lambda self, ids, x: (seen.add(x.dtype), choose(self, ids, x))[1]
+    )
+    ids, mask = prompts(9, 6)
+    plain, fast = both(model, ids, mask, **options)
+    assert seen == {dtype}
+    if options is not GREEDY:
+        return
+    assert torch.equal(fast, plain)
+    assert bool((fast[:, 9:] % 2 == 0).all())
+
+
 class Forbid(logits_process.LogitsProcessor):
     """Forbids the token three places back; needs the exact tokens so far."""
 

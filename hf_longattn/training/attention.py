@@ -163,6 +163,8 @@ class PrefixAttention(TokenMixer):
             self.grad_keys[:, :, part.keys] += found.key
             self.grad_values[:, :, part.keys] += found.value
             grad_query, grad_sinks = _sum(grad_query, found.query, len(parts)), found.sinks
+            # A part's gradients must not wait beside those of the next.
+            del found
         assert grad_query is not None
         return grad_query.to(query.dtype), *self._own_gradients(), grad_sinks
 

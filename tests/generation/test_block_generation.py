@@ -471,6 +471,17 @@ def test_the_largest_of_16_bit_logits_is_taken_as_it_is_and_the_first_of_equal_o
     assert bool((fast[:, 9:] % 2 == 0).all())
 
 
+@pytest.mark.parametrize(("lengths", "masked"), [((9, 9), False), ((9, 4), True)], ids=["none", "whole"])
+def test_a_mask_over_blocks_is_kept_only_where_a_block_is_all_pads(lengths, masked):
+    model, (ids, mask) = make(block_alignment="columns"), prompts(*lengths)
+    cache = BlockTransformerCache(model.config)
+    with torch.no_grad():
+        # Pads fill up the first block, so that the last one is whole.
+        model(ids, attention_mask=mask, past_key_values=cache, block_offset=torch.tensor([3, 3]))
+    assert cache.block_mask is not None
+    assert (decoding.HeldBlocks(cache, slice(0, 2)).key_mask is not None) == masked
+
+
 class Forbid(logits_process.LogitsProcessor):
     """Forbids the token three places back; needs the exact tokens so far."""
 

@@ -52,7 +52,7 @@ class HeldBlocks(Cache):
         self.start = (cache.num_blocks[rows, None] * self.each).to(device)
         self.places = self.start + torch.arange(self.each, device=device)
         self.key_mask = None  # (R, room) bool, False at blocks of pads alone; None: there are none
-        if cache.block_mask is not None:
+        if cache.block_mask is not None and not bool(cache.block_mask[rows].all()):
             held = cache.block_mask[rows].repeat_interleave(self.each, dim=1)
             self.key_mask = torch.ones(batch, self.room, dtype=torch.bool, device=device)
             self.key_mask[:, : held.shape[1]] = held

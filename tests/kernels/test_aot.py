@@ -116,8 +116,11 @@ def _pull_merge(ranks, width, dtype):
     return Case(f"pull_merge-P{ranks}-V{width}-{dtype}", kernel, signature, constexprs)
 
 
-def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
-    """`decode_attention` with its own configuration, bare or with every option at once; `keys` in 8 bits."""
+def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None, out="fp32"):
+    """`decode_attention` with its own configuration, bare or with every option at once; `keys` in 8 bits.
+
+    `out` is the dtype of what is stored: fp32 for a merge.
+    """
     from hf_longattn.kernels.decode_attention.triton import pick_config, pick_rows
 
     itemsize = 4 if dtype == "fp32" else 2
@@ -126,7 +129,7 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
     block = max(16, triton.next_power_of_2(head_dim))
     signature = {
         "q_ptr": f"*{dtype}:16", "k_ptr": f"*{keys or dtype}:16", "v_ptr": f"*{keys or dtype}:16",
-        "scales_ptr": "*fp32:16", "scales_strides": ("i64:16",) * 2 + (2, 1), "o_ptr": "*fp32:16",
+        "scales_ptr": "*fp32:16", "scales_strides": ("i64:16",) * 2 + (2, 1), "o_ptr": f"*{out}:16",
         "lse_ptr": "*fp32:16", "q_strides": ("i32:16",) * 3 + (1,), "k_strides": ("i64:16",) * 3 + (1,),
         "v_strides": ("i64:16",) * 3 + (1,), "lower_strides": ("i32", 1), "upper_strides": ("i32", 1),
         "key_mask_strides": ("i32", 1), "o_strides": ("i32:16",) * 4 + (1,),
@@ -145,7 +148,8 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None):
         signature["scales_strides"] = (0, 0, 0, 0)
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     kind = f"{dtype}-{keys}" if keys else dtype
-    id = f"decode_attention-K{head_dim}-R{rows}-{kind}-{'masked' if masked else 'bare'}"
+    variant = ("masked" if masked else "bare") + ("" if out == "fp32" else "-whole")
+    id = f"decode_attention-K{head_dim}-R{rows}-{kind}-{variant}"
     kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
     # All options at once cost a few bytes of registers at the size that streams fastest without them.
     spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
@@ -368,6 +372,7 @@ CASES: list[Case] = [
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),
     _decode_attention("bf16", 128, 4, masked=True),
+    _decode_attention("bf16", 128, 4, masked=False, out="bf16"),
     *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),
     *(_decode_attention("bf16", dim, 64, masked=True, slow=True) for dim in (64, 128, 256)),
     *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),

@@ -347,6 +347,19 @@ def test_triton_any_number_of_splits(num_splits):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+def test_triton_one_part_is_the_bits_of_its_merge(dtype):
+    inputs = make_inputs(3, 4, 2, 2, 90, 48, 16, dtype)
+    # The last row sees nothing.
+    mask = KeyRange(upper=torch.tensor([[70, 71], [3, 90], [0, 0]]))
+    sinks = torch.full((4,), -torch.inf)
+    direct = decode_attention(*inputs, mask=mask, impl="triton", num_splits=1)
+    merged = decode_attention(*inputs, mask=mask, impl="triton", num_splits=1, sinks=sinks)
+    assert all(map(torch.equal, direct, merged)) and direct[0].dtype == dtype
+    assert bool((direct[1][2] == -torch.inf).all()) and not direct[0][2].any()
+
+
+@interpreted
 def test_triton_rows_of_one_interval_and_gaps_between():
     mask = KeyRange(lower=torch.tensor([[2, 140]]), upper=torch.tensor([[9, 150]]))
     assert_exact(make_inputs(1, 1, 1, 2, 200, 16, 16), mask, impl="triton", num_splits=2)

@@ -8,7 +8,8 @@ One program computes BLOCK_R rows of one key head (the H/G query heads that shar
 its share of the keys, BLOCK_N at a time. The rows' visible interval [first, last) is read on the device and
 its blocks are dealt evenly to the splits, so the cost follows the visible keys whatever the size of the
 cache, and a replayed CUDA graph stays balanced while the interval grows. The partial results are fp32 and
-joined by the kernel of `merge_partials`, where the sinks enter. The work is bound by reading K and V once:
+joined by the kernel of `merge_partials`, where the sinks enter; one part without sinks is the result itself,
+and is rounded as it is stored. The work is bound by reading K and V once:
 everything else hides behind those loads. Tree Attention, arXiv 2408.04093; split keys as in Flash-Decoding.
 
 Keys and values in 8 bits become the dtype of the queries in registers, exactly. A key's scale multiplies its
@@ -235,7 +236,7 @@ def _split_kernel(
     tl.store(lse_ptr + offset((split, batch, head, t), lse_strides), lse, mask=mask_r)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     at = offset((split, batch, head, t, 0), o_strides)[:, None] + offs_v[None, :] * o_strides[4]
-    tl.store(o_ptr + at, acc, mask=mask_r[:, None] & mask_v[None, :])
+    tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_v[None, :])
 
 
 def _per_batch(tensor: torch.Tensor | None, batch: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
@@ -269,7 +270,8 @@ def decode_forward(
     if num_splits is None:
         slots = _num_processors(query.device) * config.programs_per_sm
         num_splits = pick_num_splits(triton.next_power_of_2(S), B * G * row_tiles, slots)
-    outputs = query.new_empty((num_splits, B, H, T, V), dtype=torch.float32)
+    whole = num_splits == 1 and sinks is None
+    outputs = query.new_empty((num_splits, B, H, T, V), dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)
     lower, lower_strides = _per_batch(mask.lower, B)
     upper, upper_strides = _per_batch(mask.upper, B)
@@ -284,4 +286,4 @@ def decode_forward(
         BLOCK_R=block_r, BLOCK_K=_block_dim(K), BLOCK_V=_block_dim(V), BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return merge_forward(outputs, lse, query.dtype, sinks)
+    return (outputs[0], lse[0]) if whole else merge_forward(outputs, lse, query.dtype, sinks)

@@ -3,6 +3,7 @@
     python benchmarks/bench_decode_attention.py --deadline 150            check, then time
     python benchmarks/bench_decode_attention.py --tune --deadline 150     check, then sweep the configurations
     python benchmarks/bench_decode_attention.py --tune --keys int8        the same on a cache in 8 bits
+    python benchmarks/bench_decode_attention.py --tune --short            the same on many rows of few keys
 
 32 query heads, 8 key heads, head dim 128, bf16. Rows `int8` and `fp8` have keys and values in 8 bits, whose
 bytes are counted with their scales; `quantise` times what writes one such token of every row. Correctness
@@ -36,6 +37,9 @@ HEADS, KEY_HEADS, DIM = 32, 8, 128
 SIZES = [(1, 2**16), (1, 2**18), (1, 2**20), (8, 2**16), (8, 2**18), (8, 2**20)]
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 TUNED = [(128, 1, 2**16), (128, 1, 2**20), (128, 8, 2**16), (64, 1, 2**18), (256, 1, 2**17), (128, 8, 2**18)]
+# Many rows of few keys, as the blocks of a Block Transformer are: (head dim, heads, batch, room, keys seen).
+SHORT = [(128, 16, 512, 160, 96), (128, 16, 512, 608, 96), (128, 16, 512, 608, 512), (64, 12, 512, 608, 96)]
+SHORT_CONFIGS = itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3), (1,))
 # (H, G, T, S, K, V), every head dim and number of rows that takes another path in the kernel.
 CHECKS = [
     (32, 8, 1, 5000, 128, 128),
@@ -311,12 +315,40 @@ def tune_case(report, dim, B, S, kind):
         report.add(case=f"best-{kind}-K{dim}-B{B}-S{S}", us=best[0], **best[1]._asdict())
 
 
+def tune_short(report):
+    """Sweeps the configurations where the rows alone fill the machine; a key head a query head, one split."""
+    configs = [kernels.DecodeConfig(*fields) for fields in SHORT_CONFIGS]
+    for dim, heads, B, S, seen in SHORT:
+        inputs = make(B, heads, heads, 1, S, dim, dim, torch.bfloat16)
+        mask = KeyRange(upper=torch.full((B, 1), seen, device=DEVICE, dtype=torch.long))
+        case, num_bytes = f"K{dim}-H{heads}-B{B}-S{S}-seen{seen}", B * heads * seen * dim * 4
+        rows = []
+        for config in (None, *configs):
+            call = partial(kernels.decode_forward, *inputs, dim**-0.5, mask, config=config)
+            if report.time_left() < 3:
+                return
+            try:
+                us = median_us(call, rep=10)
+            except OutOfResources:
+                continue
+            fields = {} if config is None else config._asdict()
+            rows.append((us, len(rows), fields))
+            name = "own-" if config is None else "tune-"
+            report.add(case=name + case, us=us, share=num_bytes / us / 1e-6 / BANDWIDTH, **fields)
+        us, _, fields = min(rows)
+        report.add(case=f"best-{case}", us=us, share=num_bytes / us / 1e-6 / BANDWIDTH, **fields)
+        del inputs
+
+
 def main():
     parser = argparse.ArgumentParser(description="Times decode_attention.")
     parser.add_argument("--tune", action="store_true", help="sweep configurations in place of timing")
+    parser.add_argument("--short", action="store_true", help="sweep on many rows of few keys")
     parser.add_argument("--keys", default="bf16", choices=("bf16", *EIGHT_BITS), help="of the sweep")
     parser.add_argument("--deadline", type=float, default=150, help="seconds after which nothing new starts")
     arguments = parser.parse_args()
+    if arguments.short and not arguments.tune:
+        parser.error("--short belongs to --tune")
     torch.manual_seed(0)
     name = "decode_attention_tune" if arguments.tune else "decode_attention"
     report = Report(name, arguments.deadline)
@@ -327,6 +359,9 @@ def main():
             time_size(report, B, S)
         gc.collect()
         torch.cuda.empty_cache()
+    if arguments.tune and arguments.short:
+        tune_short(report)
+        return
     for dim, B, S in TUNED if arguments.tune else ():
         tune_case(report, dim, B, S, arguments.keys)
 

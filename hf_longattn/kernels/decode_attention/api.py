@@ -34,7 +34,7 @@ def decode_attention(
     over the keys s that the row sees. The keys of one sequence are divided among many programs, and their
     results merged. The time follows the keys between the first and the last visible one, not the size of the
     cache; nothing waits for the device, and a CUDA graph may be replayed after `mask.lower` or `mask.upper`
-    changed. Slots that no query sees are not read: they may hold anything. Usable inside
+    changed. Slots that no query sees may hold anything: what is read of them counts for nothing. Usable in
     `torch.compile(fullgraph=True)`.
 
     Args:

@@ -48,7 +48,7 @@ class DecodeConfig(NamedTuple):
 # both avoid spills.
 FEW_ROWS: dict[int, DecodeConfig] = {
     128: DecodeConfig(block_n=128, num_warps=8, programs_per_sm=2),
-    256: DecodeConfig(block_n=128),
+    256: DecodeConfig(block_n=128, num_warps=8),
     512: DecodeConfig(block_n=64, num_warps=8),
 }
 MANY_ROWS: dict[int, DecodeConfig] = {
@@ -68,6 +68,10 @@ EIGHT_BITS_MANY_ROWS: dict[int, DecodeConfig] = {
     256: DecodeConfig(block_n=64, num_warps=8, num_stages=4),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=4),
 }
+# Many short caches at once, of head dims of 128: three programs share a multiprocessor, so that one's loads
+# hide behind another's; where one program has a step or two, nothing else hides them.
+MANY_TILES = DecodeConfig(block_n=64)
+TILES_A_PROCESSOR = 4
 # Exact fp32 products take no tensor core, so tiles are small and hold 16 rows.
 FULL_PRECISION = DecodeConfig(block_n=32, num_warps=8)
 
@@ -160,6 +164,13 @@ def _share(first, last, S, BLOCK_N: tl.constexpr):
     return begin + split * num_blocks // num_splits * BLOCK_N, tl.minimum(stop, end)
 
 
+@triton.jit
+def _key_exists(key_mask_ptr, key_mask_strides, batch, keys, end):
+    """Which of the keys exist: before `end`, and not padding."""
+    at = key_mask_ptr + offset((batch, keys), key_mask_strides)
+    return tl.load(at, mask=keys < end, other=0) != 0
+
+
 @triton.jit(do_not_specialize=["T", "S"])
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, scales_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
@@ -192,18 +203,22 @@ def _split_kernel(
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    if key_mask_ptr is not None:
+        next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, begin + offs_n, end)
     for n0 in range(begin, end, BLOCK_N):
         keys = n0 + offs_n
-        real = keys < end
+        # What is loaded waits for no mask: that of the next step comes while this one computes.
+        held = keys < end
+        real = held
         if key_mask_ptr is not None:
-            mask_ptrs = key_mask_ptr + offset((batch, keys), key_mask_strides)
-            real = real & (tl.load(mask_ptrs, mask=real, other=0) != 0)
+            real = next_real
+            next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, keys + BLOCK_N, end)
         visible = real[None, :] & (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
         if GAPS:
-            # Between two rows' intervals lie slots that nobody sees: what they hold must not be read.
+            # Between two rows' intervals lie slots that nobody sees.
             real = tl.max(visible.to(tl.int32), 0) > 0
         k_base = k_ptr + offset((batch, group, n0, 0), k_strides)
-        k = tl.load(k_base + k_tile, mask=real[:, None] & mask_k[None, :], other=0.0)
+        k = tl.load(k_base + k_tile, mask=held[:, None] & mask_k[None, :], other=0.0)
         score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
         if scales_ptr is not None:
             scales_base = scales_ptr + offset((batch, group, n0, 0), scales_strides)
@@ -218,7 +233,10 @@ def _split_kernel(
         p = tl.exp2(score - safe[:, None])
         shrink = tl.exp2(m - safe)
         v_base = v_ptr + offset((batch, group, n0, 0), v_strides)
-        v = tl.load(v_base + v_tile, mask=real[:, None] & mask_v[None, :], other=0.0)
+        v = tl.load(v_base + v_tile, mask=held[:, None] & mask_v[None, :], other=0.0)
+        if GAPS or key_mask_ptr is not None:
+            # A slot that nobody sees may hold anything, and a probability of zero would let NaN through.
+            v = tl.where(real[:, None], v, tl.zeros_like(v))
         l = l * shrink + tl.sum(p, 1)
         if scales_ptr is not None:
             v_base = scales_base + scales_strides[3]
@@ -266,10 +284,13 @@ def decode_forward(
         return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
     block_r = pick_rows(H // G * T, query.element_size())
     row_tiles = triton.cdiv(H // G * T, block_r)
+    processors, tiles = _num_processors(query.device), B * G * row_tiles
     config = config or pick_config(K, V, query.element_size(), block_r, key.element_size())
+    if config is FEW_ROWS[256] and tiles >= TILES_A_PROCESSOR * processors:
+        config = MANY_TILES
     if num_splits is None:
-        slots = _num_processors(query.device) * config.programs_per_sm
-        num_splits = pick_num_splits(triton.next_power_of_2(S), B * G * row_tiles, slots)
+        slots = processors * config.programs_per_sm
+        num_splits = pick_num_splits(triton.next_power_of_2(S), tiles, slots)
     whole = num_splits == 1 and sinks is None
     outputs = query.new_empty((num_splits, B, H, T, V), dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)

@@ -9,6 +9,7 @@ embeddings are replaced by single kernels, and put back afterwards.
 import contextlib
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_longattn.generation.kept import plain_settings
 from hf_longattn.generation.linear import Products
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.gated_activation import gated_activation
@@ -31,6 +33,8 @@ _OTHER = (TypeError, RuntimeError, ValueError, IndexError, AttributeError)
 
 # What running a model's modules has shown, so that every call of `generate` need not run them again.
 _FOUND: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+# Two threads that replace the same function at once would put back each other's.
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -43,15 +47,18 @@ def fused(model: Any, rows: int = 0, products: Products | None = None) -> Iterat
         products: which linear layers to replace; `None` leaves them alone.
     """
     changes = Setup(model)
-    _replace_modules(changes, model, _norm_key, _fused_norm)
-    _replace_rotations(changes, model)
-    if products is not None:
-        products.replace(changes, model, rows, _close)
-    _replace_modules(changes, model, _gated_key, _fused_gate)
+    # A probe may fail, say for memory: what was replaced before it is put back, too.
     try:
+        with _LOCK:
+            _replace_modules(changes, model, _norm_key, _fused_norm)
+            _replace_rotations(changes, model)
+            if products is not None:
+                products.replace(changes, model, rows, _close)
+            _replace_modules(changes, model, _gated_key, _fused_gate)
         yield
     finally:
-        changes.undo()
+        with _LOCK:
+            changes.undo()
 
 
 def fused_prompt(model: Any) -> contextlib.AbstractContextManager[None]:
@@ -83,7 +90,14 @@ def _replace_modules(
             with torch.no_grad():
                 found[key] = make(module)
         if (replacement := found[key]) is not None:
-            changes.set(module, "forward", replacement(module))
+            changes.set(module, "forward", functools.partial(_run, replacement(module), module.forward))
+
+
+def _run(
+    replacement: Callable[[Tensor], Tensor], original: Callable[..., Any], *args: Any, **keywords: Any
+) -> Any:
+    """Calls the replacement with the states; what else a module takes, only its own forward knows."""
+    return replacement(*args) if len(args) == 1 and not keywords else original(*args, **keywords)
 
 
 def _norm_key(module: Any) -> Any:
@@ -92,7 +106,7 @@ def _norm_key(module: Any) -> Any:
         return None
     if not _is_whole(weight) or not isinstance(_eps(module), float):
         return None
-    return type(module), weight.shape, weight.dtype, weight.device, _eps(module)
+    return type(module), weight.shape, weight.dtype, weight.device, plain_settings(module)
 
 
 def _is_whole(weight: Tensor) -> bool:
@@ -139,12 +153,17 @@ def _gated_key(module: Any) -> Any:
     weight = linear[0].weight
     if not all(_is_whole(part.weight) and part.weight.device == weight.device for part in linear):
         return None
-    return type(module), weight.shape, weight.dtype, weight.device, repr(_activation_of(module))
+    activation = repr(_activation_of(module))
+    return type(module), weight.shape, weight.dtype, weight.device, activation, plain_settings(module)
 
 
 def _activation_of(module: Any) -> Any:
     found = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-    return found if callable(found) else None
+    # One that is watched, or changed, must go on being called.
+    watched = isinstance(found, nn.Module) and (
+        found._forward_hooks or found._forward_pre_hooks or "forward" in vars(found)
+    )
+    return found if callable(found) and not watched else None
 
 
 def _fused_gate(module: Any) -> _Maker | None:

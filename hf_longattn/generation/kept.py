@@ -91,13 +91,21 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
         if type(module).__module__.partition(".")[0] not in _KNOWN:
             return None
         settings = vars(module)
-        plain = tuple((name, value) for name, value in settings.items() if isinstance(value, _PLAIN))
         implementation = getattr(settings.get("config"), "_attn_implementation", None)
         # The module itself, not its id: an id may come back.
-        noted.append((module, settings.get("forward"), implementation, plain))
+        noted.append((module, settings.get("forward"), implementation, plain_settings(module)))
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         noted.append([(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in own])
     return tuple(noted)
+
+
+def plain_settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of a module: two of one class and size may compute different things.
+
+    Args:
+        module: any module.
+    """
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN))
 
 
 def settings_of(processors: Any) -> tuple[Any, ...] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_longattn.generation.capture import capture
+from hf_longattn.generation.kept import plain_settings
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
@@ -133,7 +134,8 @@ def _linear_key(module: Any) -> tuple[Any, ...]:
 
 
 def _gated_key(module: Any) -> tuple[Any, ...]:
-    return (type(module), module.gate_proj.weight.shape, module.gate_proj.weight.dtype)
+    weight = module.gate_proj.weight
+    return type(module), weight.shape, weight.dtype, plain_settings(module)
 
 
 def _few_rows(module: Any) -> Callable[[Tensor], Tensor]:

@@ -1,10 +1,13 @@
 """Single kernels in place of norms and rotary embeddings: where proven, while capturing."""
 
+import contextlib
 import sys
+import threading
 
 import pytest
 import tiny
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_longattn import prepare_generation, restore
 from hf_longattn.generation import fusion, linear, prefill
@@ -72,6 +75,90 @@ def test_modules_of_another_kind_are_left_alone():
         assert "forward" not in vars(layer.input_layernorm) and "forward" not in vars(layer.mlp)
         assert "forward" not in vars(model.model.layers[2].mlp)
         assert "forward" in vars(model.model.layers[0].mlp)
+
+
+def test_layers_of_one_class_with_other_settings_are_tried_apart():
+    class Scaled(LlamaMLP):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    model, ids = tiny.build("llama"), tiny.tokens(2, 5)
+    for layer, scale in zip(model.model.layers, (1.0, 0.5, 2.0), strict=True):
+        layer.mlp.__class__, layer.mlp.scale = Scaled, scale
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with fused(model):
+            assert ["forward" in vars(layer.mlp) for layer in model.model.layers] == [True, False, False]
+            result = model(input_ids=ids).logits
+    assert tiny.relative_error(result, expected) <= 2e-6
+
+
+def test_an_activation_that_is_watched_goes_on_being_called():
+    model, seen = tiny.build("llama"), []
+    model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
+    with torch.no_grad(), fused(model):
+        model(input_ids=tiny.tokens(1, 4))
+    assert len(seen) == 1
+
+
+def test_what_a_module_takes_beside_the_states_reaches_its_own_forward():
+    class AddingRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+
+        def forward(self, x, residual=None):
+            x = x if residual is None else x + residual
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    model, states = tiny.build("llama"), torch.randn(3, 64)
+    norm = model.model.norm = AddingRMSNorm()
+    expected = norm(states, states), norm(x=states)
+    with torch.no_grad(), fused(model):
+        assert "forward" in vars(norm)
+        assert torch.equal(norm(states, states), expected[0]) and torch.equal(norm(x=states), expected[1])
+
+
+def test_a_probe_that_fails_leaves_everything_as_it_was():
+    class Full(linear.Products):
+        def replace(self, *args):
+            raise torch.OutOfMemoryError("no memory")
+
+    model = tiny.build("llama")
+    source = sys.modules[type(model).__module__]
+    before = source.apply_rotary_pos_emb
+    with pytest.raises(torch.OutOfMemoryError), fused(model, 1, Full()):
+        pass
+    assert source.apply_rotary_pos_emb is before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_threads_that_begin_at_once_leave_the_rotary_embedding_as_it_was(monkeypatch):
+    models = [tiny.build("llama"), tiny.build("llama")]
+    source = sys.modules[type(models[0]).__module__]
+    before, real, meet = source.apply_rotary_pos_emb, fusion._same_rotation, threading.Barrier(2)
+
+    def probe(*args):
+        # Both are in the middle of it, unless one waits for the other.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(0.3)
+        return real(*args)
+
+    def run(model):
+        with fused(model):
+            pass
+
+    monkeypatch.setattr(fusion, "_same_rotation", probe)
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found, source.apply_rotary_pos_emb = source.apply_rotary_pos_emb, before
+    assert found is before
 
 
 def test_a_prompt_is_fused_on_a_gpu_alone():

@@ -328,11 +328,12 @@ def sample(
     call: dict[str, Any] = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     call |= {"generation_config": generation_config, "streamer": streamer}
     if not _fits(model, decoder, generation_config, model_kwargs, synced_gpus):
-        kept.clear()
+        with kept.serving() as own:
+            own.clear()
         call["synced_gpus"] = synced_gpus
         return cast(Any, GenerationMixin)._sample(model, input_ids, **call, **model_kwargs)
-    with kept.serving():
-        return _sample(_Captures(model, setup, decoder, kept), input_ids, model_kwargs, **call)
+    with kept.serving() as own:
+        return _sample(_Captures(model, setup, decoder, own), input_ids, model_kwargs, **call)
 
 
 def _sample(

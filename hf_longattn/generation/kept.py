@@ -6,6 +6,7 @@ values into them, and where rows, processors and model are the same, the graph g
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,19 +24,28 @@ class KeptProgram:
     def __init__(self) -> None:
         self.program: Any = None
         self._model: tuple[Any, ...] | None = None
+        self._busy = threading.Lock()
 
     def clear(self) -> None:
         """Lets go of the program and of its memory."""
         self.program = self._model = None
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Around a call: one that fails, say for memory, leaves nothing behind."""
+    def serving(self) -> Iterator["KeptProgram"]:
+        """Around a call, which gets this; one inside it, or beside it in another thread, gets an empty one.
+
+        A call that fails, say for memory, leaves nothing behind.
+        """
+        if not self._busy.acquire(blocking=False):
+            yield KeptProgram()
+            return
         try:
-            yield
+            yield self
         except BaseException:
             self.clear()
             raise
+        finally:
+            self._busy.release()
 
     def keep(self, program: Any, model: nn.Module) -> None:
         """Keeps a program that has a graph, in place of an earlier one.

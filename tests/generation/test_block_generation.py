@@ -330,6 +330,23 @@ def test_a_cache_that_is_handed_out_is_nobody_elses(recorded):
     assert len(recorded) == 3
 
 
+def test_a_call_inside_another_has_buffers_of_its_own(recorded):
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)
+    expected = generate(model, ids, mask, **GREEDY)
+    inner = []
+
+    class Asking(Collect):
+        def put(self, value):
+            super().put(value)
+            if len(self.parts) == 8:
+                inner.append(generate(model, (ids + 5) % 58, mask, **GREEDY))
+
+    for _ in range(2):
+        assert torch.equal(generate(model, ids, mask, streamer=Asking(), **GREEDY), expected)
+    other = generate(model, (ids + 5) % 58, mask, **GREEDY)
+    assert len(inner) == 2 and all(torch.equal(answer, other) for answer in inner)
+
+
 @pytest.mark.usefixtures("recorded")
 def test_restore_and_calls_of_another_kind_free_the_kept_program():
     model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -141,22 +142,24 @@ def test_threads_that_begin_at_once_leave_the_rotary_embedding_as_it_was(monkeyp
     source = sys.modules[type(models[0]).__module__]
     before, real, meet = source.apply_rotary_pos_emb, fusion._same_rotation, threading.Barrier(2)
 
+    contexts = [fused(model) for model in models]
+
     def probe(*args):
         # Both are in the middle of it, unless one waits for the other.
         with contextlib.suppress(threading.BrokenBarrierError):
             meet.wait(0.3)
+        if threading.current_thread() is threads[1]:
+            time.sleep(0.1)
         return real(*args)
 
-    def run(model):
-        with fused(model):
-            pass
-
     monkeypatch.setattr(fusion, "_same_rotation", probe)
-    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    threads = [threading.Thread(target=context.__enter__) for context in contexts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for context in contexts:
+        context.__exit__(None, None, None)
     found, source.apply_rotary_pos_emb = source.apply_rotary_pos_emb, before
     assert found is before
 

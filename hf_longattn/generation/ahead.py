@@ -5,10 +5,15 @@ to ask, to prepare the next step and to launch it. Its `DeferredStopCheck` reads
 takes back the one step too many; it serves Apple's GPUs only. Here it serves the calls of a prepared model
 whose results cannot tell: nothing random is drawn, nobody else's code runs once a token, and the cache can
 forget a token. Streamers get the same tokens in the same order.
+
+The loop takes its method from the class of the model, and the check from its module, so no instance can have
+another one. While such calls are under way, the name in the module is a subclass that asks whose call it is:
+other models, in this thread or another, get what transformers' own class says.
 """
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -42,43 +47,47 @@ class _Call:
     greedy: bool = False
     plain_criteria: bool = False
 
+    def takes(self, device: torch.device, cache: Any, cache_is_returned: bool) -> bool:
+        """Whether the host may read one step late, asked once: what a streamer generates is not this call."""
+        plain = self.greedy and self.plain_criteria
+        self.greedy = False
+        # A streamer may end the call with an error; a cache that outlives it then holds what was streamed.
+        safe = not (self.streamed and cache_is_returned)
+        return plain and safe and device.type in _DEVICES and _forgets_a_token(cache)
+
 
 _current: ContextVar[_Call | None] = ContextVar("hf_longattn_call", default=None)
 _lock = threading.Lock()
 _users = 0
 
 
-class _ChosenByCall:
-    """Stands in for the class `DeferredStopCheck` while prepared models generate.
+def _chosen_by_call(base: Any) -> Any:
+    """A class that is `base` for all calls but those that may run ahead; that of transformers stays.
 
     Args:
-        base: the class.
+        base: `DeferredStopCheck`.
     """
 
-    def __init__(self, base: Any) -> None:
-        self.base = base
+    class DeferredStopCheck(base):
+        chosen_by_call = base
 
-    def is_supported(
-        self, device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool
-    ) -> bool:
-        """Whether the host may read one step late: where transformers says so, or the call and the cache."""
-        call = _current.get()
-        ours = call is not None and call.greedy and call.plain_criteria and not is_assistant
-        # A streamer may end the call with an error; a cache that outlives it then holds what was streamed.
-        safe = call is not None and not (call.streamed and cache_is_returned)
-        if ours and safe and device.type in _DEVICES and _forgets_a_token(cache):
-            return True
-        return self.base.is_supported(device, cache, cache_is_returned, is_assistant=is_assistant)
+        @staticmethod
+        def is_supported(
+            device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool
+        ) -> Any:
+            call = _current.get()
+            ahead = call is not None and call.takes(device, cache, cache_is_returned) and not is_assistant
+            return ahead or base.is_supported(device, cache, cache_is_returned, is_assistant=is_assistant)
 
-    def __call__(
-        self, input_ids: Any, max_length: Any, cache: Any, cache_is_returned: bool, streamer: Any = None
-    ) -> Any:
-        """The stop check of one call."""
-        # Our layers forget one token as they are; recorded, a window would grow to the whole answer.
-        recorded = cache_is_returned and not _forgets_a_token(cache)
-        check = self.base(input_ids, max_length, cache, recorded, streamer)
-        check.cache = cache if cache_is_returned else None
-        return check
+        def __init__(
+            self, input_ids: Any, max_length: Any, cache: Any, cache_is_returned: bool, streamer: Any = None
+        ) -> None:
+            # Our layers forget one token as they are; recorded, a window would grow to the whole answer.
+            recorded = cache_is_returned and not _forgets_a_token(cache)
+            super().__init__(input_ids, max_length, cache, recorded, streamer)
+            self.cache = cache if cache_is_returned else None
+
+    return DeferredStopCheck
 
 
 def _forgets_a_token(cache: Any) -> bool:
@@ -94,16 +103,16 @@ def _patched() -> Iterator[None]:
     with _lock:
         _users += 1
         base: Any = getattr(utils, _NAME, None)
-        if base is not None and not isinstance(base, _ChosenByCall):
-            setattr(utils, _NAME, _ChosenByCall(base))
+        if base is not None and not hasattr(base, "chosen_by_call"):
+            setattr(utils, _NAME, _chosen_by_call(base))
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             now: Any = getattr(utils, _NAME, None)
-            if not _users and isinstance(now, _ChosenByCall):
-                setattr(utils, _NAME, now.base)
+            if not _users and "chosen_by_call" in getattr(now, "__dict__", {}):
+                setattr(utils, _NAME, now.chosen_by_call)
 
 
 def run_ahead(model: PreTrainedModel, changes: Setup) -> None:
@@ -116,10 +125,12 @@ def run_ahead(model: PreTrainedModel, changes: Setup) -> None:
     original_generate: Any = model.generate
     original_processors: Any = model._get_logits_processor
     original_criteria: Any = model._get_stopping_criteria
+    signature = inspect.signature(original_generate)
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        token = _current.set(_Call(streamed=kwargs.get("streamer") is not None))
+        given = signature.bind_partial(*args, **kwargs).arguments
+        token = _current.set(_Call(streamed=given.get("streamer") is not None))
         try:
             with _patched():
                 return original_generate(*args, **kwargs)

@@ -1,5 +1,8 @@
 """Greedy calls whose host reads one step late: same tokens, same scores, same streams, same caches."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
@@ -120,6 +123,34 @@ def test_a_streamer_that_ends_the_call_leaves_a_cache_of_what_it_saw(deferred):
         generate(model, ids, past_key_values=cache, streamer=_Recorder(limit=4))
     # The prompt is streamed first; the fourth token ended the call and is not yet in the cache.
     assert not deferred and cache.get_seq_length() == 12 + 3
+
+
+def test_a_streamer_may_be_given_by_its_place(deferred):
+    ids, model = tiny.tokens(1, 12), hf_longattn.prepare_generation(tiny.build("llama"))
+    cache, streamer = LongContextCache(model.config), _Recorder(limit=4)
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 24}
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, None, None, None, None, None, None, streamer, past_key_values=cache, **call)
+    assert not deferred and cache.get_seq_length() == 12 + 3
+
+
+def test_the_name_in_transformers_stays_that_of_its_class(deferred):
+    model, base, seen = hf_longattn.prepare_generation(tiny.build("llama")), utils.DeferredStopCheck, []
+
+    class Look(_Recorder):
+        def put(self, value):
+            # As another thread would ask, and one whose call is under way.
+            cache = LongContextCache(model.config)
+            pool = ThreadPoolExecutor(1)
+            ask = functools.partial(utils.DeferredStopCheck.is_supported, torch.device("cpu"), cache)
+            seen.append((pool.submit(ask, False, False).result(), ask(False, False)))
+            pool.shutdown()
+            assert issubclass(utils.DeferredStopCheck, base)
+
+    call = {"return_dict_in_generate": False, "streamer": Look(), "max_new_tokens": 3}
+    generate(model, tiny.tokens(1, 12), **call)
+    assert seen and not any(thread or nested for thread, nested in seen)
+    assert isinstance(deferred[0], base)
 
 
 class _Always(LogitsProcessor):

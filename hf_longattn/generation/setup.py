@@ -98,51 +98,68 @@ def prepare_generation(
     """
     setup = dataclasses.replace(config or GenerationSetup(), **fields)
     inner = instance.unwrap(model)
-    if setup.cuda_graph is True and inner.device.type != "cuda":
-        raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(inner.device)!r}.")
-    check_cache_dtype(read_cache_dtype(setup.cache_dtype), inner.device)
-    if not inner.can_generate():
-        raise ValueError(
-            f"`model` must have a language-modelling head to generate, got {type(inner).__name__}."
-        )
+    _check(inner, setup)
     group = _make_group(accelerator, device_mesh, setup)
     check_setup(setup, inner.config, 1 if group is None else group.control.world_size)
     if group is not None:
-        if setup.cache_dtype is not None:
-            raise ValueError(
-                "`cache_dtype` must be None where several processes share a prompt, got "
-                f"{setup.cache_dtype!r}; prepare without `accelerator` and `device_mesh` to have 8 bits."
-            )
-        # Names a layer that cannot be cut, before anything is changed.
-        ShardedCache(inner.config, group)
-        setup = dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
+        setup = _check_shared(inner, setup, group)
     changes = instance.begin(inner, "generation")
     if inner.config._attn_implementation not in (_IMPLEMENTATIONS if group is None else _SHARED):
         changes.use_attention("tree_attention")
     if inner.config.model_type == "minimax":
         _replace_minimax(changes, inner, group)
-    original_cache, original_prefill = inner._prepare_cache_for_generation, inner._prefill
-    decoder = GraphDecoder(inner, inner.forward, required=setup.cuda_graph is True)
-    room = Room(inner, setup.prefill_chunk_size, setup.offload_layers)
-    room.watch(changes)
-    if group is not None:
-        step = decoder.forward() if setup.cuda_graph else inner.forward
-        changes.set_forward(inner, ShardedForward(inner.forward, step).forward())
-        share_generation(inner, group, changes)
-    elif setup.cuda_graph:
-        changes.set_forward(inner, decoder.forward())
-    prepare_cache = functools.partial(_prepare_cache, inner, setup, group, original_cache)
-    counted = functools.partial(room.prepare_cache, prepare_cache)
-    changes.set(inner, "_prepare_cache_for_generation", counted)
-    changes.set(inner, "_prefill", functools.partial(prefill, inner, setup, original_prefill, decoder))
-    if group is None and hasattr(inner, "decode_blocks"):
-        decoder.stand_in = vars(inner).get("forward")
-        changes.set(inner, "_kept_program", KeptProgram())
-        changes.set(inner, "_sample", functools.partial(sample, inner, setup, decoder))
-    elif group is None:
-        run_ahead(inner, changes)
+    _replace_methods(changes, inner, setup, group)
     instance.setups(inner)["generation"] = changes
     return model
+
+
+def _check(model: PreTrainedModel, setup: GenerationSetup) -> None:
+    """Refuses what the model or its device cannot do."""
+    if setup.cuda_graph is True and model.device.type != "cuda":
+        raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(model.device)!r}.")
+    check_cache_dtype(read_cache_dtype(setup.cache_dtype), model.device)
+    if not model.can_generate():
+        raise ValueError(
+            f"`model` must have a language-modelling head to generate, got {type(model).__name__}."
+        )
+
+
+def _check_shared(model: PreTrainedModel, setup: GenerationSetup, group: SequenceGroup) -> GenerationSetup:
+    """The set-up of this process, refused where several cannot share a prompt."""
+    if setup.cache_dtype is not None:
+        raise ValueError(
+            "`cache_dtype` must be None where several processes share a prompt, got "
+            f"{setup.cache_dtype!r}; prepare without `accelerator` and `device_mesh` to have 8 bits."
+        )
+    # Names a layer that cannot be cut, before anything is changed.
+    ShardedCache(model.config, group)
+    return dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
+
+
+def _replace_methods(
+    changes: instance.Setup, model: PreTrainedModel, setup: GenerationSetup, group: SequenceGroup | None
+) -> None:
+    """Puts cache, prompt, steps and loop of this library in the place of the model's."""
+    original_cache, original_prefill = model._prepare_cache_for_generation, model._prefill
+    decoder = GraphDecoder(model, model.forward, required=setup.cuda_graph is True)
+    room = Room(model, setup.prefill_chunk_size, setup.offload_layers)
+    room.watch(changes)
+    if group is not None:
+        step = decoder.forward() if setup.cuda_graph else model.forward
+        changes.set_forward(model, ShardedForward(model.forward, step).forward())
+        share_generation(model, group, changes)
+    elif setup.cuda_graph:
+        changes.set_forward(model, decoder.forward())
+    prepare_cache = functools.partial(_prepare_cache, model, setup, group, original_cache)
+    counted = functools.partial(room.prepare_cache, prepare_cache)
+    changes.set(model, "_prepare_cache_for_generation", counted)
+    changes.set(model, "_prefill", functools.partial(prefill, model, setup, original_prefill, decoder))
+    if group is None and hasattr(model, "decode_blocks"):
+        decoder.stand_in = vars(model).get("forward")
+        changes.set(model, "_kept_program", KeptProgram())
+        changes.set(model, "_sample", functools.partial(sample, model, setup, decoder))
+    elif group is None:
+        run_ahead(model, changes)
 
 
 def _replace_minimax(changes: instance.Setup, model: PreTrainedModel, group: SequenceGroup | None) -> None:

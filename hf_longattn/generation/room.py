@@ -192,15 +192,16 @@ class Room:
         cache = args[1].get("past_key_values")
         if isinstance(self.offload_layers, int):
             place_layers(cache, self.offload_layers, self.model.config.get_text_config(decoder=True))
-        self.call = self._read(*args)
-        if self.call is None:
+        # What is noted for the words of an error may be another thread's before this returns.
+        call = self.call = self._read(*args)
+        if call is None:
             return
-        self.before = self._free(cache)
-        if self.before is not None and self.offload_layers == "auto":
-            self.call = self._offload_to_fit(cache, self.call, self.before)
-        if self.before is not None and self.call.need(self.call.total) > self.before:
-            raise ValueError(self.call.refusal(self.before))
-        _reserve(cache, self.call.total)
+        before = self.before = self._free(cache)
+        if before is not None and self.offload_layers == "auto":
+            call = self.call = self._offload_to_fit(cache, call, before)
+        if before is not None and call.need(call.total) > before:
+            raise ValueError(call.refusal(before))
+        _reserve(cache, call.total)
 
     def _offload_to_fit(self, cache: Any, call: Call, room: int) -> Call:
         """The call with as many layers in host memory as it takes to fit, where that can be had."""

@@ -1,6 +1,7 @@
 """Calls that cannot fit are refused before any work; where memory runs out after all, nothing is lost."""
 
 import re
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -69,6 +70,23 @@ def test_what_cannot_fit_is_refused_before_any_work(free):
     assert not calls
     free(None)
     generate(model, ids)
+
+
+def test_a_call_of_another_thread_is_not_taken_for_this_one(monkeypatch):
+    model, ids = prepare(), tiny.tokens(1, 23)
+    size, others = bytes_of(model, 23 + 5), []
+
+    def free(device):
+        # A call that fits begins and ends while this one asks.
+        if not others:
+            others.append(threading.Thread(target=generate, args=(model, ids)))
+            others[0].start()
+            others[0].join()
+        return size
+
+    monkeypatch.setattr(room, "free_memory", free)
+    with pytest.raises(ValueError, match="`max_new_tokens`: a prompt of 23 tokens and 41 new"):
+        generate(model, ids, max_new_tokens=41)
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])

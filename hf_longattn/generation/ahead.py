@@ -4,7 +4,7 @@ transformers' loop asks the device after every token whether any row goes on, an
 to ask, to prepare the next step and to launch it. Its `DeferredStopCheck` reads the answer one step later and
 takes back the one step too many; it serves Apple's GPUs only. Here it serves the calls of a prepared model
 whose results cannot tell: nothing random is drawn, nobody else's code runs once a token, and the cache can
-forget a token. Streamers get the same tokens in the same order.
+forget a token. Streamers get the same tokens in the same order, the first at once, the others a step later.
 
 The loop takes its method from the class of the model, and the check from its module, so no instance can have
 another one. While such calls are under way, the name in the module is a subclass that asks whose call it is:
@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import utils
 from transformers.generation.logits_process import (
     PrefixConstrainedLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer
@@ -87,7 +89,37 @@ def _chosen_by_call(base: Any) -> Any:
             super().__init__(input_ids, max_length, cache, recorded, streamer)
             self.cache = cache if cache_is_returned else None
 
+        def __call__(self, unfinished_sequences: Any, tokens: Any, length: int) -> Any:
+            streamer = self.streamer if self.is_first_step else None
+            stopping = super().__call__(unfinished_sequences, tokens, length)
+            if streamer is not None:
+                # Whoever waits for the first token need not wait for the capture of the second step too.
+                streamer.put(tokens.cpu())
+                self.streamer = _AllButFirst(streamer)
+            return stopping
+
     return DeferredStopCheck
+
+
+class _AllButFirst(BaseStreamer):
+    """Hands on every token but the first, which has been handed on before.
+
+    Args:
+        streamer: the caller's.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer, self.is_first = streamer, True
+
+    def put(self, value: Tensor) -> None:
+        """Hands on tokens, (B,), after those of the first call."""
+        if not self.is_first:
+            self.streamer.put(value)
+        self.is_first = False
+
+    def end(self) -> None:
+        """Ends the caller's streamer."""
+        self.streamer.end()
 
 
 def _forgets_a_token(cache: Any) -> bool:

@@ -105,15 +105,38 @@ def test_a_conversation_goes_on_where_it_ended(family, deferred):
     assert len(deferred) == 3
 
 
-def test_a_streamer_gets_every_token_once(deferred):
+@pytest.mark.parametrize("new_tokens", [1, 2, 24])
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_a_streamer_gets_every_token_once(ends_at_once, new_tokens, deferred):
     ids, streams = tiny.tokens(1, 12), []
     end = ends(tiny.build("llama"), ids)
+    if ends_at_once:
+        end = generate(tiny.build("llama"), ids).sequences[0, 12].item()
     for model in (tiny.build("llama"), hf_longattn.prepare_generation(tiny.build("llama"))):
         streams.append(_Recorder())
         call = {"return_dict_in_generate": False, "eos_token_id": end, "pad_token_id": 0}
-        generate(model, ids, streamer=streams[-1], **call)
+        generate(model, ids, streamer=streams[-1], max_new_tokens=new_tokens, **call)
     assert len(deferred) == 1
     assert streams[0].got == streams[1].got and streams[1].ended
+
+
+def test_the_first_token_does_not_wait_for_the_second_step(deferred, monkeypatch):
+    model, calls, seen = hf_longattn.prepare_generation(tiny.build("llama")), [], []
+    real = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional, "embedding", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+    )
+
+    class Look(BaseStreamer):
+        def put(self, value):
+            seen.append(len(calls))
+
+        def end(self):
+            pass
+
+    generate(model, tiny.tokens(1, 12), max_new_tokens=5, streamer=Look(), return_dict_in_generate=False)
+    # The prompt before any forward, the first token after one, each other while the next step is under way.
+    assert len(deferred) == 1 and seen == [0, 1, 3, 4, 5, 5]
 
 
 def test_a_streamer_that_ends_the_call_leaves_a_cache_of_what_it_saw(deferred):

@@ -109,6 +109,11 @@ def _may_overwrite(
 ) -> bool:
     if module._forward_pre_hooks or module._forward_hooks or not torch.is_grad_enabled():
         return False
+    # Checkpointing of the caller's counts what is saved and runs the layer again: it keeps the input, and a
+    # probe in the first run alone would be counted.
+    autograd: Any = torch._C._autograd
+    if autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
     return runtime.inputs.may_overwrite(module, hidden, found, keywords)
 
 

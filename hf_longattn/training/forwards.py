@@ -111,8 +111,8 @@ def _may_overwrite(
         return False
     # Checkpointing of the caller's counts what is saved and runs the layer again: it keeps the input, and a
     # probe in the first run alone would be counted.
-    autograd: Any = torch._C._autograd
-    if autograd._top_saved_tensors_default_hooks(True) is not None:
+    extension: Any = torch._C
+    if extension._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
     return runtime.inputs.may_overwrite(module, hidden, found, keywords)
 

@@ -1,11 +1,10 @@
 """Attention over a few keys against fp64: new keys written and read, parts of heads turned, groups, pads."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.few_key_attention import few_key_attention
 
@@ -106,11 +105,7 @@ def test_kernel_under_the_interpreter(dtype, shape):
         return
     if (dtype, shape) != (torch.float32, SHAPES[0]):
         pytest.skip("the first case starts the interpreter for all of them")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_under_interpreter(__file__)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,10 @@
 """Linear maps of a few rows against fp64: one row and many, odd sizes, biases, gates, interpreted too."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 
@@ -50,11 +49,7 @@ def test_kernel_under_the_interpreter(dtype, shape):
         return
     if (dtype, shape) != (torch.float32, SHAPES[0]):
         pytest.skip("the first case starts the interpreter for all of them")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_under_interpreter(__file__)
 
 
 @pytest.mark.gpu

@@ -2,11 +2,10 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.gated_activation import gated_activation
 
@@ -58,11 +57,7 @@ def test_kernel_under_the_interpreter(activation):
         return
     if activation != ACTIVATIONS[0]:
         pytest.skip("the first activation starts the interpreter for all of them")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_under_interpreter(__file__)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,10 @@
 """Rotary embedding against its definition in fp64, strided inputs and the interpreted kernel included."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 
@@ -65,11 +64,7 @@ def test_kernel_under_the_interpreter(shape):
         return
     if shape is not SHAPES[0]:
         pytest.skip("the first shape starts the interpreter for all of them")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_under_interpreter(__file__)
 
 
 @pytest.mark.gpu

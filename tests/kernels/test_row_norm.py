@@ -1,11 +1,10 @@
 """Norms against their definition in fp64 and transformers' own modules; the kernel in the interpreter."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import run_under_interpreter
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -88,11 +87,7 @@ def test_kernel_under_the_interpreter(kind):
         return
     if kind != KINDS[0]:
         pytest.skip("the first kind starts the interpreter for all of them")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_under_interpreter(__file__)
 
 
 @pytest.mark.gpu

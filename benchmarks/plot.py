@@ -61,9 +61,12 @@ def generation_text(result: Result) -> str:
         "a token, ms",
         "floor, ms",
         "peak, GiB",
+        "run",
     ]
     rows = []
     for row in result.rows:
+        # Peers may stand from another run: each row says which it is of.
+        run = f"{row['commit']}, {row['date'][:10]}"
         cells = [
             length_name(row["prompt"]),
             row["batch"],
@@ -71,9 +74,10 @@ def generation_text(result: Result) -> str:
             PEERS.get(row["peer"], row["peer"]),
         ]
         if "error" in row:
-            rows.append([*cells, "out of memory", "", row["floor_ms"], ""])
+            measured = ["out of memory", "", row["floor_ms"], ""]
         else:
-            rows.append([*cells, row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]])
+            measured = [row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]]
+        rows.append([*cells, *measured, run])
     return "\n\n".join(
         [
             f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "

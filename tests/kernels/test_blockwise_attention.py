@@ -506,6 +506,11 @@ BAD_CALLS = {
     "`softcap`": lambda q, k, v: {"softcap": 0.0},
     "`scale`": lambda q, k, v: {"scale": -1.0},
     "`dropout`": lambda q, k, v: {"dropout": (1.0, 0)},
+    "`dropout` must be": lambda q, k, v: {"dropout": 0.5},
+    "`key` is on meta": lambda q, k, v: {"key": k.to("meta")},
+    "`value` is on meta": lambda q, k, v: {"value": v.to("meta")},
+    "`bias` is on meta": lambda q, k, v: {"bias": torch.zeros(1, 1, 63, 63, device="meta")},
+    "`sinks` is on meta": lambda q, k, v: {"sinks": torch.zeros(4, device="meta")},
     "`impl` of": lambda q, k, v: {"impl": "flash"},
     "`impl='sdpa'`": lambda q, k, v: {"impl": "sdpa", "softcap": 1.0},
 }
@@ -521,10 +526,16 @@ def test_refuses_by_name(message):
 
 
 @torch_only
-def test_refuses_mixed_dtypes():
+def test_refuses_what_is_of_another_type():
     query, key, value = make_inputs()
     with pytest.raises(TypeError, match="`value`"):
         blockwise_attention(query, key, value.half())
+    with pytest.raises(TypeError, match="`mask` must be a KeyRange or None, got Tensor"):
+        blockwise_attention(query, key, value, mask=torch.ones(63, 63))
+    with pytest.raises(TypeError, match="`mask.lower` must be an integer dtype"):
+        blockwise_attention(query, key, value, mask=KeyRange(lower=positions(63).float()))
+    with pytest.raises(TypeError, match="`mask.key_mask` must be bool"):
+        blockwise_attention(query, key, value, mask=KeyRange(key_mask=torch.ones(1, 63)))
 
 
 @torch_only

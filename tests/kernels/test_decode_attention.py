@@ -277,6 +277,8 @@ BYTES = {name: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for name in ("key", "v
         ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1"),
         ({"sinks": torch.zeros(2)}, ValueError, r"`sinks` must be \(4,\)"),
         ({"sinks": torch.zeros(4).long()}, TypeError, "`sinks` must be floating point"),
+        ({"mask": torch.ones(1, 9)}, TypeError, "`mask` must be a KeyRange or None, got Tensor"),
+        ({"query": torch.zeros(1, 4, 1, 16).int()}, TypeError, r"convert them with `.to\(dtype\)`"),
         ({"mask": KeyRange(lower=torch.zeros(1, 2))}, ValueError, "`mask.lower` must be"),
         ({"mask": KeyRange(upper=torch.zeros(1, 1))}, TypeError, "`mask.upper` must be an integer dtype"),
         ({"mask": KeyRange(key_mask=torch.zeros(1, 9).int())}, TypeError, "`mask.key_mask` must be bool"),

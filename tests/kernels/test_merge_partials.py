@@ -227,6 +227,7 @@ def test_compiles_in_one_graph_and_passes_opcheck():
         (lambda o, s: (o, s.half()), TypeError, "`lse` must be torch.float32"),
         (lambda o, s: (o.double(), s), TypeError, "`lse` must be torch.float64"),
         (lambda o, s: (o.long(), s), TypeError, "floating-point"),
+        (lambda o, s: (list(o), list(s)), TypeError, "must be tensors, got list and list"),
     ],
 )
 def test_refuses(change, error, message):

@@ -61,8 +61,8 @@ def blockwise_attention(
         fp64). A row that sees no key has output 0 and lse -inf (the sink, where there is one).
 
     Raises:
-        ValueError: a shape, option or `impl` that does not fit, by name.
-        TypeError: a dtype that does not fit, by name.
+        ValueError: a shape, device, option or `impl` that does not fit, by name.
+        TypeError: a dtype that does not fit, or a `mask` that is no `KeyRange`, by name.
 
     Source: Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370, section 3; the tiling is
     that of Dao, arXiv 2307.08691, algorithms 1 and 2.
@@ -76,8 +76,8 @@ def blockwise_attention(
     _check_mask(mask, query, key)
     _check_terms(query, key, scale, softcap, dropout)
     _check_bias(bias, query, key)
-    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(f"`sinks` must be floating and (H,) = ({query.shape[1]},), got {_describe(sinks)}.")
+    if sinks is not None:
+        _check_sinks(sinks, query)
     dispatch.check_impl(_NAME, impl, query.device, _IMPLS)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     dropout = dropout if dropout is not None and dropout[0] > 0 else None
@@ -101,6 +101,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(
                 f"`{name}` must be floating and of the query's dtype, got {_describe(tensor)}; cast it."
             )
+        _check_device(name, tensor, query)
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"`key` must share batch and dim with `query` {tuple(query.shape)}, got {tuple(key.shape)}."
@@ -111,7 +112,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"`key` heads must divide the {query.shape[1]} query heads, got {key.shape[1]}.")
 
 
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    # A kernel would read the address of another device's memory.
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` is on {tensor.device}, `query` on {query.device}; move it there.")
+
+
 def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
+    if not isinstance(mask, KeyRange):
+        raise TypeError(
+            f"`mask` must be a KeyRange or None, got {type(mask).__name__}; give a tensor as `bias`, bool or "
+            "added to the scores."
+        )
     expected = {"lower": query.shape[2], "upper": query.shape[2], "key_mask": key.shape[2]}
     for name, length in expected.items():
         tensor = getattr(mask, name)
@@ -125,6 +137,9 @@ def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
             raise ValueError(
                 f"`mask.{name}` is on {tensor.device}, `query` on {query.device}; use `mask.to(device)`."
             )
+        if (tensor.dtype == torch.bool) != (name == "key_mask") or tensor.is_floating_point():
+            wanted = "bool" if name == "key_mask" else "an integer dtype"
+            raise TypeError(f"`mask.{name}` must be {wanted}, got {tensor.dtype}.")
 
 
 def _check_terms(
@@ -136,7 +151,7 @@ def _check_terms(
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"`softcap` must be positive, or None for no bound, got {softcap}.")
-    if dropout is not None and not 0 <= dropout[0] < 1:
+    if dropout is not None and not (isinstance(dropout, tuple) and len(dropout) == 2 and 0 <= dropout[0] < 1):
         raise ValueError(f"`dropout` must be (probability in [0, 1), seed), got {dropout}.")
 
 
@@ -151,6 +166,13 @@ def _check_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> None:
         )
     if bias.dtype != torch.bool and not bias.is_floating_point():
         raise TypeError(f"`bias` must be bool or floating, got {bias.dtype}.")
+    _check_device("bias", bias, query)
+
+
+def _check_sinks(sinks: Tensor, query: Tensor) -> None:
+    if sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
+        raise ValueError(f"`sinks` must be floating and (H,) = ({query.shape[1]},), got {_describe(sinks)}.")
+    _check_device("sinks", sinks, query)
 
 
 def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor, terms: Terms, needs_bias_grad: bool) -> str:

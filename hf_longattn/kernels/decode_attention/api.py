@@ -119,7 +119,7 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, scales: Tensor | No
         if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
             raise TypeError(
                 f"`query`, `key` and `value` must share one floating-point dtype, got {query.dtype}, "
-                f"{key.dtype} and {value.dtype}; convert with `.to({query.dtype})`, or give the `scales` of "
+                f"{key.dtype} and {value.dtype}; convert them with `.to(dtype)`, or give the `scales` of "
                 "keys and values in 8 bits."
             )
         return
@@ -156,6 +156,8 @@ def _check_options(
 
 
 def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
+    if not isinstance(mask, KeyRange):
+        raise TypeError(f"`mask` must be a KeyRange or None, got {type(mask).__name__}.")
     B, T, S = query.shape[0], query.shape[2], key.shape[2]
     for name, tensor, width in (
         ("lower", mask.lower, T),

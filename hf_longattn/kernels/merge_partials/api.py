@@ -34,7 +34,7 @@ def merge_partials(outputs: Tensor, lse: Tensor, *, impl: str = "auto") -> tuple
 
     Raises:
         ValueError: shapes or devices that do not fit, no part at all, or an `impl` that cannot run here.
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit, or lists in the place of tensors.
 
     Example:
         >>> halves = [decode_attention(query, k, v) for k, v in ((key_0, value_0), (key_1, value_1))]
@@ -42,6 +42,9 @@ def merge_partials(outputs: Tensor, lse: Tensor, *, impl: str = "auto") -> tuple
 
     Source: Shyam et al., Tree Attention, arXiv 2408.04093, section 4 (the reduction of Algorithm 3).
     """
+    if not isinstance(outputs, Tensor) or not isinstance(lse, Tensor):
+        kinds = f"{type(outputs).__name__} and {type(lse).__name__}"
+        raise TypeError(f"`outputs` and `lse` must be tensors, got {kinds}; `torch.stack` the parts.")
     if outputs.dim() != 5 or outputs.shape[0] < 1:
         raise ValueError(
             f"`outputs` must be (N, B, H, T, V) with N >= 1, got shape {tuple(outputs.shape)}; "

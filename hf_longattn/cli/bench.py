@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hf_longattn.cli.measure import pick_device
 from hf_longattn.cli.plan import print_json
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.decode_attention import decode_attention
@@ -61,10 +62,7 @@ def bench(device: str = "auto", sizes: tuple[tuple[int, ...], ...] | None = None
     Raises:
         ValueError: a result is wrong, or the device cannot be used.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"`--device {device}` is not there; use `--device cpu`.")
-    place = torch.device(name)
+    place = pick_device(device)
     decode, prefill, lightning = sizes or (_GPU_SIZES if place.type == "cuda" else _CPU_SIZES)
     machine = _Machine(place)
     with torch.inference_mode():

@@ -80,7 +80,7 @@ def generate(
         cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits.
 
     Raises:
-        ValueError: a `cache_dtype` that is unknown, or that the device does not have.
+        ValueError: a `cache_dtype` that is unknown, or that the device does not have; a prompt of no tokens.
     """
     read_cache_dtype(cache_dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +91,11 @@ def generate(
     model = model.to(device).eval()
     prepare_generation(model, progress=progress, cache_dtype=cache_dtype)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if inputs.input_ids.numel() == 0:
+        raise ValueError(
+            f"`--prompt-file`: the tokenizer of {model_name!r} makes no tokens of this text; give another "
+            "text, or look whether the folder holds the model's own tokenizer."
+        )
     streamer = TimedStreamer(tokenizer)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -135,6 +135,11 @@ class Bench:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 check_config(module.config)
+        if {vars(module).get("is_causal") for module in model.modules()} - {None} == {False}:
+            raise ValueError(
+                f"`MODEL` must read from left to right, got {type(model).__name__} with attention in both "
+                "directions; chunks and greedy tokens say nothing of it."
+            )
         return model.dtype, model.num_parameters() * 8 > _MAX_YARDSTICK_BYTES
 
     def load(self, implementation: str, **options: Any) -> Any:

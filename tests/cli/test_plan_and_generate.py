@@ -162,6 +162,12 @@ def test_generate_refuses_in_one_line(folder):
         assert "`--prompt-file`" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+def test_generate_refuses_a_prompt_of_no_tokens(folder):
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
+    result = run("generate", folder, "--no-progress", input="hello")
+    assert result.exit_code == 2 and "no tokens" in result.stderr, result.stderr
+
+
 def test_convert_writes_a_model_that_loads_and_refuses_what_is_none(tmp_path):
     fixture = Path(__file__).parents[1] / "fixtures" / "block_transformer" / "main_b4_p2"
     result = run("convert", "block-transformer", fixture, tmp_path / "converted")

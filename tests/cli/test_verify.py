@@ -155,6 +155,11 @@ def no_weights(folder):
     tiny.CONFIGS["llama"]().save_pretrained(folder)
 
 
+def bert(folder):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tf.BertForMaskedLM(tf.BertConfig(vocab_size=97, **sizes)).save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "names"),
     [
@@ -162,6 +167,7 @@ def no_weights(folder):
         (lambda folder: None, (), "`MODEL`"),
         (falcon, (), "falcon"),
         (t5, (), "'t5'"),
+        (bert, (), "both directions"),
         (no_weights, (), "`MODEL`"),
         (falcon, ("--implementation", "flash"), "`--implementation`"),
         (falcon, ("--dtype", "int8"), "`--dtype`"),

@@ -1,13 +1,14 @@
 """Changing one model instance, and changing it back: what `prepare_*` and `restore` are made of."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ logger = logging.getLogger("hf_longattn")
 
 _ATTRIBUTE = "_hf_longattn_setups"
 _MISSING = object()
+_Fields = TypeVar("_Fields")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -189,6 +191,25 @@ def _used_configs(model: PreTrainedModel) -> list[Any]:
     """The configs of the model's own kind; T5's stacks keep copies that the switch does not reach."""
     configs = [vars(module).get("config") for module in model.modules()]
     return [config for config in configs if type(config) is type(model.config)]
+
+
+def read_setup(kind: type[_Fields], config: Any, fields: dict[str, Any]) -> _Fields:
+    """The settings of a `prepare_*` call.
+
+    Args:
+        kind: their dataclass.
+        config: one of that kind, or None for its defaults.
+        fields: what the call gave beside it, which goes first.
+
+    Raises:
+        TypeError: `config` is of another kind, or has no such field.
+    """
+    if config is not None and not isinstance(config, kind):
+        raise TypeError(
+            f"`config` must be a {kind.__name__}, got {type(config).__name__}; give the fields of a dict as "
+            "keywords."
+        )
+    return dataclasses.replace(config or kind(), **fields)
 
 
 def setups(model: PreTrainedModel) -> dict[str, Setup]:

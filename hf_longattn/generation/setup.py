@@ -17,6 +17,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.graph import GraphDecoder
+from hf_longattn.generation.inputs import watch_inputs
 from hf_longattn.generation.kept import KeptProgram
 from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
@@ -57,10 +58,15 @@ class GenerationSetup:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk_size is not None and self.prefill_chunk_size < 1:
-            raise ValueError(f"`prefill_chunk_size` must be positive or None, got {self.prefill_chunk_size}.")
-        if not self.timeout > 0:
-            raise ValueError(f"`timeout` must be a positive number of seconds, got {self.timeout}.")
+        size = self.prefill_chunk_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"`prefill_chunk_size` must be a positive number of tokens or None, got {size!r}."
+            )
+        if not isinstance(self.progress, bool):
+            raise ValueError(f"`progress` must be True or False, got {self.progress!r}.")
+        if not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
+            raise ValueError(f"`timeout` must be a positive number of seconds, got {self.timeout!r}.")
         read_cache_dtype(self.cache_dtype)
         read_offload(self.offload_layers)
         if self.cuda_graph not in ("auto", True, False):
@@ -96,7 +102,7 @@ def prepare_generation(
         ValueError: a setting or an architecture that cannot be honoured; the model is as it was.
         TypeError: `model` has no transformers model inside, or a field is unknown.
     """
-    setup = dataclasses.replace(config or GenerationSetup(), **fields)
+    setup = instance.read_setup(GenerationSetup, config, fields)
     inner = instance.unwrap(model)
     _check(inner, setup)
     group = _make_group(accelerator, device_mesh, setup)
@@ -160,6 +166,7 @@ def _replace_methods(
         changes.set(model, "_sample", functools.partial(sample, model, setup, decoder))
     elif group is None:
         run_ahead(model, changes)
+    watch_inputs(model, changes)
 
 
 def _replace_minimax(changes: instance.Setup, model: PreTrainedModel, group: SequenceGroup | None) -> None:

@@ -83,13 +83,22 @@ class SequenceGroup:
                 `ParallelismConfig` has one; else all its processes share a sequence.
             device_mesh: a mesh as for `from_mesh`, or None; it goes first.
             timeout: seconds that a rank waits for the others.
+
+        Raises:
+            TypeError: `accelerator` is none.
+            ValueError: the mesh names no dimension of a sequence.
         """
+        if accelerator is not None and not hasattr(accelerator, "num_processes"):
+            raise TypeError(
+                f"`accelerator` must be an accelerate.Accelerator, got {type(accelerator).__name__}; "
+                "settings are given by keyword."
+            )
         own = getattr(accelerator, "torch_device_mesh", None)
         if device_mesh is None and "cp" in (getattr(own, "mesh_dim_names", None) or ()):
             device_mesh = own
         if device_mesh is not None:
             return cls.from_mesh(device_mesh, timeout)
-        if getattr(accelerator, "num_processes", 1) > 1:
+        if accelerator is not None and accelerator.num_processes > 1:
             return cls(dist.group.WORLD, timeout=timeout)
         return None
 

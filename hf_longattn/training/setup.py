@@ -1,7 +1,6 @@
 """`prepare_training`: any length under Trainer, on one instance of a model, undone by `restore`."""
 
 import copy
-import dataclasses
 import logging
 import re
 from dataclasses import dataclass
@@ -61,8 +60,9 @@ class TrainingSetup:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "loss_chunk_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive or None, got {value}.")
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive number of tokens or None, got {value!r}.")
         if self.offload not in ("auto", True, False):
             raise ValueError(f"`offload` must be 'auto', True or False, got {self.offload!r}.")
         if self.loss not in ("chunked", "model"):
@@ -112,7 +112,7 @@ def prepare_training(
 
     Source: Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370.
     """
-    setup = dataclasses.replace(config or TrainingSetup(), **fields)
+    setup = instance.read_setup(TrainingSetup, config, fields)
     inner = instance.unwrap(model)
     decoder = _decoder(inner)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]

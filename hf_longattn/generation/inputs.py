@@ -1,0 +1,77 @@
+"""What `generate` of a prepared model is given, checked before any work."""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_longattn.instance import Setup
+
+
+def watch_inputs(model: PreTrainedModel, changes: Setup) -> None:
+    """Refuses prompts and masks of another shape where `generate` of one model is called.
+
+    Args:
+        model: the transformers model.
+        changes: where the change is noted, to be undone.
+    """
+    original: Any = model.generate
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if model.main_input_name == "input_ids":
+            given = signature.bind_partial(*args, **kwargs).arguments
+            check_prompt(given.get("inputs"), given.get("kwargs", {}))
+        return original(*args, **kwargs)
+
+    changes.set(model, "generate", generate)
+
+
+def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
+    """Refuses a prompt that no model can read, and a mask that is not the prompt's.
+
+    Args:
+        inputs: the first argument of `generate`, or None.
+        keywords: the others: `input_ids` in its place, `attention_mask`, `past_key_values`.
+
+    Raises:
+        ValueError: a shape that does not fit, by name.
+        TypeError: ids that are no tensor of integers, or a cache that is none, by name.
+    """
+    name = "input_ids" if inputs is None else "inputs"
+    ids = keywords.get("input_ids") if inputs is None else inputs
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor):
+        way = "`**inputs`" if hasattr(ids, "keys") else "`torch.tensor(...)`"
+        raise TypeError(f"`{name}` must be a tensor of token ids, got {type(ids).__name__}; pass {way}.")
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"`{name}` must hold token ids, integers, got {ids.dtype}; cast with `.long()`.")
+    needed = 0 if keywords.get("inputs_embeds") is not None else 1
+    if ids.ndim != 2 or ids.shape[1] < needed:
+        way = "`[None]` makes a batch of one row" if ids.ndim == 1 else "at least one token a row is needed"
+        raise ValueError(f"`{name}` must be (batch, tokens), got shape {tuple(ids.shape)}; {way}.")
+    cache = keywords.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(
+            f"`past_key_values` must be a cache, got {type(cache).__name__}; pass "
+            "`LongContextCache(model.config)`, one of transformers, or nothing."
+        )
+    mask = keywords.get("attention_mask")
+    if needed and isinstance(mask, Tensor) and mask.ndim == 2:
+        _check_mask(mask, ids, cache)
+
+
+def _check_mask(mask: Tensor, ids: Tensor, cache: Any) -> None:
+    rows, tokens = ids.shape
+    held = 0
+    if mask.shape[1] != tokens and cache is not None:
+        held = int(cache.get_seq_length())
+    if mask.shape[0] != rows or mask.shape[1] not in (tokens, held + tokens):
+        also = f", or {(rows, held + tokens)} with what `past_key_values` holds" if held else ""
+        raise ValueError(
+            f"`attention_mask` must be {(rows, tokens)} as the token ids{also}, got {tuple(mask.shape)}."
+        )

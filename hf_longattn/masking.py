@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 from hf_longattn.kernels.dispatch import log_once
@@ -27,6 +28,50 @@ MaskFunction = Callable[..., Any]
 
 # Above this many queries, one look at the mask (a device synchronisation) pays: dense attention is faster.
 _FEW_QUERIES = 16
+
+
+class Runs(NamedTuple):
+    """Where the tokens of each row lie that exist, all of a row together: `[first[b], end[b])`."""
+
+    first: list[int]
+    end: list[int]
+
+    def fill(self, begin: int, end: int) -> bool:
+        """Whether every row's tokens reach over the columns `[begin, end)`."""
+        return max(self.first) <= begin and end <= min(self.end)
+
+
+# What is known of masks that nobody writes to any more: who made them has looked.
+_KNOWN_RUNS = WeakIdKeyDictionary()
+
+
+def look_for_runs(mask: Tensor) -> Runs | None:
+    """Looks at a mask, once for all that is cut from it: one wait for the device.
+
+    Args:
+        mask: (B, N), nonzero where a token exists.
+
+    Returns:
+        the run of every row, or None where a row has gaps or no token at all.
+    """
+    exists = mask.bool()
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    first = exists.to(torch.uint8).argmax(-1)
+    end = torch.where(exists, columns + 1, 0).amax(-1)
+    rows = torch.stack([first, end, exists.sum(-1)]).tolist()
+    whole = all(0 < count == end - first for first, end, count in zip(*rows, strict=True))
+    return Runs(rows[0], rows[1]) if whole else None
+
+
+def remember_runs(mask: Tensor, runs: Runs | None) -> None:
+    """Spares `lazy_mask` a look at a mask.
+
+    Args:
+        mask: (B, N) bool, not written to afterwards.
+        runs: of the mask that `mask` holds the first columns of; None says nothing.
+    """
+    if runs is not None:
+        _KNOWN_RUNS[mask] = runs
 
 
 @dataclass
@@ -166,6 +211,7 @@ class LazyMask:
         padding: (B, S) bool, True where a key exists, or None.
         device: where the tensors of the mask live.
         pattern: `mask_function` in words, where it is known.
+        runs: where the tokens of `padding` lie, where it is known that each row has one run of them.
     """
 
     ndim = 4
@@ -182,11 +228,12 @@ class LazyMask:
         padding: Tensor | None,
         device: torch.device,
         pattern: Pattern | None = None,
+        runs: Runs | None = None,
     ) -> None:
         self.batch_size, self.q_length, self.kv_length = batch_size, q_length, kv_length
         self.q_offset, self.kv_offset = q_offset, kv_offset
         self.mask_function, self.pattern = mask_function, pattern
-        self.padding, self.device = padding, device
+        self.padding, self.device, self.runs = padding, device, runs
         self._ranges: dict[torch.device, KeyRange] = {}
         self._packed: dict[str, Tensor | None] = {}
         # What attention works out of this mask, once a forward for all layers.
@@ -299,12 +346,13 @@ class LazyMask:
         # worth it.
         if is_tracing(padding) or (self.q_length <= _FEW_QUERIES and padding.device.type != "cpu"):
             return limits.masked(padding)
-        starts = padding & ~F.pad(padding[:, :-1], (1, 0))
-        missing, most_runs = torch.stack([(~padding).sum(), starts.sum(-1).max()]).tolist()
-        if missing == 0:
-            return limits
-        if most_runs > 1:
-            return limits.masked(padding)
+        if self.runs is None:
+            starts = padding & ~F.pad(padding[:, :-1], (1, 0))
+            missing, most_runs = torch.stack([(~padding).sum(), starts.sum(-1).max()]).tolist()
+            if missing == 0:
+                return limits
+            if most_runs > 1:
+                return limits.masked(padding)
         length = padding.sum(-1, keepdim=True)
         first = padding.to(torch.int8).argmax(-1, keepdim=True)
         full = torch.ones(1, self.q_length, dtype=torch.long, device=self.device)
@@ -397,6 +445,9 @@ def lazy_mask(
         check_config(config)
     device = torch.device(device)
     q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)
+    runs = None if attention_mask is None else _KNOWN_RUNS.get(attention_mask)
+    if runs is not None and isinstance(kv_offset, int) and runs.fill(kv_offset, kv_offset + kv_length):
+        attention_mask = None
     padding = _local_padding(attention_mask, batch_size, kv_length, kv_offset)
     pattern = recognise(mask_function)
     if pattern is None and not torch.compiler.is_compiling():
@@ -405,7 +456,7 @@ def lazy_mask(
             logging.INFO, f"mask function {name} is not an interval of keys a query: evaluated tile by tile"
         )
     return LazyMask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, padding, device, pattern
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, padding, device, pattern, runs
     )
 
 

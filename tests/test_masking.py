@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
 from hf_longattn.kernels.key_range import KeyRange
-from hf_longattn.masking import LazyMask, document_bounds, lazy_mask, packed_bounds, recognise
+from hf_longattn.masking import (
+    LazyMask,
+    document_bounds,
+    lazy_mask,
+    look_for_runs,
+    packed_bounds,
+    recognise,
+    remember_runs,
+)
 
 BATCH = 2
 
@@ -141,3 +149,28 @@ def test_a_wrong_mask_is_refused():
         _ = torch.zeros(1) + lazy_mask(2, 4, 4)
     with pytest.raises(TypeError, match="outside transformers' attention interface"):
         _ = lazy_mask(2, 4, 4)[:, :, :2]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_is_known_of_a_whole_mask_serves_its_slices(data):
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+    bits = st.lists(st.booleans(), min_size=length, max_size=length)
+    mask = torch.tensor([data.draw(bits) for _ in range(batch)])
+    runs = look_for_runs(mask)
+    spans = [[i for i, bit in enumerate(row) if bit] for row in mask.tolist()]
+    gaps = any(not span or span[-1] - span[0] + 1 != len(span) for span in spans)
+    assert (runs is None) == gaps
+    end = data.draw(st.integers(1, length))
+    queries = data.draw(st.integers(1, end))
+    known, unknown = mask[:, :end].clone(), mask[:, :end].clone()
+    remember_runs(known, runs)
+    made = [lazy_mask(batch, queries, end, end - queries, attention_mask=part) for part in (known, unknown)]
+    dense = [part.tile(slice(0, queries)) for part in made]
+    assert torch.equal(dense[0], dense[1])
+    ranges = [part.key_range() for part in made]
+    tile = slice(0, queries), slice(0, end), queries, end, torch.device("cpu")
+    spelled = [each.tile(*tile).expand(batch, 1, queries, end) for each in ranges]
+    assert torch.equal(spelled[0], spelled[1])
+    if runs is not None and mask[:, :end].all():
+        assert made[0].padding is None and ranges[0].is_dense

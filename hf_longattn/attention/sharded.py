@@ -74,6 +74,7 @@ def _run_mask(mask: LazyMask | Tensor | None, options: Options, shard: Shard) ->
             mask.padding,
             mask.device,
             mask.pattern,
+            mask.runs,
         )
     return mask.derived["run"]
 

@@ -23,6 +23,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.fusion import fused_prompt
+from hf_longattn.masking import look_for_runs, remember_runs
 
 if TYPE_CHECKING:
     from hf_longattn.generation.graph import GraphDecoder
@@ -93,9 +94,14 @@ def prefill(
             outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
             advance(total)
             return outputs
+        # A look at every chunk's mask would leave the GPU without work while the next chunk is prepared.
+        runs = None if mask is None else look_for_runs(mask)
         for start in range(0, total, chunk):
             length = min(chunk, total - start)
             inputs = _chunk_kwargs(model_kwargs, total - start - length)
+            if mask is not None:
+                inputs["attention_mask"] = inputs["attention_mask"].bool()
+                remember_runs(inputs["attention_mask"], runs)
             inputs = causal_model.prepare_inputs_for_generation(
                 input_ids[:, : first + start + length],
                 next_sequence_length=length,

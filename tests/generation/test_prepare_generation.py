@@ -48,6 +48,21 @@ def test_the_chunk_size_changes_nothing(family, chunk):
     assert generate(model, ids, mask, do_sample=False) == expected
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_the_mask_of_a_prompt_is_looked_at_once_whatever_the_chunks(padded, monkeypatch):
+    ids, mask = tiny.tokens(2, 40), tiny.padding([40, 33 if padded else 40], 40, "left")
+    looks, to_list = [], torch.Tensor.tolist
+    counts = []
+    for chunk in (20, 5):
+        model = hf_longattn.prepare_generation(tiny.build("llama"), prefill_chunk_size=chunk)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda self: looks.append(self.shape) or to_list(self))
+            model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+        counts.append(len(looks))
+        looks.clear()
+    assert counts[0] == counts[1] > 0
+
+
 def test_assisted_decoding_equals_greedy():
     ids = tiny.tokens(1, 23)
     expected = generate(tiny.build("gemma2"), ids, do_sample=False)

@@ -23,6 +23,7 @@ from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
 from hf_longattn.generation.several import share_generation
+from hf_longattn.kernels.dispatch import triton_runs_on
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.prefill import ShardedForward
 
@@ -121,6 +122,8 @@ def prepare_generation(
 
 def _check(model: PreTrainedModel, setup: GenerationSetup) -> None:
     """Refuses what the model or its device cannot do."""
+    # Names a version of Triton that is too old.
+    triton_runs_on(model.device)
     if setup.cuda_graph is True and model.device.type != "cuda":
         raise ValueError(f"`cuda_graph=True` needs a model on a GPU, got one on {str(model.device)!r}.")
     check_cache_dtype(read_cache_dtype(setup.cache_dtype), model.device)

@@ -5,16 +5,36 @@ honoured or refused; `"auto"` picks the fastest one that computes exactly what w
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 
 import torch
 
 logger = logging.getLogger("hf_longattn")
 
+_OLDEST_TRITON = (3, 4)
+
+
+def _triton_version() -> str:
+    """The installed version, or "" where it is unknown: builds for some devices have another name."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_too_old(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(map(int, numbers.groups())) < _OLDEST_TRITON
+
+
 # Asked once, here: Dynamo traces through `functools.cache` and warns about it.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_VERSION = _triton_version()
+_TRITON_IS_TOO_OLD = _is_too_old(_TRITON_VERSION)
 
 
 @functools.cache
@@ -34,8 +54,18 @@ def interpreting() -> bool:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton kernels can run on tensors of `device`."""
-    return has_triton() and (device.type in ("cuda", "xpu") or (device.type == "cpu" and interpreting()))
+    """Whether Triton kernels can run on tensors of `device`.
+
+    Raises:
+        ValueError: they would, but this version of Triton is too old for them.
+    """
+    on_device = device.type in ("cuda", "xpu") or (device.type == "cpu" and interpreting())
+    if has_triton() and on_device and _TRITON_IS_TOO_OLD:
+        raise ValueError(
+            f"`triton` {_TRITON_VERSION} is too old for the kernels of hf_longattn, which need 3.4 or later: "
+            "`pip install -U triton` with a torch that takes it; `hf-longattn doctor` shows all versions."
+        )
+    return has_triton() and on_device
 
 
 def lacks_fp8(device: torch.device) -> bool:

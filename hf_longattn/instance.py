@@ -209,7 +209,8 @@ def read_setup(kind: type[_Fields], config: Any, fields: dict[str, Any]) -> _Fie
             f"`config` must be a {kind.__name__}, got {type(config).__name__}; give the fields of a dict as "
             "keywords."
         )
-    return dataclasses.replace(config or kind(), **fields)
+    chosen: Any = kind() if config is None else config
+    return dataclasses.replace(chosen, **fields)
 
 
 def setups(model: PreTrainedModel) -> dict[str, Setup]:

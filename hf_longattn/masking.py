@@ -437,7 +437,7 @@ def lazy_mask(
         the description; nothing of size T x S is built.
 
     Raises:
-        ValueError: the mask is not (B, N), or the model bypasses the attention interface.
+        ValueError: the mask is not (B, N) or ends too soon, or the model bypasses the attention interface.
     """
     if isinstance(attention_mask, LazyMask):
         return attention_mask
@@ -445,10 +445,13 @@ def lazy_mask(
         check_config(config)
     device = torch.device(device)
     q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)
-    runs = None if attention_mask is None else _KNOWN_RUNS.get(attention_mask)
+    # Dynamo does not look into a weak dictionary.
+    unknown = attention_mask is None or torch.compiler.is_compiling()
+    runs = None if unknown else _KNOWN_RUNS.get(attention_mask)
     if runs is not None and isinstance(kv_offset, int) and runs.fill(kv_offset, kv_offset + kv_length):
         attention_mask = None
     padding = _local_padding(attention_mask, batch_size, kv_length, kv_offset)
+    _check_reach(attention_mask, q_offset + q_length, kv_offset + kv_length)
     pattern = recognise(mask_function)
     if pattern is None and not torch.compiler.is_compiling():
         name = getattr(mask_function, "__qualname__", repr(mask_function))
@@ -465,6 +468,16 @@ def _snapshot(offset: int | Tensor) -> Any:
     if not isinstance(offset, Tensor):
         return offset
     return offset.clone() if is_tracing(offset) or offset.device.type != "cpu" else int(offset)
+
+
+def _check_reach(attention_mask: Tensor | None, queries: int | Tensor, keys: int | Tensor) -> None:
+    """Refuses a mask that ends before the last token; free slots of a static cache may lie behind it."""
+    if attention_mask is None or not (isinstance(queries, int) and isinstance(keys, int)):
+        return
+    if attention_mask.shape[1] < (needed := min(queries, keys)):
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} tokens of {needed}; give an entry for each."
+        )
 
 
 def _local_padding(

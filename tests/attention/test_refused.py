@@ -79,6 +79,16 @@ def test_mask_of_the_wrong_rank():
         tiny.build("llama", "tree_attention")(input_ids=tiny.tokens(2, 8), attention_mask=torch.ones(2, 8, 8))
 
 
+@pytest.mark.parametrize("held", [0, 5])
+def test_mask_that_ends_before_the_tokens(held):
+    model, ids, cache = tiny.build("gemma2", "tree_attention"), tiny.tokens(1, 9), tf.DynamicCache()
+    with torch.no_grad():
+        if held:
+            model(input_ids=ids[:, :held], past_key_values=cache)
+        with pytest.raises(ValueError, match="`attention_mask` covers 8 tokens of 9"):
+            model(input_ids=ids[:, held:], attention_mask=torch.ones(1, 8), past_key_values=cache)
+
+
 def test_window_on_a_layer_without_a_side():
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match="sliding_window"):

@@ -3,6 +3,7 @@
 section "result"    a run: what was trained, on how many tokens, its held-out loss
 section "curve"     held-out loss of a run after so many tokens
 section "passkey"   share of keys found at a length, by the run and by the model that it came from
+section "position"  held-out loss of the tokens between two positions, before and after
 """
 
 from collections.abc import Callable
@@ -24,6 +25,14 @@ COLUMNS = {
     "tokens_per_s": "tokens/s in training",
     "tflop_per_s": "TFLOP/s",
     "generated_per_s": "tokens/s in `generate()`",
+}
+LONG_COLUMNS = {
+    "run": "run",
+    "parameters": "parameters",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "tokens_per_s": "tokens/s in training",
+    "peak_gib": "peak, GiB",
 }
 # Shares of right answers to zero-shot questions.
 ANSWERS = ("last_word", "next_sentence")
@@ -56,6 +65,40 @@ def training_text(result: Result) -> str:
             table(["run", *map(length_name, lengths)], lines),
         ]
     return "\n\n".join(parts)
+
+
+def position_text(result: Result) -> str:
+    """What was trained, and the loss by position before and after."""
+    runs = result.where(section="result").rows
+    cells = [[millions(f, row.get(f)) for f in LONG_COLUMNS] for row in runs]
+    parts = [
+        "Tokens a second are those of training alone. Losses are means over the tokens of held-out pieces "
+        "between two positions, in nats a token.",
+        table(list(LONG_COLUMNS.values()), cells),
+    ]
+    for run in values(runs, "run"):
+        rows = result.where(section="position", run=run).rows
+        lines = [
+            [f"{r['start']:,} to {r['stop']:,}", exact("loss", r["before"]), exact("loss", r["after"])]
+            for r in rows
+        ]
+        parts += [f"{run}:", table(["positions", "loss before", "loss after"], lines)]
+    return "\n\n".join(parts)
+
+
+def draw_positions(result: Result, axis) -> None:
+    """Held-out loss against the position, before and after."""
+    for run in values(result.where(section="position").rows, "run"):
+        rows = sorted(result.where(section="position", run=run).rows, key=lambda row: row["stop"])
+        for kind in ("before", "after"):
+            points = [(row["stop"], row[kind]) for row in rows if row[kind] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"{run}, {kind}")
+    stops = sorted({row["stop"] for row in result.where(section="position").rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(stops, [length_name(stop) for stop in stops])
+    axis.set(xlabel="position, up to", title="held-out loss by position")
+    axis.legend(frameon=False, fontsize=7)
 
 
 def exact(field: str, value):
@@ -146,5 +189,6 @@ def panels(*parts: Callable) -> Callable[[Result, list], None]:
 TRAINING = {
     "linearize": (training_text, panels(draw_losses, draw_passkeys), 2),
     "pretrain_lightning": (training_text, panels(draw_losses), 1),
+    "finetune_long": (position_text, panels(draw_positions), 1),
     "uptrain_block_transformer": (training_text, panels(draw_losses, draw_pareto), 2),
 }

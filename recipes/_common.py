@@ -8,6 +8,7 @@ The rows have one order for a seed: runs with the same text, length and seed see
 order.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -36,12 +37,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_longattn
+from hf_longattn.attention.lightning import lightning_attention_forward
 from hf_longattn.cli.cloze import answer_cloze
 from hf_longattn.cli.evaluate import find_numbers
+from hf_longattn.modeling.lightning import modeling_lightning
 
 sys.path.append(str(ROOT / "benchmarks"))
 from _report import Report  # noqa: E402  the format of the result files has one home
@@ -288,6 +294,38 @@ def narrow_residual(model: nn.Module) -> None:
             module.register_forward_hook(follow)
 
 
+@contextlib.contextmanager
+def compiled_layers(model: nn.Module, backend: str = "inductor") -> Iterator[None]:
+    """Compiles the layers and the loss for the time of the context: elementwise work runs in few kernels.
+
+    Layers of a kind share one program. Lightning attention stays outside of them, since it would be a
+    constant of theirs which slopes a layer has.
+
+    Args:
+        model: a language model; others stay as they are.
+        backend: as `torch.compile` takes it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not isinstance(model, PreTrainedModel) or not layers:
+        yield
+        return
+    own, loss = lightning_attention_forward, model.loss_function
+    apart = torch.compiler.disable(own)
+    try:
+        modeling_lightning.lightning_attention_forward = apart
+        ALL_ATTENTION_FUNCTIONS["lightning_attention"] = apart
+        model.loss_function = torch.compile(loss, backend=backend, dynamic=False)
+        for layer in layers:
+            layer.compile(backend=backend, dynamic=False)
+        yield
+    finally:
+        modeling_lightning.lightning_attention_forward = own
+        ALL_ATTENTION_FUNCTIONS["lightning_attention"] = own
+        model.loss_function = loss
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
 def flops_a_token(model: PreTrainedModel, shares: dict[str, float] | None = None) -> float:
     """Operations of the products with weights, forward and backward, a token; attention scores left out.
 
@@ -345,10 +383,11 @@ def train(
         model, arguments, train_dataset=data.train, eval_dataset=data.held_out, callbacks=[curve]
     )
     checkpoint = get_last_checkpoint(str(folder)) if text.resume else None
-    worker.train(resume_from_checkpoint=checkpoint)
     tokens = first_tokens + arguments.max_steps * step_tokens
-    if tokens not in curve.points():
-        worker.evaluate()
+    with compiled_layers(model) if training.compile_layers else contextlib.nullcontext():
+        worker.train(resume_from_checkpoint=checkpoint)
+        if tokens not in curve.points():
+            worker.evaluate()
     draw(folder / "curve.png", {folder.name: curve.rows()})
     points, seconds = curve.points(), curve.rows()[-1]["seconds"]
     return {
@@ -430,7 +469,10 @@ def draw(path: Path, curves: dict[str, list[dict]]) -> None:
 
 
 def write_report(
-    name: str, training: Training, runs: dict[str, dict[str, Any]], more: list[dict[str, Any]] | None = None
+    name: str,
+    training: TrainingArguments,
+    runs: dict[str, dict[str, Any]],
+    more: list[dict[str, Any]] | None = None,
 ) -> None:
     """The result file `NAME.json` in the output folder: every run, its curve, and what was probed.
 

@@ -43,6 +43,12 @@ class Training(TrainingArguments):
     """
 
     bf16: bool = field(default_factory=torch.cuda.is_available)
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "compile a layer of each kind: seconds; the whole model, --torch_compile, takes minutes"
+        },
+    )
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 4
@@ -64,6 +70,8 @@ class Training(TrainingArguments):
     # The rows come shuffled.
     train_sampling_strategy: str = "sequential"
     dataloader_num_workers: int = 4
+    # A copy that is waited for would empty the queue of the GPU before every batch.
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"non_blocking": True})
 
 
 @dataclass(frozen=True)
@@ -121,4 +129,4 @@ def smoke(text: Text, training: Training) -> None:
     training.use_cpu, training.bf16, training.dataloader_num_workers = True, False, 0
     training.gradient_accumulation_steps, training.learning_rate = 1, 1e-2
     training.logging_steps, training.eval_steps, training.save_steps = 5, 0.25, 0.5
-    training.dataloader_pin_memory = False
+    training.dataloader_pin_memory = training.accelerator_config.non_blocking = False

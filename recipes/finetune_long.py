@@ -10,13 +10,14 @@ Several GPUs share each piece, a rank with its part of the tokens:
 SmolLM2-135M-Instruct knows 8K positions. The base of its rotary embedding is raised for the new length, and
 it trains on pieces of the King James Bible under Trainer, with `prepare_training`. Before and after, the loss
 is printed by position: tokens far from the beginning should end up the cheapest, for they have read the most.
+`finetune_long.json` in the output folder holds the same, for `benchmarks/plot.py`.
 """
 
 import math
 from dataclasses import dataclass, field
 
 import torch
-from _common import Rows
+from _common import Rows, write_report
 from _options import parse
 from torch import Tensor
 from transformers import (
@@ -85,9 +86,11 @@ def load_smoke(recipe: Recipe) -> tuple[PreTrainedModel, Tensor]:
 
 
 @torch.no_grad()
-def loss_by_position(model: PreTrainedModel, pieces: Rows, length: int) -> dict[str, float]:
+def loss_by_position(model: PreTrainedModel, pieces: Rows, length: int, bf16: bool) -> dict[str, float]:
     """Mean loss of the tokens between powers of two; each call projects the tokens of one range alone."""
     model.eval()
+    # Trainer's autocast wraps the model from the first step on: before and after compute alike.
+    products = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
     edges = [0, *(length >> shift for shift in (5, 4, 3, 2, 1, 0))]
     losses = {}
     for start, stop in zip(edges, edges[1:], strict=False):
@@ -96,9 +99,34 @@ def loss_by_position(model: PreTrainedModel, pieces: Rows, length: int) -> dict[
             ids = pieces[index]["input_ids"][None].to(model.device)
             labels = torch.full_like(ids, -100)
             labels[:, start:stop] = ids[:, start:stop]
-            total += model(input_ids=ids, labels=labels).loss.item()
+            with products:
+                total += model(input_ids=ids, labels=labels).loss.item()
         losses[f"{start}-{stop}"] = total / len(pieces)
     return losses
+
+
+def report(
+    recipe: Recipe, trainer: Trainer, before: dict[str, float], after: dict[str, float], seconds: float
+) -> None:
+    """Prints the losses by position and writes the result file."""
+    training = trainer.args
+    print(f"\n{'positions':>16}  before   after")
+    for name, loss in after.items():
+        print(f"{name:>16}  {before.get(name, math.nan):6.3f}  {loss:6.3f}")
+    batch = training.gradient_accumulation_steps * (1 if recipe.share else training.world_size)
+    tokens = trainer.state.global_step * batch * recipe.length
+    result = {"parameters": trainer.model.num_parameters(), "length": recipe.length, "tokens": tokens}
+    result |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "points": {}}
+    if training.device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    run = f"{recipe.length} tokens a piece"
+    places = [(name, *map(int, name.split("-"))) for name in after]
+    rows = [
+        {"section": "position", "run": run, "start": start, "stop": stop}
+        | {"before": before.get(name), "after": after[name]}
+        for name, start, stop in places
+    ]
+    write_report("finetune_long", training, {run: result}, rows)
 
 
 def main() -> None:
@@ -123,13 +151,11 @@ def main() -> None:
     )
     # ZeRO stage 3 cuts weights while they are read, and joins them from the first step of training on.
     cut = is_deepspeed_zero3_enabled()
-    before = {} if cut else loss_by_position(model, held_out, recipe.length)
-    trainer.train()
-    after = loss_by_position(model, held_out, recipe.length)
+    before = {} if cut else loss_by_position(model, held_out, recipe.length, training.bf16)
+    seconds = trainer.train().metrics["train_runtime"]
+    after = loss_by_position(model, held_out, recipe.length, training.bf16)
     if trainer.is_world_process_zero():
-        print(f"\n{'positions':>16}  before   after")
-        for name, loss in after.items():
-            print(f"{name:>16}  {before.get(name, math.nan):6.3f}  {loss:6.3f}")
+        report(recipe, trainer, before, after, seconds)
     if not all(map(math.isfinite, after.values())):
         raise SystemExit("the loss is not finite")
     trainer.save_model()

@@ -33,8 +33,16 @@ def passkey(run, length, share):
     return {"section": "passkey", "run": run, "length": length, "source": 0.5, "accuracy": share}
 
 
+PLACES = [
+    {"start": 0, "stop": 1024, "before": 3.5, "after": 3.25},
+    {"start": 1024, "stop": 32768, "before": None, "after": 2.98768},
+]
 FILES = {
     "linearize": [result("hybrid", 2.71234), *curve("hybrid", 9.0, 3.0), passkey("hybrid", 1024, 0.25)],
+    "finetune_long": [
+        result("32768 tokens a piece", None, seconds=60.0),
+        *({"section": "position", "run": "32768 tokens a piece", **place} for place in PLACES),
+    ],
     "pretrain_lightning": [result("llama", 3.5), *curve("llama", 11.0, 3.5)],
     "uptrain_block_transformer": [
         result("vanilla, 30M", 3.0, generated_per_s=100.0),
@@ -56,6 +64,8 @@ def test_each_recipe_has_a_page_and_a_figure(name, tmp_path):
     page = (tmp_path / "docs" / "benchmarks" / f"{name}.md").read_text()
     assert f"`python recipes/{name}.py --text books`" in page and "30.4 M" in page
     assert f"](../images/{name}.png)" in page and (tmp_path / f"docs/images/{name}.png").exists()
+    if name == "finetune_long":
+        assert "| 0 to 1,024 | 3.5000 | 3.2500 |" in page and "| 1,024 to 32,768 |  | 2.9877 |" in page
     if name == "linearize":
         assert "| 2.7123 |" in page and "| the source | 50 % |" in page and "| hybrid | 25 % |" in page
     if name == "uptrain_block_transformer":

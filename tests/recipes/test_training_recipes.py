@@ -308,6 +308,39 @@ def test_several_processes_or_gpus_are_refused(tmp_path, monkeypatch):
 # ---- the recipes
 
 
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def hybrid(layers):
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(**shape, num_hidden_layers=layers, use_cache=False)
+    config.lightning_layers = [i for i in range(layers) if i % 3]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="lightning_attention")
+    return model.train()
+
+
+def test_compiled_layers_share_programs_and_leave_the_model_as_it_was():
+    ids, programs = torch.randint(64, (2, 24)), []
+    for layers in (3, 6):
+        torch.compiler.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        model = hybrid(layers)
+        plain = gradients(model, ids)
+        with _common.compiled_layers(model, backend="aot_eager"):
+            compiled = gradients(model, ids)
+        programs.append(counters["stats"]["unique_graphs"])
+        # Sums of 1e3 fp32 terms in another order.
+        assert (compiled - plain).norm() <= 1e3 * torch.finfo(torch.float32).eps * plain.norm()
+        assert torch.equal(gradients(model, ids), plain)
+        assert counters["stats"]["unique_graphs"] == programs[-1]
+    # The parts of a layer around attention, and the loss.
+    assert programs[0] == programs[1] <= 6
+
+
 @pytest.mark.slow
 def test_linearize_falls_reloads_and_resumes_bit_by_bit(tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"

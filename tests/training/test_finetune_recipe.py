@@ -1,5 +1,6 @@
 """The fine-tuning recipe, in its smoke mode, as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,4 +31,9 @@ def smoke(tmp_path, launcher, more):
     before, after = (sum(float(row[column]) for row in rows) for column in (2, 3))
     assert before != after
     assert (tmp_path / "model.safetensors").exists()
+    report = json.loads((tmp_path / "finetune_long.json").read_text())
+    assert report[0]["section"] == "result" and report[0]["tokens_per_s"] > 0
+    # Printed to three digits.
+    written = [f"{row[column]:.3f}" for row in report[1:] for column in ("before", "after")]
+    assert written == [f"{float(row[column]):.3f}" for row in rows for column in (2, 3)]
     return [float(row[column]) for row in rows for column in (2, 3)]

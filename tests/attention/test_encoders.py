@@ -5,7 +5,7 @@ import tiny
 import torch
 import transformers as tf
 
-import hf_longattn  # noqa: F401  registers the implementations
+import hf_longattn
 
 BOUND = 2e-5
 implementations = pytest.mark.parametrize("implementation", ["tree_attention", "blockwise_attention"])
@@ -97,6 +97,32 @@ def test_encoder_equals_eager(make, implementation, side):
     with torch.no_grad():
         expected, result = (m(input_ids=ids, attention_mask=mask).logits for m in (eager, ours))
     assert tiny.relative_error(result[mask.bool()], expected[mask.bool()]) <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [bart, t5], ids=["bart", "t5"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_answers_of_prepared_encoder_decoders(make, side):
+    ids, mask = tiny.tokens(2, 18), tiny.padding([18, 18 if side == "none" else 7], 18, side)
+    eager, model = pair(make, "tree_attention")
+    hf_longattn.prepare_generation(model, prefill_chunk_size=5)
+    for beams in (1, 2):
+        call = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "num_beams": beams}
+        expected, result = (one.generate(ids, **call) for one in (eager, model))
+        assert torch.equal(result, expected), beams
+
+
+@pytest.mark.slow
+@implementations
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_gradients_of_encoders(implementation, side):
+    ids, mask = tiny.tokens(2, 30), tiny.padding([30, 30 if side == "none" else 13], 30, side)
+    labels = torch.where(mask.bool(), ids, -100)
+    gradients = []
+    for model in pair(bert, implementation):
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert tiny.relative_error(gradients[1], gradients[0]) <= BOUND
 
 
 def test_dropout_replays_with_the_seed_and_drops():

@@ -52,10 +52,11 @@ def assert_near(inputs, mask, softcap=None, sinks=None, num_splits=None):
     torch.testing.assert_close(lse[seen].double(), want_lse[seen], rtol=0, atol=8 * 2**-23 * 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("num_queries", [1, 3, 16], ids="T{}".format)
-def test_masks(kind, num_queries):
-    inputs = on_gpu(2, 8, 2, num_queries, 1500, 128, 128, torch.bfloat16)
+def test_masks(kind, num_queries, dtype):
+    inputs = on_gpu(2, 8, 2, num_queries, 1500, 128, 128, dtype)
     assert_near(inputs, make_mask(kind, 2, num_queries, 1500).to(inputs[0].device))
 
 

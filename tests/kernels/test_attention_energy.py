@@ -40,6 +40,29 @@ def test_equals_the_dense_formula(dtype, mask):
     assert (got.double() - exact).norm() <= bound
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+def test_energy_and_its_gradient_on_a_gpu(dtype):
+    tensors = [x.cuda() for x in make_inputs(T=130, S=200, K=64, V=64, dtype=dtype)]
+    mask = causal(130, 200).cuda()
+    # Widened as the operator widens: what is held against fp64 is the sum, not the rounding of the inputs.
+    inputs = {"exact": [x.double() for x in tensors], "plain": [x.float() for x in tensors], "ours": tensors}
+    found = {}
+    for name, (query, key, value, zeta) in inputs.items():
+        zeta = zeta.float().requires_grad_() if name == "ours" else zeta.requires_grad_()
+        if name == "ours":
+            energy = attention_energy(query, key, value, zeta, scale=SCALE, mask=mask)
+        else:
+            energy = dense(query, key, value, zeta, mask)
+        found[name] = energy.double(), torch.autograd.grad(energy.sum(), zeta)[0].double()
+    for got, plain, exact in zip(found["ours"], found["plain"], found["exact"], strict=True):
+        # fp32 products on tensor cores err by a unit of TF32 where torch is told to use them; here it is not.
+        allowed = (plain - exact).norm() + torch.finfo(torch.float32).eps * exact.norm()
+        assert (got - exact).norm() <= 1.5 * allowed
+
+
 def test_gradient_at_zero_is_attention():
     query, key, value, _ = make_inputs(T=11)
     zeta = torch.zeros(2, 4, 11, 5, dtype=torch.float64, requires_grad=True)

@@ -79,6 +79,22 @@ def _norm(kind, width, rows, with_residual=False):
     return Case(f"row_norm-{kind}-D{width}-R{rows}", kernel, signature, constexprs, warps)
 
 
+def _norm_backward(kind, width, rows, dtype="bf16", slow=False):
+    """The gradients of `row_norm`, of states, weight and bias."""
+    names = ("x", "weight", "dy", "dx")
+    signature = {f"{name}_ptr": f"*{dtype}:16" for name in names} | {"dweight_ptr": "*fp32:16"}
+    signature |= {"dbias_ptr": "*fp32:16"} if kind == "layer" else {}
+    signature |= {"x_strides": ("i64:16", 1), "dy_strides": ("i64:16", 1)}
+    signature |= {"num_rows": "i32", "rows_each": "i32", "eps": "fp32"}
+    block = triton.next_power_of_2(width)
+    constexprs = {"D": width, "KIND": kind, "BLOCK_R": rows, "BLOCK_D": block}
+    constexprs |= {} if kind == "layer" else {"dbias_ptr": None}
+    warps = min(max(rows * block // 256, 1), 16)
+    kernel = "hf_longattn.kernels.row_norm.triton:_backward_kernel"
+    id = f"row_norm_backward-{kind}-D{width}-R{rows}-{dtype}"
+    return Case(id, kernel, signature, constexprs, warps, slow=slow)
+
+
 def _gated_activation(activation):
     """`gated_activation` of a chunk."""
     signature = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16:16")
@@ -88,7 +104,17 @@ def _gated_activation(activation):
     return Case(f"gated_activation-{activation}", kernel, signature, constexprs)
 
 
-def _rotary(head_dim, width):
+def _gated_activation_backward(activation):
+    """The gradients of `gated_activation` of a block."""
+    names, inputs = ("dy", "gate", "up", "dgate", "dup"), ("dy", "gate", "up")
+    signature = {f"{name}_ptr": "*bf16:16" for name in names}
+    signature |= {f"{name}_strides": ("i64:16", 1) for name in inputs}
+    kernel = "hf_longattn.kernels.gated_activation.triton:_backward_kernel"
+    constexprs = {"D": 14336, "KIND": activation, "BLOCK": 2048}
+    return Case(f"gated_activation_backward-{activation}", kernel, signature, constexprs)
+
+
+def _rotary(head_dim, width, inverse=False):
     """`rotary_embedding` of the first `width` of heads next to each other."""
     signature = {f"{name}_ptr": "*bf16:16" for name in ("q", "k", "cos", "sin", "q_out", "k_out")}
     strides = ("i64:16",) * 3 + (1,)
@@ -96,8 +122,10 @@ def _rotary(head_dim, width):
     signature |= {f"{name}_strides": ("i64:16", "i64:16", 1) for name in ("cos", "sin")}
     signature |= dict.fromkeys(("T", "H", "G"), "i32")
     constexprs = {"R": width, "K": head_dim, "BLOCK_H": 8, "BLOCK_R": triton.next_power_of_2(width // 2)}
+    constexprs["INVERSE"] = inverse
     kernel = "hf_longattn.kernels.rotary_embedding.triton:_rotary_kernel"
-    return Case(f"rotary_embedding-K{head_dim}-R{width}", kernel, signature, constexprs, num_warps=2)
+    id = f"rotary_embedding-K{head_dim}-R{width}" + "-inverse" * inverse
+    return Case(id, kernel, signature, constexprs, num_warps=2)
 
 
 def _pull_merge(ranks, width, dtype):
@@ -363,11 +391,18 @@ CASES: list[Case] = [
     _norm("layer", 2048, 1, with_residual=True),
     _norm("rms_plus_one", 128, 16),
     _norm("rms_wide", 16384, 1),
+    _norm_backward("rms", 2048, 1),
+    _norm_backward("layer", 4096, 1),
+    _norm_backward("rms_plus_one", 128, 16),
+    _norm_backward("rms_wide", 8192, 1, slow=True),
+    _norm_backward("layer", 4096, 1, "fp32", slow=True),
     _gated_activation("silu"),
     _gated_activation("gelu"),
+    *(_gated_activation_backward(activation) for activation in ("silu", "gelu", "gelu_tanh")),
     _rotary(128, 128),
     _rotary(96, 96),
     _rotary(128, 32),
+    _rotary(64, 64, inverse=True),
     _pull_merge(2, 128, "bf16"),
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),

@@ -41,11 +41,32 @@ def check(impl, dtype, shape, activation, device="cpu"):
     assert (result.double() - exact).norm() <= 1.5 * allowed
 
 
+def gradients(function, both, grad):
+    both = both.detach().clone().requires_grad_()
+    return torch.autograd.grad(function(*both.chunk(2, dim=-1)), both, grad)[0].chunk(2, dim=-1)
+
+
+def check_gradients(impl, dtype, shape, activation, device="cpu"):
+    both = torch.randn(*shape[:-1], 2 * shape[-1], device=device)
+    both[..., : shape[-1] : 16] *= 40
+    both, grad = both.to(dtype), torch.randn(*shape, device=device).to(dtype)
+    result = gradients(
+        lambda gate, up: gated_activation(gate, up, activation=activation, impl=impl), both, grad
+    )
+    exact = gradients(lambda gate, up: definition(gate, activation) * up, both.double(), grad.double())
+    own = gradients(lambda gate, up: plain(gate, activation) * up, both, grad)
+    for ours, theirs, true in zip(result, own, exact, strict=True):
+        assert ours.dtype == dtype
+        allowed = (theirs.double() - true).norm() + torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= 1.5 * allowed
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_reference(dtype, activation):
     for shape in SHAPES:
         check("reference", dtype, shape, activation)
+        check_gradients("reference", dtype, shape, activation)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -54,10 +75,24 @@ def test_kernel_under_the_interpreter(activation):
         for shape in SHAPES:
             for dtype in (torch.float32, torch.float16):
                 check("triton", dtype, shape, activation)
+                check_gradients("triton", dtype, shape, activation)
         return
     if activation != ACTIVATIONS[0]:
         pytest.skip("the first activation starts the interpreter for all of them")
     run_under_interpreter(__file__)
+
+
+def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs beside the kernels")
+    from hf_longattn.kernels.gated_activation.api import _backward_operator, _operator
+
+    gate, up, grad = torch.randn(3, 4, 40)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    leaves = [x.clone().requires_grad_() for x in (gate, up)]
+    torch.library.opcheck(_operator, (*leaves, "silu"), test_utils=tests)
+    arguments = (grad, gate, up, "silu")
+    torch.library.opcheck(_backward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
@@ -66,11 +101,13 @@ def test_kernel_under_the_interpreter(activation):
 def test_kernel_on_a_gpu(dtype, activation):
     for shape in (*SHAPES, (300, 14336)):
         check("triton", dtype, shape, activation, "cuda")
+        check_gradients("triton", dtype, shape, activation, "cuda")
 
 
-def test_gradients_take_the_plain_path():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_the_reference(activation):
     gate, up = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(gated_activation, (gate, up))
+    assert torch.autograd.gradcheck(lambda *x: gated_activation(*x, activation=activation), (gate, up))
 
 
 def test_what_does_not_fit_is_refused():

@@ -51,20 +51,67 @@ def check(impl, dtype, shape, device="cpu"):
         assert result.dtype == dtype
 
 
+def check_gradients(impl, dtype, shape, device="cpu"):
+    query, key, cos, sin = inputs(*shape, dtype, device)
+    grads = [torch.randn_like(x) for x in (query, key)]
+
+    def gradients(function, states, grads):
+        leaves = [x.detach().requires_grad_() for x in states]
+        return torch.autograd.grad(function(*leaves), leaves, grads)
+
+    result = gradients(lambda q, k: rotary_embedding(q, k, cos, sin, impl=impl), (query, key), grads)
+    own = gradients(lambda q, k: rotary_embedding(q, k, cos, sin, impl="reference"), (query, key), grads)
+    exact = gradients(
+        lambda q, k: (definition(q, cos, sin), definition(k, cos, sin)),
+        (query.double(), key.double()),
+        [grad.double() for grad in grads],
+    )
+    for ours, theirs, true in zip(result, own, exact, strict=True):
+        allowed = (theirs.double() - true).norm() + torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= 1.5 * allowed
+        assert ours.dtype == dtype
+        if impl == "triton":
+            # As projections leave heads, so that nothing is copied on the way back to them.
+            assert ours.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_reference_is_a_rotation(shape, dtype):
     check("reference", dtype, shape)
+    check_gradients("reference", dtype, shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_kernel_under_the_interpreter(shape):
     if os.environ.get("TRITON_INTERPRET") == "1":
         check("triton", torch.float32, shape)
+        if shape[3] < 70:
+            check_gradients("triton", torch.float32, shape)
         return
     if shape is not SHAPES[0]:
         pytest.skip("the first shape starts the interpreter for all of them")
     run_under_interpreter(__file__)
+
+
+def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs beside the kernels")
+    from hf_longattn.kernels.rotary_embedding.api import _operator
+
+    query, key, cos, sin = inputs(2, 4, 2, 5, 16, 12, torch.float32)
+    leaves = [x.detach().requires_grad_() for x in (query, key)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for inverse in (False, True):
+        torch.library.opcheck(_operator, (*leaves, cos, sin, inverse), test_utils=tests)
+    # Angles whose halves differ: the backward is the transpose all the same.
+    cos, sin = torch.randn_like(cos), torch.randn_like(sin)
+    found = []
+    for impl in ("triton", "reference"):
+        turned = rotary_embedding(*leaves, cos, sin, impl=impl)
+        found.append(torch.autograd.grad([(part**2).sum() for part in turned], leaves))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.gpu
@@ -72,12 +119,12 @@ def test_kernel_under_the_interpreter(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernel_on_a_gpu(shape, dtype):
     check("triton", dtype, shape, "cuda")
+    check_gradients("triton", dtype, shape, "cuda")
 
 
-def test_gradients_take_the_plain_path():
-    query, key, cos, sin = inputs(1, 2, 1, 3, 8, 6, torch.float64)
-    query.requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: rotary_embedding(q, key, cos, sin)[0], (query,))
+def test_gradients_of_the_reference():
+    tensors = [x.requires_grad_() for x in inputs(1, 2, 1, 3, 8, 6, torch.float64)]
+    assert torch.autograd.gradcheck(rotary_embedding, tensors)
 
 
 def test_what_does_not_fit_is_refused():

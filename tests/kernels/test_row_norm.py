@@ -58,11 +58,39 @@ def check(impl, dtype, shape, kind, device="cpu"):
             assert (result.double() - exact).norm() <= 1.5 * allowed
 
 
+def gradients(function, tensors, grad):
+    """Gradients of the first of three tensors (or of all that are there) that want one."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors if x is not None]
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def check_gradients(impl, dtype, shape, kind, device="cpu"):
+    states, _, weight, bias = inputs(shape, dtype, kind, device)
+    # Rows that are not next to one another, as those of a slice.
+    grad = torch.randn(*shape[:-1], 2 * shape[-1], device=device).to(dtype)[..., : shape[-1]]
+    tensors = (states, weight, bias)
+    result = gradients(lambda x, *w: row_norm(x, *w, eps=EPS, kind=kind, impl=impl), tensors, grad)
+    wide = [None if x is None else x.double() for x in tensors]
+    exact = gradients(lambda x, w, b=None: definition(x, w, b, kind), wide, grad.double())
+
+    def by_module(x, w, b=None):
+        module = module_like(kind, weight, bias)
+        named = {"weight": w} if b is None else {"weight": w, "bias": b}
+        return torch.func.functional_call(module, named, (x,))
+
+    own = gradients(by_module, tensors, grad)
+    for ours, theirs, true in zip(result, own, exact, strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        allowed = (theirs.double() - true).norm() + torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= 1.5 * allowed
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_reference(shape, dtype, kind):
     check("reference", dtype, shape, kind)
+    check_gradients("reference", dtype, shape, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +109,9 @@ def test_kernel_under_the_interpreter(kind):
         for shape in SHAPES:
             for dtype in (torch.float32, torch.float16):
                 check("triton", dtype, shape, kind)
+                # The interpreter takes a second for the many programs of the third.
+                if shape[1] < 2000 or kind == "layer":
+                    check_gradients("triton", dtype, shape, kind)
         states = torch.randn(6, 40, 3).transpose(1, 2)
         expected = row_norm(states, None, eps=EPS, kind=kind, impl="reference")
         torch.testing.assert_close(row_norm(states, None, eps=EPS, kind=kind, impl="triton"), expected)
@@ -90,12 +121,48 @@ def test_kernel_under_the_interpreter(kind):
     run_under_interpreter(__file__)
 
 
+@pytest.mark.parametrize("wants", [(True, False), (False, True)], ids=["states", "weight"])
+def test_one_gradient_alone_under_the_interpreter(wants):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs beside the kernels")
+    states, residual, weight, _ = inputs((3, 5, 48), torch.float32, "rms")
+    states, weight = (x.requires_grad_(wanted) for x, wanted in zip((states, weight), wants, strict=True))
+    leaf = states if wants[0] else weight
+    found = []
+    for impl in ("triton", "reference"):
+        total, normed = add_row_norm(states, residual, weight, eps=EPS, impl=impl)
+        found.append(torch.autograd.grad((total * normed).sum(), leaf)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs beside the kernels")
+    from hf_longattn.kernels.row_norm.api import _backward_operator, _operator
+
+    states, _, weight, bias = inputs((3, 5, 48), torch.float32, "layer")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    leaves = [x.requires_grad_() for x in (states, weight, bias)]
+    torch.library.opcheck(_operator, (*leaves, EPS, "layer"), test_utils=tests)
+    arguments = (states.detach(), states.detach(), weight.detach(), [True, False, True], EPS, "layer")
+    torch.library.opcheck(_backward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 4096), (512, 2048), (4100, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernel_on_a_gpu(shape, dtype, kind):
     check("triton", dtype, shape, kind, "cuda")
+    check_gradients("triton", dtype, shape, kind, "cuda")
+
+
+@pytest.mark.gpu
+def test_gradients_of_the_weight_are_the_same_every_time():
+    states, _, weight, _ = inputs((3, 5000, 256), torch.bfloat16, "rms", "cuda")
+    grad = torch.randn_like(states)
+    first, again = (gradients(lambda x, w: row_norm(x, w, eps=EPS), (states, weight), grad) for _ in range(2))
+    assert all(map(torch.equal, first, again))
 
 
 def test_a_weight_in_fp32_widens_what_llama_returns():
@@ -104,11 +171,11 @@ def test_a_weight_in_fp32_widens_what_llama_returns():
     assert row_norm(states, weight, eps=EPS, kind="rms_wide").dtype == torch.bfloat16
 
 
-def test_gradients_take_the_plain_path():
-    states, weight = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8), (8,))
-    )
-    assert torch.autograd.gradcheck(lambda x, w: row_norm(x, w, eps=EPS), (states, weight))
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_reference(kind):
+    states, _, weight, bias = inputs((2, 8), torch.float64, kind)
+    leaves = [x.requires_grad_() for x in (states, weight, bias) if x is not None]
+    assert torch.autograd.gradcheck(lambda *x: row_norm(*x, eps=EPS, kind=kind), leaves)
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,4 +1,6 @@
-"""The public function of gated activations: checks and choice of implementation."""
+"""The public function of gated activations: checks, choice of implementation, and registration with torch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +18,10 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu", impl
         gate: (..., D), any strides; the two halves of one tensor are read where they are.
         up: (..., D), in the same dtype.
         activation: "silu", "gelu" (by the error function) or "gelu_tanh".
-        impl: "auto", "triton" (forward only) or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
-        (..., D), in the dtype of `gate`.
+        (..., D), in the dtype of `gate`. Only `gate` and `up` are kept for the backward.
 
     Raises:
         ValueError: an activation that is unknown, tensors that do not fit, or what "triton" does not do.
@@ -36,12 +38,49 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu", impl
             f"`up` of {_NAME} must be {tuple(gate.shape)} in {gate.dtype} like `gate`, got {tuple(up.shape)} "
             f"in {up.dtype}."
         )
-    gradient = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     wide = gate.dtype == torch.float64
-    if impl == "triton" and (gradient or wide):
-        raise ValueError(f"`impl='triton'` of {_NAME} has no backward and no float64; use 'auto'.")
-    if impl == "triton" or (impl == "auto" and gate.is_cuda and not gradient and not wide):
-        from hf_longattn.kernels.gated_activation.triton import gate_forward
+    if impl == "triton" and wide:
+        raise ValueError(f"`impl='triton'` of {_NAME} has no float64; use 'auto'.")
+    if impl == "reference" or (impl == "auto" and (wide or not gate.is_cuda)):
+        return ACTIVATIONS[activation](gate) * up
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _operator(gate, up, activation)
+    from hf_longattn.kernels.gated_activation.triton import gate_forward
 
-        return gate_forward(gate, up, activation)
-    return ACTIVATIONS[activation](gate) * up
+    return gate_forward(gate, up, activation)
+
+
+@torch.library.custom_op("hf_longattn::gated_activation", mutates_args=())
+def _operator(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    from hf_longattn.kernels.gated_activation.triton import gate_forward
+
+    return gate_forward(gate, up, activation)
+
+
+@_operator.register_fake
+def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("hf_longattn::gated_activation_backward", mutates_args=())
+def _backward_operator(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    from hf_longattn.kernels.gated_activation.triton import gate_backward
+
+    return gate_backward(grad, gate, up, activation)
+
+
+@_backward_operator.register_fake
+def _backward_fake(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.activation = inputs[2]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_operator(grad, *ctx.saved_tensors, ctx.activation), None
+
+
+_operator.register_autograd(_gradients, setup_context=_save)

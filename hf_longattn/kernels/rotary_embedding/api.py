@@ -1,9 +1,12 @@
-"""The public function of rotary embedding."""
+"""The public function of rotary embedding, and its registration with torch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 from hf_longattn.kernels.rotary_embedding.reference import rotate
 
 _NAME = "rotary_embedding"
@@ -20,13 +23,13 @@ def rotary_embedding(
         cos: (B or 1, T, R), the two halves equal; R even, at most K. The first R elements of a head turn, the
             others are copied.
         sin: (B or 1, T, R), the two halves equal.
-        impl: "auto", "triton" (forward only) or "reference".
+        impl: "auto", "triton" (no gradient of the angles, no float64) or "reference".
 
     Returns:
-        (query, key), turned.
+        (query, key), turned. Only `cos` and `sin` are kept for the backward.
 
     Raises:
-        ValueError: shapes that do not fit, or a gradient asked of "triton".
+        ValueError: shapes that do not fit, or what "triton" does not do.
     """
     dispatch.check_impl(_NAME, impl, query.device, ("auto", "triton", "reference"))
     width, head_dim = cos.shape[-1], query.shape[-1]
@@ -36,12 +39,42 @@ def rotary_embedding(
             f"`key`, got {width}, {sin.shape[-1]}, {head_dim} and {key.shape[-1]}; cut the angles to the "
             "part of a head that turns."
         )
-    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if impl == "triton" and gradient:
-        raise ValueError(f"`impl='triton'` of {_NAME} has no backward; use 'auto' or torch.no_grad().")
-    wide = torch.float64 in (query.dtype, cos.dtype)
-    if impl == "triton" or (impl == "auto" and query.is_cuda and not gradient and not wide):
-        from hf_longattn.kernels.rotary_embedding.triton import rotate_forward
+    gradient = torch.is_grad_enabled()
+    plain = torch.float64 in (query.dtype, cos.dtype) or (
+        gradient and (cos.requires_grad or sin.requires_grad)
+    )
+    if impl == "triton" and plain:
+        raise ValueError(
+            f"`impl='triton'` of {_NAME} has no float64 and no gradient of `cos` and `sin`; use 'auto'."
+        )
+    if impl == "reference" or (impl == "auto" and (plain or not query.is_cuda)):
+        return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin).to(key.dtype)
+    if gradient and (query.requires_grad or key.requires_grad):
+        return _operator(query, key, cos, sin, False)
+    from hf_longattn.kernels.rotary_embedding.triton import rotated
 
-        return rotate_forward(query, key, cos, sin)
-    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin).to(key.dtype)
+    return rotated(query, key, cos, sin)
+
+
+@torch.library.custom_op("hf_longattn::rotary_embedding", mutates_args=())
+def _operator(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    from hf_longattn.kernels.rotary_embedding.triton import rotated
+
+    return rotated(query, key, cos, sin, inverse)
+
+
+@_operator.register_fake
+def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return empty_outputs(query, key, inverse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[2:4])
+    ctx.inverse = inputs[4]
+
+
+def _gradients(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+    return *_operator(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_operator.register_autograd(_gradients, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, forward only: one launch where plain torch takes ten.
+"""Rotary position embedding of queries and keys: one launch where plain torch takes ten.
 
     y[i] = x[i] cos[i] - x[i + R/2] sin[i]                i <  R/2
     y[i] = x[i] cos[i] + x[i - R/2] sin[i]                R/2 <= i < R
@@ -6,15 +6,15 @@
 
 One program turns BLOCK_H heads of one token, which share its angles; programs past the query heads take the
 key heads. Every element of a head is read once. A decoding step is bound by the launch, a chunk of a prompt
-by memory. Accumulates in fp32 and rounds once. Nothing is saved: there is no backward.
+by memory. Accumulates in fp32 and rounds once. The backward turns by the opposite angles, all that it needs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 
 # Heads of one program: 16 bytes a thread of two warps at 128 elements a head in bf16.
 _HEADS = 8
@@ -63,19 +63,22 @@ def _turn(
 def _rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_strides, k_strides, cos_strides, sin_strides, q_out_strides, k_out_strides,
-    T, H, G, R: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    T, H, G, R: tl.constexpr, K: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = R // 2
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, position = token // T, token % T
     mask_r = tl.arange(0, BLOCK_R) < HALF
     row = (batch, position, 0)
-    angle = (
-        _angle(cos_ptr, row, cos_strides, 0, mask_r, BLOCK_R),
-        _angle(sin_ptr, row, sin_strides, 0, mask_r, BLOCK_R),
-        _angle(cos_ptr, row, cos_strides, HALF, mask_r, BLOCK_R),
-        _angle(sin_ptr, row, sin_strides, HALF, mask_r, BLOCK_R),
-    )
+    cos_low = _angle(cos_ptr, row, cos_strides, 0, mask_r, BLOCK_R)
+    sin_low = _angle(sin_ptr, row, sin_strides, 0, mask_r, BLOCK_R)
+    cos_high = _angle(cos_ptr, row, cos_strides, HALF, mask_r, BLOCK_R)
+    sin_high = _angle(sin_ptr, row, sin_strides, HALF, mask_r, BLOCK_R)
+    if INVERSE:
+        angle = (cos_low, -sin_high, cos_high, -sin_low)
+    else:
+        angle = (cos_low, sin_low, cos_high, sin_high)
     groups = tl.cdiv(H, BLOCK_H)
     offs_h = tl.arange(0, BLOCK_H)
     if group < groups:
@@ -88,18 +91,21 @@ def _rotary_kernel(
         _turn(k_ptr, k_out_ptr, k_strides, k_out_strides, where, head < G, angle, R, K, BLOCK_R)
 
 
-def rotate_forward(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the kernel; arguments as in `rotary_embedding`."""
+def rotated(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel; arguments as in `rotary_embedding`, `inverse` for its gradients."""
     B, H, T, K = query.shape
     G, R = key.shape[1], cos.shape[-1]
     cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
-    query_out, key_out = torch.empty_like(query), torch.empty_like(key)
+    query_out, key_out = empty_outputs(query, key, inverse)
     if B * T == 0:
         return query_out, key_out
     _rotary_kernel[(B * T, triton.cdiv(H, _HEADS) + triton.cdiv(G, _HEADS))](
         q_ptr=query, k_ptr=key, cos_ptr=cos, sin_ptr=sin, q_out_ptr=query_out, k_out_ptr=key_out,
         q_strides=query.stride(), k_strides=key.stride(), cos_strides=cos.stride(), sin_strides=sin.stride(),
         q_out_strides=query_out.stride(), k_out_strides=key_out.stride(),
-        T=T, H=H, G=G, R=R, K=K, BLOCK_H=_HEADS, BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2,
+        T=T, H=H, G=G, R=R, K=K, INVERSE=inverse, BLOCK_H=_HEADS, BLOCK_R=triton.next_power_of_2(R // 2),
+        num_warps=2,
     )  # fmt: skip
     return query_out, key_out

@@ -1,4 +1,6 @@
-"""The public functions of the norms: checks and choice of implementation."""
+"""The public functions of the norms: checks, choice of implementation, and registration with torch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +36,13 @@ def row_norm(
         bias: (D,), of "layer" alone.
         eps: added to the mean of squares.
         kind: one of the four above.
-        impl: "auto", "triton" (forward only, D up to 16384) or "reference".
+        impl: "auto", "triton" (D up to 16384) or "reference".
 
     Returns:
         (..., D), in the dtype of `states`; of "rms", in the one that `states` and `weight` promote to.
+
+    Only `states` and `weight` are kept for the backward. Its sums over rows are fp32 and always taken in the
+    same order.
 
     Raises:
         ValueError: a kind that is unknown, shapes that do not fit, or what "triton" does not do.
@@ -46,6 +51,8 @@ def row_norm(
     """
     if not _by_kernel(impl, kind, states, (weight, bias)):
         return normalised(states, weight, bias, eps, kind)
+    if _wants_gradient(states, weight, bias):
+        return _operator(states, weight, bias, eps, kind)
     from hf_longattn.kernels.row_norm.triton import norm_forward
 
     return norm_forward(states, None, weight, bias, eps, kind)[1]
@@ -86,6 +93,9 @@ def add_row_norm(
     if not _by_kernel(impl, kind, states, (weight, bias, residual)):
         total = states + residual
         return total, normalised(total, weight, bias, eps, kind)
+    if _wants_gradient(states, residual, weight, bias):
+        total = states + residual
+        return total, row_norm(total, weight, bias, eps=eps, kind=kind, impl=impl)
     from hf_longattn.kernels.row_norm.triton import norm_forward
 
     return norm_forward(states, residual, weight, bias, eps, kind)
@@ -105,11 +115,72 @@ def _by_kernel(impl: str, kind: str, states: Tensor, others: tuple[Tensor | None
             f"{[tuple(x.shape) for x in (weight, bias) if x is not None]}."
         )
     tensors = [x for x in (states, *others) if x is not None]
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     wide = any(x.dtype == torch.float64 for x in tensors) or states.shape[-1] > _MOST_COLUMNS
-    if impl == "triton" and (gradient or wide):
+    if impl == "triton" and wide:
         raise ValueError(
-            f"`impl='triton'` of {_NAME} has no backward, no float64, and rows up to {_MOST_COLUMNS}; use "
+            f"`impl='triton'` of {_NAME} takes no float64, and rows of up to {_MOST_COLUMNS} numbers; use "
             "'auto'."
         )
-    return impl == "triton" or (impl == "auto" and states.is_cuda and not gradient and not wide)
+    return impl == "triton" or (impl == "auto" and states.is_cuda and not wide)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@torch.library.custom_op("hf_longattn::row_norm", mutates_args=())
+def _operator(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    from hf_longattn.kernels.row_norm.triton import norm_forward
+
+    return norm_forward(states, None, weight, bias, eps, kind)[1]
+
+
+@_operator.register_fake
+def _fake(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    widens = kind == "rms" and weight is not None
+    dtype = torch.promote_types(states.dtype, weight.dtype) if widens and weight is not None else states.dtype
+    return states.new_empty(states.shape, dtype=dtype)
+
+
+@torch.library.custom_op("hf_longattn::row_norm_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, states: Tensor, weight: Tensor | None, wants: list[bool], eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of states, weight and bias, the two last in fp32; no elements for what is not wanted."""
+    from hf_longattn.kernels.row_norm.triton import norm_backward
+
+    grads = norm_backward(grad, states, weight, (wants[0], wants[1], wants[2]), eps, kind)
+    first, second, third = (grad.new_empty(0) if part is None else part for part in grads)
+    return first, second, third
+
+
+@_backward_operator.register_fake
+def _backward_fake(
+    grad: Tensor, states: Tensor, weight: Tensor | None, wants: list[bool], eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    row = states.new_empty(states.shape[-1:], dtype=torch.float32)
+    shapes = (states.new_empty(states.shape), row, torch.empty_like(row))
+    first, second, third = (
+        like if wanted else grad.new_empty(0) for like, wanted in zip(shapes, wants, strict=True)
+    )
+    return first, second, third
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, weight, bias, eps, kind = inputs
+    ctx.save_for_backward(states, weight)
+    ctx.options, ctx.bias_dtype = (eps, kind), None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    states, weight = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:3])
+    parts = _backward_operator(grad, states, weight, wants, *ctx.options)
+    dtypes = (states.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
+    grads = [
+        part.to(dtype) if wanted else None for part, dtype, wanted in zip(parts, dtypes, wants, strict=True)
+    ]
+    return *grads, None, None
+
+
+_operator.register_autograd(_gradients, setup_context=_save)

@@ -1,11 +1,15 @@
-"""RMS and layer norms, forward only: one launch for the sum with the residual, the norm and the weight.
+"""RMS and layer norms: one launch for residual sum, norm and weight, and one for the gradients.
 
     s = x + residual, rounded          m = mean(s) of a layer norm, else 0
-    r = 1 / sqrt(mean((s - m)^2) + eps)          y = (s - m) r w + b, rounded as the kind says
+    r = 1 / sqrt(mean((s - m)^2) + eps)          n = (s - m) r          y = n w + b, rounded as the kind says
+
+    g = dy w        dx = r (g - n mean(g n) - mean(g) of a layer norm)        dw = sum dy n        db = sum dy
 
 One program holds whole rows in registers, BLOCK_R of them where rows are short and many. Every element is
 read and written once, 16 bytes a thread at a time; the weight is asked for before the reduction, so that few
-rows wait for memory once. Accumulates in fp32. Nothing is saved: there is no backward.
+rows wait for memory once. Accumulates in fp32. Saved for the backward is x alone: r takes one more sum over a
+row that is in registers. A program of the backward walks over its rows and keeps its share of dw and db in
+registers; the shares are added up behind it, always in the same order.
 """
 
 import torch
@@ -14,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_longattn.kernels.common import flat_rows
+
+# Programs of the backward: four to a multiprocessor of the largest GPUs.
+_PROGRAMS = 512
 
 
 @triton.jit
@@ -80,3 +87,83 @@ def norm_forward(
             num_warps=min(max(block_r * block_d // 512, 1), 16),
         )  # fmt: skip
     return states if total is None else total, result
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_each"])
+def _backward_kernel(
+    x_ptr, weight_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr, x_strides, dy_strides,
+    num_rows, rows_each, eps,
+    D: tl.constexpr, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_each
+    last = tl.minimum(first + rows_each, num_rows)
+    cols = tl.arange(0, BLOCK_D)
+    mask_d = cols < D
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+        if KIND == "rms_plus_one":
+            weight += 1.0
+    dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(first, last, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < last)[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_strides[0] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = rows[:, None] * dy_strides[0] + cols[None, :]
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if KIND == "layer":
+            x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+        inverse = (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
+        x *= inverse
+        if dweight_ptr is not None:
+            # What met the weight in the forward.
+            dweight += dy * (x.to(dtype).to(tl.float32) if KIND == "rms" else x)
+        if dbias_ptr is not None:
+            dbias += dy
+        if dx_ptr is not None:
+            if weight_ptr is not None:
+                dy *= weight[None, :]
+            dx = dy - x * (tl.sum(dy * x, 1) / D)[:, None]
+            if KIND == "layer":
+                dx -= (tl.sum(dy, 1) / D)[:, None]
+            tl.store(dx_ptr + rows[:, None] * D + cols[None, :], (dx * inverse).to(dtype), mask=mask)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * D + cols, tl.sum(dweight, 0), mask=mask_d)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * D + cols, tl.sum(dbias, 0), mask=mask_d)
+
+
+def norm_backward(
+    grad: Tensor, states: Tensor, weight: Tensor | None, wants: tuple[bool, bool, bool], eps: float, kind: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launches the kernel.
+
+    Args:
+        grad: (..., D), of the norm.
+        states: (..., D), as in `row_norm`.
+        weight: (D,), or None.
+        wants: which gradients to take: of states, weight and bias.
+        eps: as in `row_norm`.
+        kind: as in `row_norm`.
+
+    Returns:
+        those gradients, of weight and bias in fp32.
+    """
+    D = states.shape[-1]
+    x, dy = flat_rows(states), flat_rows(grad)
+    num_rows, block_d = x.shape[0], triton.next_power_of_2(D)
+    block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
+    rows_each = triton.cdiv(triton.cdiv(num_rows, _PROGRAMS), block_r) * block_r
+    programs = triton.cdiv(num_rows, rows_each) if rows_each and D else 0
+    dx = states.new_empty(states.shape) if wants[0] else None
+    parts = [x.new_empty(programs, D, dtype=torch.float32) if wanted else None for wanted in wants[1:]]
+    if programs:
+        _backward_kernel[(programs,)](
+            x, weight, dy, dx, *parts, x.stride(), dy.stride(), num_rows, rows_each, eps,
+            D=D, KIND=kind, BLOCK_R=block_r, BLOCK_D=block_d,
+            num_warps=min(max(block_r * block_d // 256, 1), 16),
+        )  # fmt: skip
+    sums = [None if part is None else part.sum(0) for part in parts]
+    return dx, sums[0], sums[1]

@@ -177,6 +177,8 @@ def show_training(plan: TrainingPlan, as_json: bool) -> None:
         (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
         ("longest that fits", f"{plan.longest:,} tokens"),
     ]
+    if plan.every > 1:
+        rows.append(("layer inputs kept", f"1 in {plan.every}: the others come from a second forward"))
     print_table([*rows, *(("to make it fit", words) for words in plan.advice)])
 
 

@@ -12,8 +12,9 @@ from hf_longattn.adapters import ForwardHooks
 from hf_longattn.parallel.sequence import SequenceShare, current_share
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.attention import PrefixAttention
-from hf_longattn.training.layer import BlockRun, Runtime, run_blocks
-from hf_longattn.training.ownership import references
+from hf_longattn.training.layer import BlockRun, Runtime
+from hf_longattn.training.node import run_blocks
+from hf_longattn.training.ownership import has_saving_hooks, references
 from hf_longattn.training.shared_attention import SharedAttention
 from hf_longattn.training.states import BlockStates
 from hf_longattn.training.visibility import PACKING
@@ -69,7 +70,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         run = BlockRun(
             original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share, room
         )
-        output = run_blocks(run, runtime, layer, hidden)
+        output = run_blocks(run, runtime, layer, hidden, grouped=True)
         runtime.inputs.note(output)
         return output
 
@@ -111,8 +112,7 @@ def _may_overwrite(
         return False
     # Checkpointing of the caller's counts what is saved and runs the layer again: it keeps the input, and a
     # probe in the first run alone would be counted.
-    extension: Any = torch._C
-    if extension._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if has_saving_hooks():
         return False
     return runtime.inputs.may_overwrite(module, hidden, found, keywords)
 

@@ -8,8 +8,8 @@ Where the sequence lies on several ranks, K and V of all come together before th
 complete after the last one (see `training/shared_attention.py`).
 
 Only x is kept (and, where asked for, the output of attention and its lse, which spares its recomputation).
-Parameters are inputs of one autograd function, so that their summed gradients arrive once, and the hooks of
-DDP and FSDP run once. Liu and Abbeel, "Blockwise Parallel Transformer", arXiv 2305.19370, sections 3 and 4.
+`training/node.py` makes one autograd function of the two passes. Liu and Abbeel, "Blockwise Parallel
+Transformer", arXiv 2305.19370, sections 3 and 4.
 """
 
 import contextlib
@@ -18,18 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from hf_longattn.adapters import ForwardHooks
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
 from hf_longattn.training.attention import KeysKnownError, TokenMixer
+from hf_longattn.training.groups import Groups
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
-from hf_longattn.training.ownership import LayerInputs, is_unshared
+from hf_longattn.training.ownership import LayerInputs
 from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.visibility import VisibilityCache, split_rows
-from hf_longattn.training.zero import check_input, check_whole
 
 
 def block_tokens(device: torch.device, rows: int) -> int:
@@ -52,11 +51,13 @@ class Runtime:
         block_size: tokens of a row in a block; None picks by device.
         save_attention: keep the output of attention for the backward.
         offloader: where inputs wait.
+        groups: of layers of which the first keeps its input.
     """
 
     block_size: int | None
     save_attention: bool
     offloader: Offloader
+    groups: Groups
     visibility: VisibilityCache = field(default_factory=VisibilityCache)
     block_rows: BlockRowsCache = field(default_factory=BlockRowsCache)
     inputs: LayerInputs = field(default_factory=LayerInputs)
@@ -201,32 +202,41 @@ class Saved:
             yield output.transpose(1, 2), lse.transpose(1, 2).contiguous()
 
 
-def _layout(tensor: Tensor, rows: list[slice]) -> Layout:
+def layout_of(tensor: Tensor, rows: list[slice]) -> Layout:
+    """The layout of a (B, T, ...) tensor, of which a block may be given, in blocks of T."""
     return Layout((tensor.shape[0], rows[-1].stop, *tensor.shape[2:]), tensor.dtype, tensor.device, rows)
 
 
-def run_forward(run: BlockRun, hidden: Tensor, runtime: Runtime | None) -> tuple[Tensor, Saved | None]:
+def run_forward(
+    run: BlockRun, hidden: Tensor, runtime: Runtime | None, known: Saved | None = None
+) -> tuple[Tensor, Saved | None]:
     """All blocks from left to right, without gradient.
 
     Args:
         run: the call.
         hidden: (B, T, D).
         runtime: keeps what the backward needs; None keeps nothing.
+        known: what the same call kept before, which may spare it attention.
 
     Returns:
         (B, T, D), and what was kept.
     """
     attention = run.attention() if run.attention is not None else None
+    is_known = known is not None and known.output is not None
     options = {}
-    if attention is not None and attention.is_shared:
+    if attention is not None and (is_known or attention.is_shared):
+        options["stores"] = False
+    if attention is not None and attention.is_shared and not is_known:
         _fill(run, attention, enumerate(hidden[:, rows] for rows in run.rows))
         attention.gather()
-        options["stores"] = False
-    saved = None if runtime is None else Saved(runtime.offloader.keep(_layout(hidden, run.rows), hidden))
-    # Where the input waits on the host, the output of a block takes the place of its input.
-    in_place = run.may_overwrite and saved is not None and not isinstance(saved.hidden, DeviceBlocks)
+    saved = None if runtime is None else Saved(runtime.offloader.keep(layout_of(hidden, run.rows), hidden))
+    # Where the input does not wait on the device, the output of a block takes the place of its input.
+    in_place = run.may_overwrite and (saved is None or not isinstance(saved.hidden, DeviceBlocks))
     whole = hidden if in_place else None
+    order = list(range(len(run.rows)))
+    results = known.results(order) if known is not None else iter([None] * len(order))
     for index, rows in enumerate(run.rows):
+        options["results"] = next(results)
         block = hidden[:, rows]
         if saved is not None:
             # Before the block runs: its copy to the host is over when the block is.
@@ -250,8 +260,8 @@ def _save_results(
     assert attention.results is not None
     output, lse = (result.transpose(1, 2) for result in attention.results)
     if saved.output is None or saved.lse is None:
-        saved.output = runtime.offloader.keep(_layout(output, rows))
-        saved.lse = runtime.offloader.keep(_layout(lse, rows))
+        saved.output = runtime.offloader.keep(layout_of(output, rows))
+        saved.lse = runtime.offloader.keep(layout_of(lse, rows))
     saved.output.write(index, output)
     saved.lse.write(index, lse)
 
@@ -407,55 +417,3 @@ def _keys_backward(run: BlockRun, saved: Saved, attention: TokenMixer, sums: _Gr
         with torch.enable_grad():
             run.block(index, block, attention, stores=False, stops=True)
         sums.add(index, block, *attention.found_gradients())
-
-
-class _BlockFunction(torch.autograd.Function):
-    """`run_forward` and `run_backward` as one node of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, run: BlockRun, runtime: Runtime, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        output, saved = run_forward(run, hidden, runtime)
-        assert saved is not None
-        if output is hidden:
-            ctx.mark_dirty(hidden)
-        ctx.saved = saved
-        ctx.run, ctx.num_parameters = run, len(parameters)
-        # What stays on the device is autograd's to free and to guard against changes in place.
-        tensors = (blocks.hand_over() for blocks in saved.on_device())
-        ctx.save_for_backward(*parameters, *tensors)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: checkpointing of the caller's recomputes at every look.
-        saved = ctx.saved_tensors
-        parameters, tensors = saved[: ctx.num_parameters], saved[ctx.num_parameters :]
-        for blocks, tensor in zip(ctx.saved.on_device(), tensors, strict=True):
-            blocks.tensor = tensor
-        # On a line of its own: arguments of a pending call count as references.
-        may_overwrite = is_unshared(grad)
-        grad_hidden, grads = run_backward(
-            ctx.run, ctx.saved, grad, list(parameters), ctx.needs_input_grad[2], may_overwrite
-        )
-        for blocks in ctx.saved.all():
-            blocks.release()
-        return None, None, grad_hidden, *grads
-
-
-def run_blocks(run: BlockRun, runtime: Runtime, module: nn.Module, hidden: Tensor) -> Tensor:
-    """A module on (B, T, D) hidden states by blocks, differentiable.
-
-    Args:
-        run: the call.
-        runtime: settings.
-        module: whose parameters take part.
-        hidden: (B, T, D).
-    """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    check_whole(module)
-    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        check_input(module, hidden)
-        return _BlockFunction.apply(run, runtime, hidden, *parameters)
-    with torch.no_grad():
-        return run_forward(run, hidden, None)[0]

@@ -139,6 +139,38 @@ def leaves_room(free: int, num_bytes: int, reserve: int) -> bool:
     return free >= num_bytes + reserve
 
 
+def place(sizes: list[int], free: int, mode: bool | str, reserve: Callable[[int], int]) -> tuple[int, int]:
+    """(bytes on the GPU, bytes on the host) of tensors that are kept one after the other.
+
+    Args:
+        sizes: bytes of each.
+        free: bytes of the GPU.
+        mode: of `Offloader`.
+        reserve: bytes that "auto" leaves free, given those of a tensor.
+    """
+    kept = host = 0
+    for size in sizes:
+        stays = mode is False or (mode == "auto" and leaves_room(free - kept, size, reserve(size)))
+        kept, host = (kept + size, host) if stays else (kept, host + size)
+    return kept, host
+
+
+def has_room(
+    sizes: list[int], memory: tuple[int, int], mode: bool | str, reserve: Callable[[int], int]
+) -> bool:
+    """Whether tensors find room while the GPU computes.
+
+    Args:
+        sizes: bytes of each, the input of a layer first.
+        memory: free bytes of the GPU and of the host.
+        mode: of `Offloader`.
+        reserve: bytes for the computation, given those of a tensor.
+    """
+    kept, host = place(sizes, memory[0], mode, reserve)
+    # Those that "auto" leaves on the GPU have left room there.
+    return host <= memory[1] and (mode is not False or leaves_room(memory[0], kept, reserve(sizes[0])))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shape and place of a (B, T, ...) tensor, and the blocks of T it is cut in."""
@@ -237,10 +269,10 @@ class Offloader:
     Args:
         mode: True sends everything to the host, False nothing; "auto" sends what would not leave room on the
             GPU for the layer that runs. Tensors of a CPU stay.
-        reserve: bytes that "auto" leaves free for the computation, given a tensor's layout.
+        reserve: bytes that "auto" leaves free for the computation, given those of a tensor.
     """
 
-    def __init__(self, mode: bool | str, reserve: Callable[[Layout], int]) -> None:
+    def __init__(self, mode: bool | str, reserve: Callable[[int], int]) -> None:
         self.mode, self.reserve = mode, reserve
         self.pool = PinnedPool()
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -269,6 +301,14 @@ class Offloader:
             return False
         if self.mode != "auto":
             return True
-        free, _ = torch.cuda.mem_get_info(layout.device)
-        unused = torch.cuda.memory_reserved(layout.device) - torch.cuda.memory_allocated(layout.device)
-        return not leaves_room(free + unused, layout.num_bytes, self.reserve(layout))
+        free = self.free(layout.device)
+        return not leaves_room(free, layout.num_bytes, self.reserve(layout.num_bytes))
+
+    def free(self, device: torch.device) -> int:
+        """Bytes of a GPU that the driver and the allocator have free.
+
+        Args:
+            device: the GPU.
+        """
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -30,6 +30,12 @@ def references(tensor: Tensor) -> tuple[int, ...] | None:
     return tensors(), sys.getrefcount(tensor), storages(tensor.untyped_storage()._cdata)
 
 
+def has_saving_hooks() -> bool:
+    """Whether hooks decide what becomes of tensors that autograd saves, as checkpointing has them."""
+    extension: Any = torch._C
+    return extension._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_unshared(grad: Tensor) -> bool:
     """Whether nothing but the running backward can see a gradient.
 

@@ -9,7 +9,8 @@ that share a sequence; D is the width of the model, i the bytes of one number:
                   makes them, the weights of the adapters among them
     inputs        of every layer, D i bytes a token; with `save_attention` the output of attention too,
                   (H V i + 4 H). On the GPU as long as the offloader would leave them there, in pinned host
-                  memory beyond: the rule of `Offloader` itself decides, tensor by tensor
+                  memory beyond: the rule of `Offloader` itself decides, tensor by tensor. Where `keep_every`
+                  lets groups of layers keep one, those of the first layers and of one group at a time
 
 and what comes on top is the most of three moments, with cosines, sines, ids and labels in each:
 
@@ -18,7 +19,8 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
     loss          the final norm's output and its gradient, and its input where that stays; logits of one
                   chunk as the model gives them, their gradient, and both in fp32 or, later, the gradient that
                   the head gets of the chunk; fp32 sums of the latter where the head trains
-    backward      one gradient, keys and values, and their gradients in fp32; the graph of one block in one
+    backward      the forward of a layer once more, with a gradient beside it, where that group is not 1; or
+                  one gradient, keys and values, and their gradients in fp32; the graph of one block in one
                   layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
                   F takes, which is free by then, gradients of the keys and values of one call of the
                   attention kernel, for every query head, of at most 65,536 tokens; gradients of a layer's
@@ -38,9 +40,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn.training.attention import MOST_KEYS
+from hf_longattn.training.groups import pick_every, waiting
 from hf_longattn.training.layer import block_tokens
 from hf_longattn.training.loss import LossOptions
-from hf_longattn.training.offload import leaves_room, working_bytes
+from hf_longattn.training.offload import has_room, place, working_bytes
 
 # What remains for the context of CUDA, cuBLAS and the allocator's rounding.
 _RESERVE = 1 << 30
@@ -79,6 +82,7 @@ class TrainingPlan:
         optimizer: bytes of AdamW's two averages.
         inputs: bytes of layer inputs, and of attention where it is saved, that stay on the GPU.
         host: bytes of them that go to pinned host memory.
+        every: layers of a group of which the first keeps its input.
         forward: bytes on top while the last layer runs.
         loss: bytes on top while the loss is taken.
         backward: bytes on top while a layer runs backward.
@@ -95,6 +99,7 @@ class TrainingPlan:
     optimizer: int
     inputs: int
     host: int
+    every: int
     forward: int
     loss: int
     backward: int
@@ -127,6 +132,7 @@ class TrainingRequest:
         host_memory: bytes of the host that layer inputs may take, for this GPU.
         save_attention: as in `TrainingSetup`.
         offload: as in `TrainingSetup`.
+        keep_every: as in `TrainingSetup`.
         dtype: of weights and activations.
         block_size: as in `TrainingSetup`; None as it is picked on a GPU.
         loss_chunk_size: as in `TrainingSetup`; None as it is picked on a GPU.
@@ -139,6 +145,7 @@ class TrainingRequest:
     host_memory: int = 100 << 30
     save_attention: bool = True
     offload: bool | str = "auto"
+    keep_every: int | str = "auto"
     dtype: torch.dtype = torch.bfloat16
     block_size: int | None = None
     loss_chunk_size: int | None = None
@@ -214,7 +221,7 @@ class _Step:
         request, parameters = self.request, self.parameters
         tokens = -(-context // request.ranks) * request.batch_size
         static = parameters.weights + 3 * parameters.trained
-        kept, host = self._kept(tokens, request.memory - _RESERVE - static)
+        every, kept, host = self._kept(tokens, request.memory - _RESERVE - static)
         return TrainingPlan(
             context=context,
             ranks=request.ranks,
@@ -223,29 +230,32 @@ class _Step:
             optimizer=2 * parameters.trained,
             inputs=kept,
             host=host,
+            every=every,
             forward=self._forward(tokens, host > 0),
             loss=self._loss(tokens, host > 0),
-            backward=self._backward(tokens),
+            backward=max(self._backward(tokens), self._forward_again(tokens, host > 0) if every > 1 else 0),
             memory=request.memory,
             host_memory=request.host_memory,
         )
 
-    def _kept(self, tokens: int, free: int) -> tuple[int, int]:
-        """(bytes on the GPU, bytes on the host) of what waits for the backward, as the offloader decides."""
-        heads, item = self.heads, self.request.dtype.itemsize
-        hidden = tokens * self.config.hidden_size * item
-        sizes = [hidden]
-        if self.request.save_attention:
-            sizes += [tokens * heads[0] * heads[3] * item, tokens * heads[0] * 4]
+    def _kept(self, tokens: int, free: int) -> tuple[int, int, int]:
+        """(layers of a group, bytes on the GPU, bytes on the host) of what waits for the backward."""
+        heads, request, layers = self.heads, self.request, self.config.num_hidden_layers
+        hidden = tokens * self._hidden
+        attention = [tokens * heads[0] * heads[3] * request.dtype.itemsize, tokens * heads[0] * 4]
         # A layer's own input and output are there when it asks.
-        free, kept, host = free - 2 * hidden, 0, 0
-        for size in sizes * self.config.num_hidden_layers:
-            reserve = working_bytes(size, self.request.ranks)
-            stays = self.request.offload is False or (
-                self.request.offload == "auto" and leaves_room(free - kept, size, reserve)
-            )
-            kept, host = (kept + size, host) if stays else (kept, host + size)
-        return kept, host
+        memory = (free - 2 * hidden, request.host_memory)
+
+        def sizes(every: int) -> list[int]:
+            return waiting(layers, every, hidden, attention if request.save_attention else [])
+
+        def reserve(size: int) -> int:
+            return working_bytes(size, request.ranks)
+
+        every = request.keep_every
+        if not isinstance(every, int):
+            every = pick_every(layers, sizes, lambda found: has_room(found, memory, request.offload, reserve))
+        return every, *place(sizes(every), memory[0], request.offload, reserve)
 
     @property
     def _hidden(self) -> int:
@@ -279,6 +289,10 @@ class _Step:
         whole = (2 if offloads else 1) * self._hidden + self._states * item + self._tables
         return tokens * whole + rows * (2 * self.config.hidden_size + 3 * inner) * item
 
+    def _forward_again(self, tokens: int, offloads: bool) -> int:
+        # The gradient stands where the embeddings did, or beside inputs that are counted already.
+        return self._forward(tokens, offloads) + (0 if offloads else tokens * self._hidden)
+
     def _loss(self, tokens: int, offloads: bool) -> int:
         item, vocabulary = self.request.dtype.itemsize, self.config.vocab_size
         options = LossOptions(self.request.loss_chunk_size, 0.0)
@@ -311,6 +325,8 @@ class _Step:
             found.append("the host is full: `prepare_training(save_attention=False)` halves what waits there")
         elif plan.host > plan.host_memory:
             found.append("the host is full: more host memory (`--host-memory`)")
+        if plan.host > plan.host_memory and isinstance(request.keep_every, int):
+            found.append("keep fewer layer inputs: `prepare_training(keep_every='auto')`")
         if request.offload is False:
             found.append("let layer inputs go to the host: `prepare_training(offload='auto')`")
         if request.batch_size > 1:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
 from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.generation.planning import head_sizes
+from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
+from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime
 from hf_longattn.training.loss import loss_forward
-from hf_longattn.training.offload import Layout, Offloader, working_bytes
+from hf_longattn.training.offload import Offloader, working_bytes
 from hf_longattn.training.several import make_parallel, share_sequences
 
 logger = logging.getLogger("hf_longattn")
@@ -49,6 +53,9 @@ class TrainingSetup:
             stands in for Trainer's `label_smoothing_factor`, which needs whole logits.
         save_attention: keep the output of attention too (H * V values and H lse a token and layer), which
             spares its recomputation in the backward. It waits where the layer inputs wait.
+        keep_every: keep the input of every n-th layer only, and run the n - 1 behind it forward once more in
+            the backward; "auto" takes the fewest whose inputs find room on GPU and host, 1 where they all do.
+            "auto" is 1 on a CPU, and where FSDP or ZeRO cuts the parameters.
     """
 
     block_size: int | None = None
@@ -57,6 +64,7 @@ class TrainingSetup:
     loss_chunk_size: int | None = None
     label_smoothing: float = 0.0
     save_attention: bool = True
+    keep_every: Literal["auto"] | int = "auto"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "loss_chunk_size"):
@@ -65,6 +73,8 @@ class TrainingSetup:
                 raise ValueError(f"`{name}` must be a positive number of tokens or None, got {value!r}.")
         if self.offload not in ("auto", True, False):
             raise ValueError(f"`offload` must be 'auto', True or False, got {self.offload!r}.")
+        if self.keep_every != "auto" and (type(self.keep_every) is not int or self.keep_every < 1):
+            raise ValueError(f"`keep_every` must be 'auto' or a positive number, got {self.keep_every!r}.")
         if self.loss not in ("chunked", "model"):
             raise ValueError(f"`loss` must be 'chunked' or 'model', got {self.loss!r}.")
         if not 0 <= self.label_smoothing < 1:
@@ -125,7 +135,8 @@ def prepare_training(
         changes.use_attention("blockwise_attention")
     ranks = 1 if parallel is None else parallel.group.world_size
     offloader = Offloader(setup.offload, _reserve(inner, ranks))
-    runtime = Runtime(setup.block_size, setup.save_attention, offloader)
+    groups = Groups(setup.keep_every, len(layers), _saved_sizes(inner, setup), offloader)
+    runtime = Runtime(setup.block_size, setup.save_attention, offloader, groups)
     changes.set(runtime, "active", True)
     if inner.config.model_type == "minimax":
         _replace_minimax(changes, inner)
@@ -230,9 +241,15 @@ def _replace_minimax(changes: instance.Setup, model: PreTrainedModel) -> None:
     minimax.replace_lightning_layers(changes, model)
 
 
-def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
+def _no_checkpointing(*args: Any, every_n_layers: int = 1, offload: bool = False, **kwargs: Any) -> None:
     """Stands in for `gradient_checkpointing_enable`: prepared layers recompute their own activations."""
     logger.info("gradient checkpointing: left out, since prepared layers recompute their own activations")
+    if every_n_layers != 1 or offload:
+        log_once(
+            logging.WARNING,
+            "gradient checkpointing: `every_n_layers` and `offload` have no effect on a prepared model; "
+            "which inputs wait, and where, is for `keep_every` and `offload` of `prepare_training` to say.",
+        )
 
 
 def _no_replicas() -> None:
@@ -244,11 +261,19 @@ def _no_replicas() -> None:
     )
 
 
-def _reserve(model: PreTrainedModel, ranks: int) -> Any:
-    def reserve(layout: Layout) -> int:
+def _saved_sizes(model: PreTrainedModel, setup: TrainingSetup) -> tuple[int, ...]:
+    """Bytes of attention's output and lse for one token in one layer, where they are saved."""
+    if not setup.save_attention:
+        return ()
+    heads, _, _, width = head_sizes(model.config.get_text_config())
+    return heads * width * model.dtype.itemsize, heads * 4
+
+
+def _reserve(model: PreTrainedModel, ranks: int) -> Callable[[int], int]:
+    def reserve(num_bytes: int) -> int:
         missing = sum(
             p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None
         )
-        return working_bytes(layout.num_bytes, ranks) + missing
+        return working_bytes(num_bytes, ranks) + missing
 
     return reserve

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import hf_longattn
 from hf_longattn.training import attention
+from hf_longattn.training.groups import waiting
 from hf_longattn.training.offload import Offloader
 
 WIDTH, HEADS, GROUPS, LAYERS, BLOCK = 64, 4, 1, 4, 64
@@ -148,3 +149,41 @@ def test_a_layer_whose_keys_are_refilled_leaves_nothing_behind(monkeypatch, no_c
     highest(model, blocks * BLOCK)
     # No exception that ended a pass for keys alone, and the keys and values of one layer.
     assert len(alive) == blocks * LAYERS and set(alive) == {(0, 1)}
+
+
+def test_every_nth_layer_keeps_its_input(monkeypatch, no_collector):
+    monkeypatch.setattr(attention, "MOST_KEYS", BLOCK)
+    for every, saved in ((2, [4 * WIDTH, 4 * HEADS]), (3, [])):
+        model = build(keep_every=every, save_attention=bool(saved))
+        held_and_highest(model, 128)
+        points = [held_and_highest(model, length) for length in (128, 256)]
+        held, step = ((more - less) / 128 for less, more in zip(*points, strict=True))
+        wanted = -(-LAYERS // every) * (HIDDEN + sum(saved))
+        # The input of the final norm and its gradient; embeddings are the input of the first layer.
+        assert 2 * HIDDEN + wanted <= held <= 2 * HIDDEN + wanted + TABLES, every
+        again = sum(waiting(LAYERS, every, HIDDEN, saved))
+        # A gradient, keys and values and theirs; or what the loss has beside the inputs.
+        assert step <= max(again + HIDDEN + 2 * KEYS, wanted + 3 * HIDDEN) + TABLES, every
+
+
+def held_and_highest(model, length):
+    """(bytes that are alive after a forward, bytes of the step at its highest point)."""
+    ids = torch.ones(1, length, dtype=torch.long)
+    with Alive() as alive:
+        loss = model(input_ids=ids, labels=ids).loss
+        held = sum(size for reference, size in alive.known.values() if not reference.expired())
+        loss.backward()
+    return held, alive.top
+
+
+def test_a_group_of_layers_with_inputs_on_the_host(monkeypatch):
+    ids, results = torch.randint(32, (2, 150)), []
+    weights = build().state_dict()
+    for every in (1, 3):
+        if every > 1:
+            monkeypatch.setattr(Offloader, "keep", lambda self, layout, tensor=None: Host(layout))
+        model = build(keep_every=every)
+        model.load_state_dict(weights)
+        model(input_ids=ids, labels=ids).loss.backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -106,7 +106,7 @@ def test_inputs_go_to_the_host_where_the_offloader_sends_them(monkeypatch):
     assert plan.inputs and plan.host
     hidden = tokens * 4096 * 2
     free = memory - GIB - plan.weights - plan.gradients - plan.optimizer - 2 * hidden
-    offloader = Offloader("auto", lambda layout: working_bytes(layout.num_bytes, 1))
+    offloader = Offloader("auto", lambda size: working_bytes(size, 1))
     kept = host = 0
     half, full = torch.bfloat16, torch.float32
     layer = [((1, tokens, 4096), half), ((1, tokens, 32, 128), half), ((1, tokens, 32), full)]

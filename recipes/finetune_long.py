@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from _common import Rows, write_report
+from _common import Rows, narrow_residual, write_report
 from _options import parse
 from torch import Tensor
 from transformers import (
@@ -140,6 +140,7 @@ def main() -> None:
     if recipe.share and training.world_size == 1:
         raise SystemExit("--share needs several processes: use torchrun")
     model, tokens = load_smoke(recipe) if recipe.smoke else load(recipe)
+    narrow_residual(model)
     held_out = Rows(tokens[: recipe.held_out * recipe.length], recipe.length)
     train = Rows(tokens[recipe.held_out * recipe.length :], recipe.length)
     trainer = Trainer(model, training, train_dataset=train, eval_dataset=held_out)

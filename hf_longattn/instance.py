@@ -19,6 +19,8 @@ logger = logging.getLogger("hf_longattn")
 
 _ATTRIBUTE = "_hf_longattn_setups"
 _MISSING = object()
+# Types of settings that compare by value.
+PLAIN = (bool, int, float, str, type(None))
 _Fields = TypeVar("_Fields")
 
 
@@ -45,6 +47,15 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
                 f"{type(model).__name__}."
             )
     return inner
+
+
+def plain_settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of a module: two of one class and size may compute different things.
+
+    Args:
+        module: any module.
+    """
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, PLAIN))
 
 
 @dataclass

@@ -68,7 +68,7 @@ def test_nothing_is_imported_through_the_root_links():
     assert not through
 
 
-LAYERS = ["kernels", "masking|cache", "parallel", "attention", "instance|generation|training|modeling",
+LAYERS = ["kernels", "masking|cache", "parallel", "attention", "instance|fusion|generation|training|modeling",
           "registration|cli"]  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
-from hf_longattn.generation.fusion import fused
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.kept import KeptProgram, same_place, settings_of
 from hf_longattn.generation.linear import Products

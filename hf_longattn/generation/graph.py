@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
 from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
-from hf_longattn.generation.fusion import fused
 from hf_longattn.generation.linear import Products
 from hf_longattn.kernels.dispatch import warn_slow
 

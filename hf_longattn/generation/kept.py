@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_longattn.instance import PLAIN, plain_settings
+
 # Code that a fingerprint knows: what else takes part in a forward may keep settings where nobody looks.
 _KNOWN = ("torch", "transformers", "hf_longattn")
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class KeptProgram:
@@ -109,15 +110,6 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     return tuple(noted)
 
 
-def plain_settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a module: two of one class and size may compute different things.
-
-    Args:
-        module: any module.
-    """
-    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN))
-
-
 def settings_of(processors: Any) -> tuple[Any, ...] | None:
     """Types and settings of logits processors, to be compared; None where one holds more than plain values.
 
@@ -127,7 +119,7 @@ def settings_of(processors: Any) -> tuple[Any, ...] | None:
     found = []
     for processor in processors:
         values = vars(processor)
-        if not all(isinstance(value, _PLAIN) for value in values.values()):
+        if not all(isinstance(value, PLAIN) for value in values.values()):
             return None
         found.append((type(processor), tuple(sorted(values.items()))))
     return tuple(found)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_longattn.generation.capture import capture
-from hf_longattn.generation.kept import plain_settings
-from hf_longattn.instance import Setup
+from hf_longattn.instance import Setup, plain_settings
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
 

@@ -1,44 +1,51 @@
 """Fewer launches: norms, gates and rotary embeddings in one kernel each, and faster products.
 
 A decoding step of a large model is some 1500 launches, most of them elementwise on one token; a chunk of a
-prompt moves every intermediate result through memory several times. While a step is being captured, or a
-prompt being read, modules and functions that are proven, by running them, to be plain norms, gates or rotary
-embeddings are replaced by single kernels, and put back afterwards.
+prompt, or a block of a layer that trains, moves every intermediate result through memory several times. While
+a step is being captured, a prompt being read or a layer being run, modules and functions that are proven, by
+running them, to be plain norms, gates or rotary embeddings are replaced by single kernels, and put back
+afterwards. What is run is their code, on parameters of our own: those of the model may be ones or zeros today
+and others after a step of training, or lie elsewhere.
 """
 
 import contextlib
 import functools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_longattn.generation.kept import plain_settings
-from hf_longattn.generation.linear import Products
-from hf_longattn.instance import Setup
+from hf_longattn.instance import Setup, plain_settings
+from hf_longattn.kernels.dispatch import has_triton
 from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 from hf_longattn.kernels.row_norm import row_norm
 
 _ROTARY = "apply_rotary_pos_emb"
 _ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # From a module, the forward that stands in for its own.
 _Maker = Callable[[Any], Callable[[Tensor], Tensor]]
 # What a module of another structure raises at a probe.
 _OTHER = (TypeError, RuntimeError, ValueError, IndexError, AttributeError)
 
-# What running a model's modules has shown, so that every call of `generate` need not run them again.
-_FOUND: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+# What running the code of a class with some settings has shown, so that it is run once.
+_FOUND: dict[Any, Any] = {}
 # Two threads that replace the same function at once would put back each other's.
 _LOCK = threading.RLock()
 
 
+class _Products(Protocol):
+    def replace(
+        self, changes: Setup, model: Any, rows: int, agree: Callable[[Tensor, Tensor], bool]
+    ) -> None: ...
+
+
 @contextlib.contextmanager
-def fused(model: Any, rows: int = 0, products: Products | None = None) -> Iterator[None]:
+def fused(model: Any, rows: int = 0, products: _Products | None = None) -> Iterator[None]:
     """Inside, the model's norms, gates and rotary embeddings are single kernels, products the faster ones.
 
     Args:
@@ -51,7 +58,7 @@ def fused(model: Any, rows: int = 0, products: Products | None = None) -> Iterat
     try:
         with _LOCK:
             _replace_modules(changes, model, _norm_key, _fused_norm)
-            _replace_rotations(changes, model)
+            _replace_rotations(changes, model, next(model.parameters()))
             if products is not None:
                 products.replace(changes, model, rows, _close)
             _replace_modules(changes, model, _gated_key, _fused_gate)
@@ -73,6 +80,49 @@ def fused_prompt(model: Any) -> contextlib.AbstractContextManager[None]:
     return fused(model) if plain and not asked else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def fused_layer(layer: Any, hidden: Tensor) -> Iterator[None]:
+    """Inside, the norms, gates and rotary embeddings of a layer are single kernels, with their gradients.
+
+    Args:
+        layer: a decoder layer; where it is not on a GPU, nothing happens.
+        hidden: what it is given.
+    """
+    if not _runs_on(hidden.device):
+        yield
+        return
+    changes = Setup(layer)
+    try:
+        with _LOCK:
+            _replace_modules(changes, layer, _norm_key, _fused_norm)
+            _replace_modules(changes, layer, _gated_key, _fused_gate)
+            _replace_rotations(changes, layer, hidden)
+        yield
+    finally:
+        with _LOCK:
+            changes.undo()
+
+
+def fused_norm(module: nn.Module, forward: Callable[..., Any], hidden: Tensor) -> Callable[..., Any]:
+    """The forward of a module, as one kernel if it is a norm on a GPU.
+
+    Args:
+        module: any module.
+        forward: its own forward, or what somebody put in its place.
+        hidden: what it is given.
+    """
+    is_own = getattr(forward, "__func__", None) is type(module).forward
+    if not is_own or not _runs_on(hidden.device) or (key := _norm_key(module)) is None:
+        return forward
+    with _LOCK:
+        replacement = _maker(key, module, _fused_norm)
+    return forward if replacement is None else functools.partial(_run, replacement(module), forward)
+
+
+def _runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and has_triton()
+
+
 def _replace_modules(
     changes: Setup,
     model: Any,
@@ -80,17 +130,25 @@ def _replace_modules(
     make: Callable[[Any], _Maker | None],
 ) -> None:
     """Replaces every module with a key, by what `make` finds for the first of each key."""
-    found = _FOUND.setdefault(model, {})
     for module in model.modules():
         # A forward that somebody else put there does more than the class says.
         key = None if "forward" in vars(module) or module._forward_hooks else key_of(module)
-        if key is None:
-            continue
-        if key not in found:
-            with torch.no_grad():
-                found[key] = make(module)
-        if (replacement := found[key]) is not None:
+        if key is not None and (replacement := _maker(key, module, make)) is not None:
             changes.set(module, "forward", functools.partial(_run, replacement(module), module.forward))
+
+
+def _maker(key: Any, module: Any, make: Callable[[Any], _Maker | None]) -> _Maker | None:
+    if key not in _FOUND:
+        with _as_it_is(key[0]):
+            _FOUND[key] = make(module)
+    return _FOUND[key]
+
+
+@contextlib.contextmanager
+def _as_it_is(device: torch.device) -> Iterator[None]:
+    """Inside, modules compute in the dtype they are given, without gradient."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _run(
@@ -104,9 +162,14 @@ def _norm_key(module: Any) -> Any:
     name, weight = type(module).__name__, getattr(module, "weight", None)
     if not name.endswith(("RMSNorm", "LayerNorm")) or not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
-    if not _is_whole(weight) or not isinstance(_eps(module), float):
+    if not _is_whole(weight) or not isinstance(_eps(module), float) or module._modules:
         return None
-    return type(module), weight.shape, weight.dtype, weight.device, plain_settings(module)
+    return weight.device, weight.shape, weight.dtype, *_code(module)
+
+
+def _code(module: Any) -> tuple[Any, ...]:
+    """What a module computes but for its parameters."""
+    return type(module), type(module).forward, plain_settings(module)
 
 
 def _is_whole(weight: Tensor) -> bool:
@@ -118,43 +181,102 @@ def _eps(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
+def _twin(module: Any, tensors: dict[str, Tensor], parts: dict[str, nn.Module]) -> Any:
+    """A module of the same code and settings, on other parameters and parts.
+
+    What is not given is NaN: code that reads it will not agree with anything.
+    """
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    for name in ("_parameters", "_buffers"):
+        own = {key: None if value is None else torch.full_like(value, torch.nan, dtype=torch.float32)
+               for key, value in getattr(module, name).items()}  # fmt: skip
+        vars(twin)[name] = {key: tensors.get(key, value) for key, value in own.items()}
+    vars(twin)["_modules"] = {**module._modules, **parts}
+    return twin
+
+
+def _run_code(module: Any, states: Tensor) -> Any:
+    """What the class of a module computes, without the hooks around it."""
+    try:
+        return type(module).forward(module, states)
+    except _OTHER:
+        return None
+
+
 def _fused_norm(module: Any) -> _Maker | None:
     """The kind of norm that a module computes, found out by running it: Gemma's adds 1 to its weight."""
-    weight, eps = module.weight, _eps(module)
+    weight, bias, eps = module.weight, getattr(module, "bias", None), _eps(module)
+    twin = _twin(module, {"weight": _draw(weight, *weight.shape)}, {})
+    if isinstance(bias, Tensor):
+        twin = _twin(twin, {"weight": twin.weight, "bias": _draw(weight, 1, *weight.shape)[0]}, {})
     probe = _draw(weight, 4, *weight.shape)
     # Rows small enough for eps to count, and large ones.
     probe = probe * torch.tensor([1.0, 1e-3, 0.05, 30.0]).to(probe)[:, None]
-    try:
-        expected = module(probe)
-    except _OTHER:
-        return None
     layer = type(module).__name__.endswith("LayerNorm")
     kinds = ("layer",) if layer else ("rms", "rms_wide", "rms_plus_one")
     makers = [functools.partial(_norm_maker, eps, kind) for kind in kinds]
-    return _nearest(makers, module, probe, expected)
+    return _nearest(makers, twin, probe)
 
 
 def _norm_maker(eps: float, kind: str, module: Any) -> Callable[[Tensor], Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
+        dtype = hidden_states.dtype
+        # What other dtypes give, and autocast of less than fp32, only the module's own code knows.
+        mixed = torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float32
+        if dtype != module.weight.dtype or mixed:
+            return type(module).forward(module, hidden_states)
         return row_norm(hidden_states, module.weight, getattr(module, "bias", None), eps=eps, kind=kind)
 
     return forward
 
 
+class _Part(nn.Module):
+    """Stands in for a linear layer: a sum of some of its inputs for every output, without a weight."""
+
+    def __init__(self, like: Any, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        terms = max(self.in_features, self.out_features)
+        generator = torch.Generator().manual_seed(seed)
+        self.source = torch.randint(self.in_features, (terms,), generator=generator).to(device)
+        self.target = torch.arange(terms, device=device) % self.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        result = states.new_zeros(*states.shape[:-1], self.out_features)
+        return result.index_add(-1, self.target, states[..., self.source])
+
+
 def _gated_key(module: Any) -> Any:
-    """A feed-forward layer with the names that gated layers have throughout transformers."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")]
-    linear = [part for part in parts if part is not None]
-    # Experts keep several matrices in one parameter.
-    if not linear or not all(type(part) is nn.Linear for part in linear) or parts[3] is None:
+    """A feed-forward layer with the names that gated layers have throughout transformers.
+
+    What its linear layers are, with adapters or quantised, is their own matter: they are called as ever.
+    """
+    parts = _linear_parts(module)
+    if "down_proj" not in parts or _activation_of(module) is None:
         return None
-    if _activation_of(module) is None or (parts[2] is None) == (None in parts[:2]):
+    if ("gate_up_proj" in parts) == ("gate_proj" in parts) or ("gate_proj" in parts) != ("up_proj" in parts):
         return None
-    weight = linear[0].weight
-    if not all(_is_whole(part.weight) and part.weight.device == weight.device for part in linear):
+    weight = next(parts["down_proj"].parameters(), None)
+    others = {name: part for name, part in module._modules.items() if name not in parts and part is not None}
+    # A norm in between, or anything else that learns.
+    learns = any(True for part in others.values() for _ in (*part.parameters(), *part.buffers()))
+    if weight is None or weight.device.type == "meta" or learns:
         return None
-    activation = repr(_activation_of(module))
-    return type(module), weight.shape, weight.dtype, weight.device, activation, plain_settings(module)
+    widths = tuple((name, part.in_features, part.out_features) for name, part in parts.items())
+    kin = tuple((name, type(part), plain_settings(part)) for name, part in others.items())
+    return weight.device, weight.dtype, widths, kin, repr(_activation_of(module)), *_code(module)
+
+
+def _linear_parts(module: Any) -> dict[str, Any]:
+    """The linear layers of a feed-forward layer, whatever adapts or quantises them."""
+    # Experts keep several matrices in one parameter, which is no module.
+    found = {name: module._modules.get(name) for name in _PROJECTIONS}
+    return {name: part for name, part in found.items() if _is_linear(part)}
+
+
+def _is_linear(part: Any) -> bool:
+    return all(type(getattr(part, name, None)) is int for name in ("in_features", "out_features"))
 
 
 def _activation_of(module: Any) -> Any:
@@ -167,19 +289,21 @@ def _activation_of(module: Any) -> Any:
 
 
 def _fused_gate(module: Any) -> _Maker | None:
-    first = getattr(module, "gate_up_proj", None)
-    width = (module.gate_proj if first is None else first).weight
-    steps = torch.linspace(-6, 6, 97, device=width.device)
+    parts = _linear_parts(module)
+    like = next(parts["down_proj"].parameters())
+    steps = torch.linspace(-6, 6, 97, device=like.device)
     try:
         values = _activation_of(module)(steps)
-        probe = _draw(width, 2, 2, width.shape[1])
-        expected = module(probe)
     except _OTHER:
         return None
     # In fp32 the two forms of GELU, which bf16 cannot tell apart, are far from each other.
     same = [name for name in _ACTIVATIONS if _is_activation(name, steps, values)]
+    stand_ins: dict[str, Any] = {
+        name: _Part(part, seed, like.device) for seed, (name, part) in enumerate(parts.items())
+    }
+    width = parts["gate_up_proj" if "gate_up_proj" in parts else "gate_proj"].in_features
     makers = [functools.partial(_gate_maker, name) for name in same]
-    return _nearest(makers, module, probe, expected)
+    return _nearest(makers, _twin(module, {}, stand_ins), _draw(like, 2, 2, width))
 
 
 def _is_activation(name: str, steps: Tensor, values: Any) -> bool:
@@ -196,13 +320,16 @@ def _gate_maker(activation: str, module: Any) -> Callable[[Tensor], Tensor]:
             gate, up = fused_projection(hidden_states).chunk(2, dim=-1)
         else:
             gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+        if gate.dtype != up.dtype:
+            return module.down_proj(_activation_of(module)(gate) * up)
         return module.down_proj(gated_activation(gate, up, activation=activation))
 
     return forward
 
 
-def _nearest(makers: list[Any], module: Any, probe: Tensor, expected: Any) -> _Maker | None:
+def _nearest(makers: list[Any], module: Any, probe: Tensor) -> _Maker | None:
     """Of the ways that agree with a module up to rounding the nearest, or None."""
+    expected = _run_code(module, probe)
     if not isinstance(expected, Tensor):
         return None
     results = [(make, make(module)(probe)) for make in makers]
@@ -211,20 +338,19 @@ def _nearest(makers: list[Any], module: Any, probe: Tensor, expected: Any) -> _M
     return agree[distances.index(min(distances))][0] if agree else None
 
 
-def _replace_rotations(changes: Setup, model: Any) -> None:
+def _replace_rotations(changes: Setup, model: Any, like: Tensor) -> None:
     for name in {type(module).__module__ for module in model.modules()}:
         source = sys.modules.get(name)
         original = vars(source).get(_ROTARY) if source is not None else None
-        # Another thread may be generating with a model of this kind: one replacement is enough for both.
+        # Another thread may be running a model of this kind: one replacement is enough for both.
         if original is None or getattr(original, "func", None) is _rotate:
             continue
-        like, found = next(model.parameters()), _FOUND.setdefault(model, {})
         key = (original, like.dtype, like.device)
-        if key not in found:
-            with torch.no_grad():
-                found[key] = _same_rotation(original, like, 16), _same_rotation(original, like, 24)
-        if found[key][0]:
-            changes.set(source, _ROTARY, functools.partial(_rotate, original, found[key]))
+        if key not in _FOUND:
+            with _as_it_is(like.device):
+                _FOUND[key] = _same_rotation(original, like, 16), _same_rotation(original, like, 24)
+        if _FOUND[key][0]:
+            changes.set(source, _ROTARY, functools.partial(_rotate, original, _FOUND[key]))
 
 
 def _rotate(
@@ -252,7 +378,8 @@ def _same_rotation(original: Callable[..., Any], like: Tensor, head_dim: int) ->
     query, key = _draw(like, 2, 4, 3, head_dim), _draw(like, 2, 2, 3, head_dim)
     angle = _draw(like, 2, 3, 8).repeat(1, 1, 2)
     try:
-        expected = original(query, key, angle.cos(), angle.sin())
+        # Some write over what they are given.
+        expected = original(query.clone(), key.clone(), angle.cos(), angle.sin())
     except _OTHER:
         # Another signature or layout: not this embedding.
         return False

@@ -10,9 +10,9 @@ import tiny
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_longattn import prepare_generation, restore
-from hf_longattn.generation import fusion, linear, prefill
-from hf_longattn.generation.fusion import fused
+from hf_longattn import fusion, prepare_generation, restore
+from hf_longattn.fusion import fused
+from hf_longattn.generation import linear, prefill
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,60 @@ def test_layers_of_one_class_with_other_settings_are_tried_apart():
     assert tiny.relative_error(result, expected) <= 2e-6
 
 
+def test_parameters_that_are_ones_today_do_not_hide_what_a_module_computes():
+    class SquaredRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+
+        def forward(self, x):
+            return self.weight**2 * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    class GainMLP(LlamaMLP):
+        def forward(self, x):
+            return self.gain * super().forward(x)
+
+    model = tiny.build("llama")
+    first, second, third = model.model.layers
+    first.input_layernorm = SquaredRMSNorm()
+    first.mlp.__class__, first.mlp.gain = GainMLP, torch.nn.Parameter(torch.ones(64))
+    # A part that does nothing yet, and may learn to.
+    second.mlp.between = torch.nn.LayerNorm(64)
+    with fused(model):
+        assert "forward" not in vars(first.input_layernorm) and "forward" not in vars(first.mlp)
+        assert "forward" not in vars(second.mlp) and "forward" in vars(third.mlp)
+
+
+def test_gates_between_adapted_layers_are_fused_and_their_layers_called():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny.build("llama"), tiny.tokens(2, 9)
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with fused(model):
+            mlps = [module for module in model.modules() if isinstance(module, LlamaMLP)]
+            assert mlps and all("forward" in vars(module) for module in mlps)
+            result = model(input_ids=ids).logits
+    assert tiny.relative_error(result, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("states", [torch.bfloat16, torch.float32], ids=str)
+def test_norms_of_states_in_another_dtype_take_their_own_way(states, monkeypatch):
+    model, seen = tiny.build("llama"), []
+    real = fusion.row_norm
+    monkeypatch.setattr(fusion, "row_norm", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1])
+    x = torch.randn(3, 64).to(states)
+    with torch.no_grad(), fused(model):
+        expected = type(model.model.norm).forward(model.model.norm, x)
+        seen.clear()
+        assert model.model.norm(x).dtype == expected.dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.model.norm(x).dtype == expected.dtype
+    assert seen == [torch.float32] * 2 * (states == torch.float32)
+
+
 def test_an_activation_that_is_watched_goes_on_being_called():
     model, seen = tiny.build("llama"), []
     model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
@@ -141,6 +195,7 @@ def test_threads_that_begin_at_once_leave_the_rotary_embedding_as_it_was(monkeyp
     models = [tiny.build("llama"), tiny.build("llama")]
     source = sys.modules[type(models[0]).__module__]
     before, real, meet = source.apply_rotary_pos_emb, fusion._same_rotation, threading.Barrier(2)
+    monkeypatch.setattr(fusion, "_FOUND", {})
 
     contexts = [fused(model) for model in models]
 

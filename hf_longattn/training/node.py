@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hf_longattn.fusion import fused_layer
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training.layer import BlockRun, Runtime, Saved, layout_of, run_backward, run_forward
 from hf_longattn.training.offload import DeviceBlocks
@@ -76,7 +77,8 @@ class _BlockFunction(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         keeps = place.before is None
-        output, saved = run_forward(run, hidden, runtime if keeps else None)
+        with fused_layer(module, hidden):
+            output, saved = run_forward(run, hidden, runtime if keeps else None)
         if output is hidden:
             ctx.mark_dirty(hidden)
         ctx.saved, ctx.place = saved, place
@@ -90,14 +92,14 @@ class _BlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameters = _load(ctx)
-        if ctx.saved is None:
-            _recall(ctx)
+        saved: Saved = _recall(ctx) if ctx.saved is None else ctx.saved
         # On a line of its own: arguments of a pending call count as references.
         may_overwrite = is_unshared(grad)
-        grad_hidden, grads = run_backward(
-            ctx.run, ctx.saved, grad, parameters, ctx.needs_input_grad[4], may_overwrite
-        )
-        for blocks in ctx.saved.all():
+        with fused_layer(ctx.module, grad):
+            grad_hidden, grads = run_backward(
+                ctx.run, saved, grad, parameters, ctx.needs_input_grad[4], may_overwrite
+            )
+        for blocks in saved.all():
             blocks.release()
         if ctx.place.before is not None:
             ctx.saved = None
@@ -114,8 +116,8 @@ def _load(node: Any) -> list[Tensor]:
     return list(tensors[: node.num_parameters])
 
 
-def _recall(node: Any) -> None:
-    """Finds the inputs of a node and of those before it in its group, from the last that is kept."""
+def _recall(node: Any) -> Saved:
+    """The input of a node; those of the nodes before it in its group are found on the way, and stay there."""
     path = [node]
     while path[-1].saved is None:
         path.append(path[-1].place.before)
@@ -128,7 +130,7 @@ def _recall(node: Any) -> None:
         # Nobody but us has seen this tensor.
         later.run.may_overwrite = True
         hidden, later.saved = _forward_again(later, hidden, later.runtime)
-    node.saved = _kept(node.run, hidden, node.runtime)
+    return _kept(node.run, hidden, node.runtime)
 
 
 def _forward_again(
@@ -136,7 +138,7 @@ def _forward_again(
 ) -> tuple[Tensor, Saved | None]:
     if node.run.hooks is not None:
         node.run.hooks.check()
-    with whole_parameters(node.module):
+    with whole_parameters(node.module), fused_layer(node.module, hidden):
         return run_forward(node.run, hidden, runtime, known)
 
 
@@ -208,7 +210,7 @@ def run_blocks(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     check_whole(module)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
-        with torch.no_grad():
+        with torch.no_grad(), fused_layer(module, hidden):
             return run_forward(run, hidden, None)[0]
     check_input(module, hidden)
     place = _find_place(run, runtime, module, hidden) if grouped else _Place(1)

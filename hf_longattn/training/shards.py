@@ -28,7 +28,8 @@ def _shards(module: nn.Module) -> list[Any]:
 
 
 def _is_flat(module: nn.Module) -> bool:
-    return any(getattr(parameter, _IS_FLAT, False) for parameter in module.parameters())
+    # With `use_orig_params=True` there are views of the flat one in their place for the time of a forward.
+    return any(getattr(p, _IS_FLAT, False) or not isinstance(p, nn.Parameter) for p in module.parameters())
 
 
 def is_sharded(layer: nn.Module) -> bool:

@@ -164,6 +164,8 @@ FIELDS = {
     "whole-logits": {"loss": "model"},
     "one-block": {"block_size": 64},
     "offload": {"offload": True},
+    "every-third": {"keep_every": 3},
+    "every-second-recomputed": {"keep_every": 2, "save_attention": False},
 }
 
 

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_longattn
+from hf_longattn.training import node
 
 BOUND = 2e-6
 
@@ -45,24 +46,30 @@ def fsdp_gradients(prepared, rank):
 
 
 KINDS = {"ddp": ddp_gradients, "fsdp": fsdp_gradients}
+SETTINGS = {"every layer": {}, "every third": {"keep_every": 3}}
 
 
-def work(rank, port, folder, kind):
+def work(rank, port, folder, kind, settings):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    gradients = KINDS[kind](hf_longattn.prepare_training(model(), block_size=16), rank)
+    recall, recalls = node._recall, []
+    node._recall = lambda last: recalls.append(last.run) or recall(last)
+    gradients = KINDS[kind](hf_longattn.prepare_training(model(), block_size=16, **SETTINGS[settings]), rank)
+    # Two backward passes, each of one group of three layers, whose second and third are without an input.
+    assert len(recalls) == (2 if SETTINGS[settings] else 0)
     torch.save(gradients, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_averaged_once(tmp_path, kind):
+def test_gradients_are_averaged_once(tmp_path, kind, settings):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, tmp_path, kind), nprocs=2)
+    mp.spawn(work, args=(port, tmp_path, kind, settings), nprocs=2)
     plain = model()
     for rank in range(4):
         (plain(**rows(rank)).loss / 2).backward()

@@ -104,6 +104,21 @@ def test_triton_writes_over_the_first_part(shape, dtype):
     torch.testing.assert_close(merged, want_lse, rtol=0, atol=1e-5)
 
 
+@interpreted
+def test_triton_writes_over_the_first_of_parts_cut_from_longer_ones():
+    outputs, lse = make_parts(3, 1, 2, 12, 32)
+    want = merge_partials(outputs, lse, impl="reference")
+    # One row of the batch: where the next one would begin differs, and nothing else.
+    longer = torch.cat([outputs[1], outputs[1]], 2).transpose(1, 2).contiguous().transpose(1, 2)
+    parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in outputs]
+    parts[1] = longer[:, :, :12]
+    assert parts[1].stride() != parts[0].stride()
+    got = merge_over_first(parts, [part.clone() for part in lse])
+    assert got[0].data_ptr() == parts[0].data_ptr()
+    for part, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("number", [1, 3])
 def test_parts_that_lie_apart(number, dtype):

@@ -94,7 +94,11 @@ def merge_over_first(outputs: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, 
 
 def _alike(tensor: Tensor, like: Tensor) -> bool:
     same = tensor.shape == like.shape and tensor.dtype == like.dtype and tensor.device == like.device
-    return same and tensor.stride() == like.stride()
+    # A dimension of one element has whatever stride its tensor was cut from.
+    return same and all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    )
 
 
 @torch.library.custom_op("hf_longattn::merge_partials", mutates_args=())

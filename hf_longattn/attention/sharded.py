@@ -2,11 +2,12 @@
 
 A few new tokens are the same on every rank: each attends its own keys, and one reduction joins the results.
 A run of the prompt is cut among the ranks: the queries of all are gathered, every rank attends them to the
-keys it holds, and each gets the partial results of its own queries back. Keys never travel, but for layers
-with a window, which keep a short one everywhere.
+keys it holds, and each gets the partial results of its own queries back. What travels does so while the ranks
+attend to what they have. Keys never travel, but for layers with a window, which keep a short one everywhere.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.blockwise_attention.sdpa import prefix_pieces
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
-from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.merge_partials import merge_over_first
 from hf_longattn.masking import LazyMask
-from hf_longattn.parallel.reduction import exchange_merge, tree_merge
+from hf_longattn.parallel.reduction import ReturningPartials, tree_merge
 
 
 def sharded_attention(
@@ -97,58 +98,144 @@ def _attend_run(
     shard: Shard,
     slices: Slices,
 ) -> Tensor:
-    queries = slices.in_order(shard.group.gather(query))
-    terms = _terms(options, shard)
-    limits = mask.key_range(query.device)
-    if limits is not None and limits.is_dense and options.softcap is None:
-        output, lse = _attend_dense_run(queries, key, value, slices, terms)
-    else:
-        held = _held(mask, shard, query.device)
-        output, lse = blockwise_attention(queries, key, value, mask=held, **terms)
-    lse = slices.by_rank(lse.unsqueeze(-1)).squeeze(-1)
-    return exchange_merge(shard.group, slices.by_rank(output), lse)[0]
+    """The queries of all ranks over the keys of this one, and what the others found for its own.
 
-
-def _attend_dense_run(
-    queries: Tensor, key: Tensor, value: Tensor, slices: Slices, terms: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """A run under causal order alone, in dense calls, which torch's own kernels take.
-
-    All queries see the keys held before the run. Of the two slices that this rank adds, queries before a
-    slice see nothing, its own queries a causal square, and later ones all of it.
+    Queries travel in two halves, the first slices of all ranks and then the second ones. This rank attends
+    its own first slice while those of the others come, and its own second one while results go back.
     """
-    total = queries.new_zeros((*queries.shape[:3], value.shape[-1]))
-    total_lse = queries.new_full(total.shape[:3], -torch.inf, dtype=_lse_dtype(queries))
+    limits = mask.key_range(query.device)
+    is_dense = limits is not None and limits.is_dense and options.softcap is None
+    held = None if is_dense else _held_by_rank(mask, shard, slices, query.device)
+    run = _Run(key, value, _terms(options, shard), slices, held)
+    halves = query.split(slices.piece, dim=2)
+    # Tokens first: those of all ranks are then one sequence, without a copy where B = 1.
+    coming = [shard.group.begin_gather(half.permute(2, 0, 1, 3)) for half in halves]
+    own = [run.attend(halves[0], 0, slice(slices.rank, slices.rank + 1))]
+    returning = []
+    for half, queries in enumerate(coming):
+        output, lse = run.attend_others(queries.wait().flatten(0, 1).permute(1, 2, 0, 3), half)
+        returning.append(ReturningPartials(shard.group, output, lse))
+    own.append(run.attend(halves[1], 1, slice(slices.rank, slices.rank + 1)))
+    merged = [others.merge(*part) for others, part in zip(returning, own, strict=True)]
+    return torch.cat([output.transpose(1, 2) for output in merged], 1).transpose(1, 2)
 
-    def add(rows: slice, columns: slice, causal: bool = False, sinks: Tensor | None = None) -> None:
-        if rows.start == rows.stop or columns.start == columns.stop:
-            return
-        part, lse = blockwise_attention(
-            queries[:, :, rows],
-            key[:, :, columns],
-            value[:, :, columns],
-            mask=KeyRange(causal=causal),
-            **{**terms, "sinks": sinks},
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of queries of all ranks over this rank's keys.
+
+    Args:
+        key: (B, G, S, K), of the tokens before the run and of this rank's two slices.
+        value: (B, G, S, V).
+        terms: of attention.
+        slices: the run.
+        held: where not causal order alone decides: key mask, and lower and upper bound by rank.
+    """
+
+    key: Tensor
+    value: Tensor
+    terms: dict[str, Any]
+    slices: Slices
+    held: "_HeldByRank | None"
+
+    def attend_others(self, queries: Tensor, half: int) -> tuple[Tensor, Tensor]:
+        """One slice of every other rank over all keys that it may see here.
+
+        Args:
+            queries: (B, H, P * piece, K), this rank's among them.
+            half: 0 for the first slices of the ranks, 1 for the second ones.
+
+        Returns:
+            output (P - 1, B, piece, H, V) and lse (P - 1, B, H, piece), -inf where no key is seen.
+        """
+        rank, ranks, piece = self.slices.rank, self.slices.world_size, self.slices.piece
+        outputs, sums = [], []
+        for some in (slice(0, rank), slice(rank + 1, ranks)):
+            count = some.stop - some.start
+            rows = queries[:, :, some.start * piece : some.stop * piece]
+            output, lse = self.attend(rows, half, some) if count else self._nothing(rows)
+            outputs.append(output.transpose(1, 2).unflatten(1, (count, piece)).transpose(0, 1))
+            sums.append(lse.unflatten(2, (count, piece)).permute(2, 0, 1, 3))
+        return _joined(outputs), _joined(sums)
+
+    def attend(self, queries: Tensor, half: int, ranks: slice) -> tuple[Tensor, Tensor]:
+        """A slice of neighbouring ranks, this one alone or others, over all keys that it may see here.
+
+        Args:
+            queries: (B, H, T, K), T = piece a rank.
+            half: 0 for the first slices, 1 for the second ones.
+            ranks: whose they are.
+
+        Returns:
+            output (B, H, T, V) and lse (B, H, T), nobody else's.
+        """
+        if self.held is not None:
+            mask = self.held.of(half, ranks)
+            return blockwise_attention(queries, self.key, self.value, mask=mask, **self.terms)
+        rank, piece = self.slices.rank, self.slices.piece
+        past = self.key.shape[2] - 2 * piece
+        if ranks.start == rank:
+            return self._attend_dense(queries, slice(0, past + (half + 1) * piece), is_causal=True)
+        # Of the 2P pieces of the run, this rank holds two, of which the second slices of ranks before it see
+        # both and their first slices none. The slices of ranks behind it lie between its two.
+        seen = past + 2 * half * piece if ranks.start < rank else past + piece
+        parts = [self._attend_dense(queries, columns) for columns in prefix_pieces(seen, piece)]
+        if not parts:
+            return self._nothing(queries)
+        return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
+
+    def _attend_dense(
+        self, queries: Tensor, columns: slice, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Causal order alone, which torch's own kernels take."""
+        # Every row meets the first key of rank 0, and so its sink, once.
+        terms = self.terms if columns.start == 0 else {**self.terms, "sinks": None}
+        key, value = self.key[:, :, columns], self.value[:, :, columns]
+        return blockwise_attention(queries, key, value, mask=KeyRange(causal=is_causal), **terms)
+
+    def _nothing(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        output = queries.new_empty((*queries.shape[:3], self.value.shape[3]))
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        return output, queries.new_full(queries.shape[:3], -torch.inf, dtype=dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts along their first dimension, without a copy where only one holds anything."""
+    full = [part for part in parts if len(part)]
+    return full[0] if len(full) == 1 else torch.cat(parts)
+
+
+class _HeldByRank(NamedTuple):
+    """What the queries of a run may see of this rank's keys.
+
+    Args:
+        lower: (P, B or 1, 2 * piece), the first visible key of each rank's queries, or None.
+        upper: (P, B or 1, 2 * piece), one past the last.
+        key_mask: (B or 1, S), or None.
+    """
+
+    lower: Tensor | None
+    upper: Tensor | None
+    key_mask: Tensor | None
+
+    def of(self, half: int, ranks: slice) -> KeyRange:
+        """The range of one slice, the first or the second, of some ranks."""
+        lower, upper = (
+            None if bound is None else bound[ranks].chunk(2, -1)[half].transpose(0, 1).flatten(1)
+            for bound in (self.lower, self.upper)
         )
-        merged = merge_partials(
-            torch.stack([total[:, :, rows], part]), torch.stack([total_lse[:, :, rows], lse])
+        return KeyRange(lower=lower, upper=upper, key_mask=self.key_mask)
+
+
+def _held_by_rank(mask: LazyMask, shard: Shard, slices: Slices, device: torch.device) -> _HeldByRank:
+    if "held by rank" not in mask.derived:
+        held = _held(mask, shard, device)
+        lower, upper = (
+            None if bound is None else slices.by_rank(bound[:, None, :, None])[:, :, 0, :, 0]
+            for bound in (held.lower, held.upper)
         )
-        total[:, :, rows], total_lse[:, :, rows] = merged
-
-    past, piece = key.shape[2] - 2 * slices.piece, slices.piece
-    for columns in prefix_pieces(past, 2 * piece):
-        add(slice(0, slices.count), columns)
-    for own, first in zip(slices.own, (past, past + piece), strict=True):
-        # Every row of rank 0 meets its first slice, and so its sink, once.
-        sinks = terms["sinks"] if first == past else None
-        columns = slice(first, first + piece)
-        add(own, columns, causal=True, sinks=sinks)
-        add(slice(own.stop, slices.count), columns, sinks=sinks)
-    return total, total_lse
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
+        mask.derived["held by rank"] = _HeldByRank(lower, upper, held.key_mask)
+    return mask.derived["held by rank"]
 
 
 def _attend_window(

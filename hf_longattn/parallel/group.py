@@ -15,6 +15,37 @@ from hf_longattn.parallel.watch import Watch
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
+class Pending:
+    """What an operation will have received; it goes on while this rank computes.
+
+    Args:
+        received: where it arrives.
+        work: what torch returned for it, or None where it has ended.
+        sent: kept until then.
+        watch: for the words of an error.
+    """
+
+    def __init__(
+        self, received: Tensor, work: Any = None, sent: Tensor | None = None, watch: Watch | None = None
+    ) -> None:
+        self._received, self._work, self._sent, self._watch = received, work, sent, watch
+
+    def wait(self) -> Tensor:
+        """What was received. A GPU waits for it before what is launched next, the host does not.
+
+        Raises:
+            RuntimeError: the operation failed, with the ranks that are to blame.
+        """
+        if self._work is not None:
+            assert self._watch is not None
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise self._watch.diagnosis(error) from error
+            self._work = self._sent = None
+        return self._received
+
+
 class SequenceGroup:
     """The ranks that share one sequence; all communication of sequence sharding goes through here.
 
@@ -123,12 +154,26 @@ class SequenceGroup:
             (ranks, *shape), in the order of the ranks, the same bits everywhere.
         """
         group = self._group if level is None else self._levels[level]
+        return self._gather(group, tensor, async_op=False).wait()
+
+    def begin_gather(self, tensor: Tensor) -> Pending:
+        """Begins `gather` over the whole group, on a stream of its own where the ranks are GPUs.
+
+        Operations that are begun may be waited for in any order, but every rank must begin the same ones in
+        the same order.
+
+        Args:
+            tensor: of the same shape and dtype on every rank; not to be written to before the end.
+        """
+        return self._gather(self._group, tensor, async_op=True)
+
+    def _gather(self, group: Any, tensor: Tensor, async_op: bool) -> Pending:
         if group is None:
-            return tensor[None]
+            return Pending(tensor[None])
         sent = tensor.contiguous()
         received = sent.new_empty((dist.get_world_size(group), *sent.shape))
-        self._run(_all_gather, _bytes(received), _bytes(sent), group=group)
-        return received
+        work = self._run(_all_gather, _bytes(received), _bytes(sent), group=group, async_op=async_op)
+        return Pending(received, work, sent, self.watch)
 
     def join(self, output: Tensor, lse: Tensor, level: int) -> tuple[Tensor, Tensor] | None:
         """Joins small partial results through memory that the GPUs of a host read from each other.
@@ -155,21 +200,31 @@ class SequenceGroup:
         self.watch.check()
         return boards.merge(output, lse)
 
-    def exchange(self, parts: Tensor) -> Tensor:
-        """Sends part r to rank r, and returns what every rank sent here.
+    def begin_exchange(self, parts: Tensor) -> Pending:
+        """Begins to send every other rank its part, as `begin_gather` does.
 
         Args:
-            parts: (P, ...).
+            parts: (P - 1, ...), those of the other ranks in their order; not to be written to before the end.
 
         Returns:
-            (P, ...), part r from rank r.
+            (P - 1, ...) to come, from the other ranks in their order.
         """
         if self._group is None:
-            return parts
+            return Pending(parts)
         sent = parts.contiguous()
-        received = torch.empty_like(sent)
-        self._run(dist.all_to_all_single, _bytes(received), _bytes(sent), group=self._group)
-        return received
+        received = torch.empty_like(sent, memory_format=torch.contiguous_format)
+        sizes = [_bytes(sent).numel() // (self.world_size - 1)] * self.world_size
+        sizes[self.rank] = 0
+        work = self._run(
+            dist.all_to_all_single,
+            _bytes(received),
+            _bytes(sent),
+            sizes,
+            sizes,
+            group=self._group,
+            async_op=True,
+        )
+        return Pending(received, work, sent, self.watch)
 
     def reduce(self, tensor: Tensor, op: Any) -> Tensor:
         """All-reduces a copy of a tensor.
@@ -202,7 +257,8 @@ class SequenceGroup:
             return parts[0]
         if dist.get_backend(self._group) != "nccl":
             # gloo reduces to parts in some builds only; as many bytes travel this way.
-            return self.exchange(parts).sum(0)
+            others = torch.cat([parts[: self.rank], parts[self.rank + 1 :]])
+            return torch.cat([parts[self.rank, None], self.begin_exchange(others).wait()]).sum(0)
         sent = parts.contiguous()
         result = torch.empty_like(sent[0])
         self._run(dist.reduce_scatter_tensor, result, sent, group=self._group)
@@ -214,10 +270,10 @@ class SequenceGroup:
             self._run(dist.broadcast, tensor, group=self._group, group_src=0)
         return tensor
 
-    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.watch.check()
         try:
-            operation(*args, **kwargs)
+            return operation(*args, **kwargs)
         except RuntimeError as error:
             raise self.watch.diagnosis(error) from error
 

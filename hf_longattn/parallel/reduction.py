@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.merge_partials import merge_over_first, merge_partials
 from hf_longattn.parallel.group import SequenceGroup
 
 
@@ -109,16 +109,28 @@ def three_reductions(group: SequenceGroup, output: Tensor, lse: Tensor) -> tuple
     return merged.to(output.dtype), peak + torch.log(total)
 
 
-def exchange_merge(group: SequenceGroup, outputs: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Sends each rank the partial results of its own queries, and merges those that come here.
+class ReturningPartials:
+    """Partial results on their way to the ranks whose queries they belong to.
 
     Args:
         group: the ranks.
-        outputs: (P, B, H, T, V), part r for the queries of rank r, over this rank's keys.
-        lse: (P, B, H, T), -inf where the rank has no key.
-
-    Returns:
-        output (B, H, T, V) and lse (B, H, T) of this rank's queries, over the keys of all ranks.
+        output: (P - 1, B, T, H, V), this rank's for the queries of each other rank, in their order.
+        lse: (P - 1, B, H, T), -inf where this rank has no key.
     """
-    parts = group.exchange(pack(outputs, lse))
-    return merge_partials(*unpack(parts, outputs.shape[-1], lse.dtype))
+
+    def __init__(self, group: SequenceGroup, output: Tensor, lse: Tensor) -> None:
+        # Two messages: to pack them in one would copy the large one.
+        self._output, self._lse = group.begin_exchange(output), group.begin_exchange(lse)
+
+    def merge(self, output: Tensor, lse: Tensor) -> Tensor:
+        """Joins what the other ranks found for this rank's queries with what it found itself.
+
+        Args:
+            output: (B, H, T, V), over this rank's keys; may be written over.
+            lse: (B, H, T); may be written over.
+
+        Returns:
+            (B, H, T, V), over the keys of all ranks.
+        """
+        outputs = [output, *self._output.wait().transpose(2, 3)]
+        return merge_over_first(outputs, [lse, *self._lse.wait()])[0]

@@ -10,6 +10,7 @@ import torch
 from hf_longattn.cache.placement import Placement, Slices
 
 CASES = Path(__file__).parent / "cases.py"
+RUN_CASES = CASES.with_name("run_cases.py")
 FAST = [
     "models",
     "lengths",
@@ -24,8 +25,8 @@ FAST = [
 ]
 
 
-def run(sizes, *topics):
-    command = [sys.executable, str(CASES), sizes, *topics]
+def run(sizes, *topics, cases=CASES):
+    command = [sys.executable, str(cases), sizes, *topics]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr[-6000:]
 
@@ -38,6 +39,16 @@ def test_every_topic(sizes):
 @pytest.mark.slow
 def test_meshes_of_two_dimensions():
     run("4", "nodes", "tensor_parallel")
+
+
+@pytest.mark.parametrize("sizes", ["2,3", pytest.param("1,4", marks=pytest.mark.slow)], ids="P{}".format)
+def test_attention_on_a_run(sizes):
+    run(sizes, "runs", "overlap", cases=RUN_CASES)
+
+
+@pytest.mark.slow
+def test_an_operation_that_was_begun_names_the_rank_that_is_late():
+    run("3", "late", cases=RUN_CASES)
 
 
 SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away", "runs_out")]

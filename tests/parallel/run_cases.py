@@ -1,0 +1,136 @@
+"""Attention on a run that the ranks compute together. Run as `python run_cases.py P,P... TOPIC...`."""
+
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+import cases
+import ranks
+import torch
+
+from hf_longattn.attention import sharded
+from hf_longattn.attention.exact import Options
+from hf_longattn.cache.placement import Placement, Slices
+from hf_longattn.cache.sharded import ShardedLayer, shard_of
+from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.masking import lazy_mask
+from hf_longattn.parallel.group import Pending, SequenceGroup
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 16
+
+
+def states(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def layers_of(mesh, runs, batch):
+    """This rank's layer, to which runs are added, with the slices of each."""
+    group = SequenceGroup(None if mesh.size() == 1 else mesh.get_group("cp"))
+    layer, start = ShardedLayer(group, Placement(group.rank, group.world_size)), 0
+    for count in runs:
+        layer.slices = Slices(start, count, group.rank, group.world_size)
+        yield layer, layer.slices
+        start += count
+
+
+def attended(mesh, runs, batch, padding=None, **fields):
+    """What `sharded_attention` gives of each run, put together in order, with queries, keys and values."""
+    total = sum(runs)
+    query, both = states(batch, HEADS, total, WIDTH), states(2, batch, KEY_HEADS, total, WIDTH)
+    outputs = []
+    for layer, slices in layers_of(mesh, runs, batch):
+        seen = slice(slices.start, slices.start + slices.count)
+        own, key, value = (slices.take(x[:, :, seen], 2) for x in (query, *both))
+        key, value = layer.update(key, value)
+        mask = lazy_mask(batch, own.shape[2], seen.stop, slices.start, attention_mask=padding)
+        got = sharded.sharded_attention(own, key, value, mask, Options(True, **fields), shard_of(key))
+        everyone = layer.group_of_ranks.gather(got.transpose(1, 2))
+        outputs.append(slices.in_order(everyone))
+    return torch.cat(outputs, 2), query, *both
+
+
+def exact(query, key, value, padding=None, softcap=None, sinks=None):
+    query, (key, value) = query.double(), (x.double().repeat_interleave(2, 1) for x in (key, value))
+    scores = query @ key.mT / WIDTH**0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    hidden = hidden if padding is None else hidden | ~padding[:, None, None].bool()
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    # A pad sees nothing, and its output has no meaning but to be finite.
+    return scores.softmax(-1).nan_to_num()[..., : value.shape[2]] @ value
+
+
+def runs(rank, size, mesh):
+    """Every kind of run against dense attention in fp64: first and later ones, even and uneven, B 1 and 2."""
+    unit = 2 * size
+    padding = torch.arange(30 * unit) >= torch.tensor([[0], [7]])
+    kinds = {"dense": {}, "softcap": {"softcap": 2.0}, "sinks": {"sinks": states(HEADS)}}
+    lengths = [(5 * unit,), (4 * unit, 4 * unit, 4 * unit, 4 * unit), (3 * unit, 7 * unit, 2 * unit)]
+    for (name, fields), batch, counts, padded in itertools.product(kinds.items(), (1, 2), lengths, (0, 1)):
+        seen = padding[-batch:, : sum(counts)] if padded else None
+        got, *inputs = attended(mesh, counts, batch, seen, **fields)
+        want = exact(*inputs, padding=seen, **fields)
+        rows = torch.ones(batch, sum(counts), dtype=torch.bool) if seen is None else seen
+        error = (got.double() - want).transpose(1, 2)[rows].abs().max()
+        # Sums and merges of numbers of about 3 in fp32.
+        assert error <= 32 * torch.finfo(torch.float32).eps, (name, batch, counts, padded, error)
+
+
+def overlap(rank, size, mesh):
+    """What travels is begun before some work of this rank, and waited for behind it."""
+    events = []
+
+    def note(name, function):
+        def noted(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    watched = (
+        patch.object(SequenceGroup, "begin_gather", note("gather", SequenceGroup.begin_gather)),
+        patch.object(SequenceGroup, "begin_exchange", note("exchange", SequenceGroup.begin_exchange)),
+        patch.object(Pending, "wait", note("wait", Pending.wait)),
+        patch.object(sharded, "blockwise_attention", note("attend", blockwise_attention)),
+    )
+    for fields in ({}, {"softcap": 2.0}) if size > 1 else ():
+        with watched[0], watched[1], watched[2], watched[3]:
+            attended(mesh, [4 * size, 4 * size], 1, **fields)
+        # The second run: in the first, the first slices of some ranks see no key of others.
+        steps = [name for name, _ in itertools.groupby(events[events.index("gather", 2) :])]
+        assert steps[:3] == ["gather", "attend", "wait"], events
+        assert steps[3:] == ["attend", "exchange", "wait", "attend", "exchange", "attend", "wait"], events
+        events.clear()
+
+
+def late(rank, size, mesh):
+    """An exchange that never comes is an error of `wait`, in words, and what was sent before it is right."""
+    group = SequenceGroup(mesh.get_group("cp"), timeout=3.0)
+    mine = torch.arange(size * 3).view(size, 3) + 100 * rank
+    others = [other for other in range(size) if other != rank]
+    first, second = group.begin_exchange(mine[others]), group.begin_gather(mine)
+    assert second.wait().tolist() == [(mine - 100 * rank + 100 * other).tolist() for other in range(size)]
+    assert first.wait().tolist() == [(mine[rank] - 100 * rank + 100 * other).tolist() for other in others]
+    with group.watch:
+        if rank == size - 1:
+            time.sleep(8)
+            os._exit(0)
+        pending = group.begin_exchange(mine[others])
+        try:
+            pending.wait()
+        except RuntimeError as error:
+            assert f"rank {size - 1} is behind the others" in str(error), error
+        else:
+            raise AssertionError("nobody noticed")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    ranks.run_topics(globals(), lambda names: None, cases.mesh_of)

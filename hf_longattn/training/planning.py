@@ -325,7 +325,7 @@ class _Step:
             found.append("the host is full: `prepare_training(save_attention=False)` halves what waits there")
         elif plan.host > plan.host_memory:
             found.append("the host is full: more host memory (`--host-memory`)")
-        if plan.host > plan.host_memory and isinstance(request.keep_every, int):
+        if isinstance(request.keep_every, int) and (plan.host > plan.host_memory or request.offload is False):
             found.append("keep fewer layer inputs: `prepare_training(keep_every='auto')`")
         if request.offload is False:
             found.append("let layer inputs go to the host: `prepare_training(offload='auto')`")

@@ -125,6 +125,13 @@ def test_plan_of_a_training_step(folder):
     assert result.exit_code == 0 and fields["fits"] and fields["optimizer"] == 2 * fields["gradients"]
     result = run(*call, "--gpu-memory", 0.5)
     assert result.exit_code == 1 and "to make it fit" in result.stdout
+    # 136 numbers of 2 bytes a token and layer, all of them on the host; two of three layers keep them.
+    small = ("plan", folder, "--train", "--context", 1_000_000, "--gpu-memory", 4, "--host-memory")
+    fields = [json.loads(run(*small, host, "--json").stdout) for host in (0.77, 0.75, 0.5)]
+    assert [(found["every"], found["fits"]) for found in fields] == [(1, True), (2, True), (2, False)]
+    assert [found["host"] for found in fields] == [816_000_000, 544_000_000, 544_000_000]
+    result = run(*small, 0.75)
+    assert result.exit_code == 0 and "1 in 2" in result.stdout
     for option in (("--tp", 2, "--gpus", 2), ("--new-tokens", 3), ("--cache-dtype", "int8")):
         result = run(*call, *option)
         assert result.exit_code == 2 and "`--tp`" in result.stderr, option

@@ -1,7 +1,9 @@
 """Groups of layers of which the first keeps its input: the gradients of the plain model, and what is kept."""
 
+import dataclasses
 import functools
 import logging
+import types
 
 import pytest
 import tiny
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_longattn
 from hf_longattn.training import groups, node
+from hf_longattn.training.offload import Layout, Offloader
 
 BOUND = 2e-6
 FAMILIES = ["llama", "gemma2", "gpt-oss", "gpt2"]
@@ -191,6 +194,46 @@ def test_the_fewest_that_find_room(room, every):
     sizes = lambda number: groups.waiting(8, number, 10, [])  # noqa: E731
     assert [sum(sizes(number)) for number in (1, 2, 3)] == [80, 50, 40]
     assert groups.pick_every(8, sizes, lambda found: sum(found) <= room) == every
+
+
+def groups_of(every, offload, free):
+    """Groups of eight layers without attention, and the layout of an input of 640 bytes on a GPU."""
+    offloader = Offloader(offload, lambda size: 100)
+    offloader.free = lambda device: free
+    layout = Layout((2, 40, 8), torch.int8, torch.device("cuda"), [slice(0, 40)])
+    return groups.Groups(every, 8, (), offloader), layout
+
+
+# 8, 5 and 4 inputs of 640 bytes; the computation needs 100.
+@pytest.mark.parametrize(
+    ("offload", "free", "host", "every"),
+    [
+        (True, 0, 5120, 1), (True, 9999, 5119, 2), (True, 0, 3199, 3), ("auto", 740, 4480, 1),
+        ("auto", 739, 4480, 2), ("auto", 740, 2560, 2), (False, 5220, 0, 1), (False, 5219, 9999, 2),
+    ],
+)  # fmt: skip
+def test_auto_counts_what_is_free(monkeypatch, offload, free, host, every):
+    monkeypatch.setattr(groups, "host_memory", lambda device: 2 * host)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found, layout = groups_of("auto", offload, free)
+    assert found.pick(layout, torch.nn.Linear(2, 2), None) == every
+    # Ranks of one sequence take the largest that any of them needs.
+    share = types.SimpleNamespace(
+        group=types.SimpleNamespace(gather=lambda own: torch.cat([own * 0 + 3, own]))
+    )
+    monkeypatch.setattr(
+        torch, "tensor", functools.partial(lambda make, data, device: make(data), torch.tensor)
+    )
+    assert found.pick(layout, torch.nn.Linear(2, 2), share) == 3
+
+
+def test_auto_is_one_where_ranks_could_differ_or_nothing_is_known():
+    found, layout = groups_of("auto", False, 0)
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.ds_id = 1
+    assert found.pick(layout, layer, None) == 1
+    layout = dataclasses.replace(layout, device=torch.device("cpu"))
+    assert found.pick(layout, torch.nn.Linear(2, 2), None) == 1
 
 
 @pytest.mark.parametrize("value", [0, -1, "all", 1.5, True])

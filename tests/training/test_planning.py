@@ -122,6 +122,21 @@ def test_inputs_go_to_the_host_where_the_offloader_sends_them(monkeypatch):
     assert (plan.inputs, plan.host) == (kept, host)
 
 
+def test_layers_share_an_input_where_inputs_find_no_room():
+    tokens, fields = 1 << 18, {"offload": True, "lora": 16, "save_attention": False}
+    hidden = tokens * 4096 * 2
+    for host, every in ((64, 1), (63, 2), (34, 2), (33, 3), (24, 3), (23, 4), (21, 5), (19, 5)):
+        plan = plan_of(SHAPES["8B"], tokens, **fields, host_memory=host * GIB)
+        inputs = {1: 32, 2: 17, 3: 12, 4: 11, 5: 10}[every]
+        assert (plan.every, plan.host, plan.fits) == (every, inputs * hidden, host >= 20)
+    # One GPU and no host: the plan of what stays, and what a second forward has on top.
+    small = {**fields, "offload": False, "host_memory": 0}
+    plans = [plan_of(SHAPES["8B"], tokens, **small, keep_every=every) for every in (1, 2, 4, 6)]
+    assert [plan.inputs // hidden for plan in plans] == [32, 17, 11, 10]
+    assert any("keep_every='auto'" in words for words in plans[0].advice)
+    assert plan_of(SHAPES["8B"], tokens, **small).every > 1
+
+
 def test_the_longest_fits_and_more_does_not():
     for fields in ({"lora": 16}, {"lora": 16, "ranks": 4}, {"lora": 16, "host_memory": 10 * GIB}):
         longest = plan_of(SHAPES["8B"], 1000, **fields).longest

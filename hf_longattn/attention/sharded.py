@@ -107,17 +107,25 @@ def _attend_run(
     is_dense = limits is not None and limits.is_dense and options.softcap is None
     held = None if is_dense else _held_by_rank(mask, shard, slices, query.device)
     run = _Run(key, value, _terms(options, shard), slices, held)
-    halves = query.split(slices.piece, dim=2)
-    # Tokens first: those of all ranks are then one sequence, without a copy where B = 1.
-    coming = [shard.group.begin_gather(half.permute(2, 0, 1, 3)) for half in halves]
-    own = [run.attend(halves[0], 0, slice(slices.rank, slices.rank + 1))]
+    halves = [_tokens_together(half) for half in query.split(slices.piece, dim=2)]
+    coming = [shard.group.begin_gather(half) for half in halves]
+    own = [run.attend(halves[0].transpose(1, 2), 0, slice(slices.rank, slices.rank + 1))]
     returning = []
     for half, queries in enumerate(coming):
-        output, lse = run.attend_others(queries.wait().flatten(0, 1).permute(1, 2, 0, 3), half)
+        output, lse = run.attend_others(queries.wait(), half)
         returning.append(ReturningPartials(shard.group, output, lse))
-    own.append(run.attend(halves[1], 1, slice(slices.rank, slices.rank + 1)))
+    own.append(run.attend(halves[1].transpose(1, 2), 1, slice(slices.rank, slices.rank + 1)))
     merged = [others.merge(*part) for others, part in zip(returning, own, strict=True)]
     return torch.cat([output.transpose(1, 2) for output in merged], 1).transpose(1, 2)
+
+
+def _tokens_together(states: Tensor) -> Tensor:
+    """(B, H, T, K) -> (B, T, H, K), contiguous, in the strides of a tensor of its own where B = 1, too.
+
+    cuDNN builds a plan for every set of strides it has not seen: those of one rank's tokens and of another's
+    must not differ.
+    """
+    return states.transpose(1, 2).flatten(0, 1).contiguous().unflatten(0, (states.shape[0], states.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -142,17 +150,18 @@ class _Run:
         """One slice of every other rank over all keys that it may see here.
 
         Args:
-            queries: (B, H, P * piece, K), this rank's among them.
+            queries: (P, B, piece, H, K), this rank's among them.
             half: 0 for the first slices of the ranks, 1 for the second ones.
 
         Returns:
             output (P - 1, B, piece, H, V) and lse (P - 1, B, H, piece), -inf where no key is seen.
         """
-        rank, ranks, piece = self.slices.rank, self.slices.world_size, self.slices.piece
+        rank, piece = self.slices.rank, self.slices.piece
         outputs, sums = [], []
-        for some in (slice(0, rank), slice(rank + 1, ranks)):
+        for some in (slice(0, rank), slice(rank + 1, len(queries))):
             count = some.stop - some.start
-            rows = queries[:, :, some.start * piece : some.stop * piece]
+            # One sequence as it lies where B = 1; else it is copied.
+            rows = queries[some].transpose(0, 1).flatten(1, 2).transpose(1, 2)
             output, lse = self.attend(rows, half, some) if count else self._nothing(rows)
             outputs.append(output.transpose(1, 2).unflatten(1, (count, piece)).transpose(0, 1))
             sums.append(lse.unflatten(2, (count, piece)).permute(2, 0, 1, 3))

@@ -131,6 +131,7 @@ def prepare_training(
     trunk = _trunk_of_loss(inner, decoder, setup)
     parallel = make_parallel(accelerator, device_mesh, decoder, layers)
     changes = instance.begin(inner, "training")
+    _tell_of_checkpointing(layers)
     if inner.config._attn_implementation not in _IMPLEMENTATIONS:
         changes.use_attention("blockwise_attention")
     ranks = 1 if parallel is None else parallel.group.world_size
@@ -250,6 +251,14 @@ def _no_checkpointing(*args: Any, every_n_layers: int = 1, offload: bool = False
             "gradient checkpointing: `every_n_layers` and `offload` have no effect on a prepared model; "
             "which inputs wait, and where, is for `keep_every` and `offload` of `prepare_training` to say.",
         )
+
+
+def _tell_of_checkpointing(layers: list[GradientCheckpointingLayer]) -> None:
+    """Says that checkpointing which was enabled before is left out."""
+    flags = {bool(layer.gradient_checkpointing) for layer in layers}
+    if True in flags:
+        # Where some layers are without it, `every_n_layers` was asked for.
+        _no_checkpointing(every_n_layers=len(flags))
 
 
 def _no_replicas() -> None:

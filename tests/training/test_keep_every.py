@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import hf_longattn
+from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import groups, node
 from hf_longattn.training.offload import Layout, Offloader
 
@@ -163,6 +164,7 @@ def test_backward_twice_and_from_the_middle():
 
 
 def test_in_a_checkpoint_of_the_callers_every_layer_keeps_its_input(forwards, caplog):
+    log_once.cache_clear()
     model = hf_longattn.prepare_training(build("llama"), block_size=16, keep_every=3)
     hidden = torch.randn(2, 43, 64, requires_grad=True)
     cos_sin = model.model.rotary_emb(hidden, torch.arange(43)[None])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
+from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import layer
 
 # fp32 sums in another order; the loss and the gradients of a whole model, relative.
@@ -164,8 +165,10 @@ def test_a_second_backward_through_the_same_graph():
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"offload": True}], ids=str)
-def test_gradient_checkpointing_is_left_out(moment, options):
+def test_gradient_checkpointing_is_left_out(moment, options, caplog):
     model = build("llama")
+    log_once.cache_clear()
+    caplog.set_level("INFO", logger="hf_longattn")
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, **options}
     if moment == "before":
         model.gradient_checkpointing_enable(**options)
@@ -178,6 +181,10 @@ def test_gradient_checkpointing_is_left_out(moment, options):
     assert_same(step(model, **batch("full")), plain("llama", "full"))
     # Three blocks forward and three backward; two refills leave before the hook runs.
     assert len(calls) == 6
+    assert "gradient checkpointing: left out" in caplog.text
+    # What was offloaded before is not known any more.
+    ignored = bool(options.keys() & {"every_n_layers", *(["offload"] if moment == "after" else [])})
+    assert ("`every_n_layers` and `offload` have no effect" in caplog.text) == ignored
     hf_longattn.restore(model)
     assert model.is_gradient_checkpointing == (moment == "before")
 

@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 import hf_longattn
+from hf_longattn.training import offload
 from hf_longattn.training.offload import HostBlocks, Layout, PinnedPool
 
 pytestmark = pytest.mark.gpu
@@ -81,21 +82,37 @@ def test_bf16_gradients_are_as_good_as_eager(family, pad):
     reference = gradients_without_padding if family == "gemma2" else gradients
     exact = reference(build(family, torch.float64), inputs)
     plain = error(reference(build(family, torch.bfloat16), inputs), exact)
-    for fields in ({"offload": False}, {"offload": True}, {"offload": True, "save_attention": False}):
+    for fields in ({"offload": False}, {"offload": True}, {"offload": True, "save_attention": False},
+                   {"offload": True, "keep_every": 2}, {"offload": False, "keep_every": 3}):  # fmt: skip
         model = hf_longattn.prepare_training(build(family, torch.bfloat16), block_size=400, **fields)
         result = error(gradients(model, inputs), exact)
         assert result <= 1.5 * (plain + torch.finfo(torch.bfloat16).eps), fields
 
 
 def test_offload_changes_no_bit_over_steps_of_other_lengths():
+    settings = ({"offload": False}, {"offload": True}, {"offload": True, "keep_every": 3})
     models = [
-        hf_longattn.prepare_training(build("llama", torch.bfloat16), block_size=300, offload=offload)
-        for offload in (False, True)
+        hf_longattn.prepare_training(build("llama", torch.bfloat16), block_size=300, **fields)
+        for fields in settings
     ]
     for length in (900, 1300, 700, 1300):
         inputs = batch(length, 100)
-        expected, result = (gradients(model, inputs) for model in models)
-        assert torch.equal(result, expected), length
+        expected, *results = (gradients(model, inputs) for model in models)
+        assert all(torch.equal(result, expected) for result in results), length
+
+
+@pytest.mark.parametrize(("every", "slabs"), [(1, 9), (3, 4), ("auto", 9)])
+def test_groups_of_layers_pin_fewer_inputs(monkeypatch, every, slabs):
+    pinned, pin = [], offload.pin
+    monkeypatch.setattr(offload, "pin", lambda slab, *words: pinned.append(slab.numel()) or pin(slab, *words))
+    monkeypatch.setitem(SHAPE, "num_hidden_layers", 8)
+    model = build("llama", torch.bfloat16)
+    fields = {"block_size": 400, "offload": True, "save_attention": False, "keep_every": every}
+    hf_longattn.prepare_training(model, **fields)
+    for _ in range(2):
+        gradients(model, batch(1500, 0))
+    # Of eight layers and of the final norm; or of three layers and one more: the norm's, then a layer's.
+    assert pinned == [2 * 1500 * 256 * 2] * slabs
 
 
 def test_a_second_backward_after_offload_says_what_to_do():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_longattn.adapters import ForwardHooks
+from hf_longattn.fusion import fused_norm
 from hf_longattn.parallel.sequence import SequenceShare, current_share
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.attention import PrefixAttention
@@ -141,11 +142,12 @@ def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor],
         # A row of an embedding's gradient is small, and a block of it is as large as the whole.
         is_table = isinstance(module, nn.Embedding)
         rows = [slice(0, hidden.shape[1])] if is_table else runtime.rows(hidden, share)
+        compute = fused_norm(module, original, hidden)
         if len(rows) == 1 and share is None:
-            return original(hidden)
+            return compute(hidden)
         seed = _new_seed(module) if drops else None
         room = not (drops or is_table) and _may_overwrite(runtime, module, hidden, found, keywords=False)
-        run = BlockRun(original, {}, rows, None, seed, hidden.device, share=share, may_overwrite=room)
+        run = BlockRun(compute, {}, rows, None, seed, hidden.device, share=share, may_overwrite=room)
         return run_blocks(run, runtime, module, hidden)
 
     return forward

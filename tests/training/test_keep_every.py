@@ -157,7 +157,7 @@ def test_backward_twice_and_from_the_middle():
     for model in models:
         states = model.model(tiny.tokens(2, 43), output_hidden_states=True, use_cache=False).hidden_states
         weights = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(2))
-        for state in (states[2], states[3], states[1]):
+        for state in (states[2], states[3], states[3], states[1]):
             (state * weights).sum().backward(retain_graph=True)
         found.append((torch.zeros(1) + 1, gradients(model)))
     assert_same(found[1], found[0])

@@ -165,8 +165,8 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None, 
     }  # fmt: skip
     constexprs = {
         "GROUP": 4, "K": head_dim, "V": head_dim, "CAUSAL": masked, "GAPS": masked and num_rows > 16,
-        "PRECISION": config.precision, "BLOCK_R": rows, "BLOCK_K": block, "BLOCK_V": block,
-        "BLOCK_N": config.block_n,
+        "ONE_QUERY": num_rows == 4, "PRECISION": config.precision, "BLOCK_R": rows, "BLOCK_K": block,
+        "BLOCK_V": block, "BLOCK_N": config.block_n,
     }  # fmt: skip
     options = {"lower_ptr": "*i32:16", "upper_ptr": "*i32:16", "key_mask_ptr": "*u8:16", "cap": "fp32"}
     signature |= options if masked else {}
@@ -181,6 +181,8 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None, 
     kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
     # All options at once cost a few bytes of registers at the size that streams fastest without them.
     spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
+    # Exact fp32 takes no tensor core: products hold both operands in registers.
+    spills = 32 if masked and block == 256 and itemsize == 4 else spills
     return Case(
         id, kernel, signature, constexprs, config.num_warps, config.num_stages, max_spills=spills, slow=slow
     )

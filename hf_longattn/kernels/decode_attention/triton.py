@@ -6,8 +6,9 @@
 
 One program computes BLOCK_R rows of one key head (the H/G query heads that share it times T positions) over
 its share of the keys, BLOCK_N at a time. The rows' visible interval [first, last) is read on the device and
-its blocks are dealt evenly to the splits, so the cost follows the visible keys whatever the size of the
-cache, and a replayed CUDA graph stays balanced while the interval grows. The partial results are fp32 and
+its blocks are dealt to the splits in turn, so the cost follows the visible keys whatever the size of the
+cache, a replayed CUDA graph stays balanced while the interval grows, and what runs at the same time reads
+memory that lies together. The partial results are fp32 and
 joined by the kernel of `merge_partials`, where the sinks enter; one part without sinks is the result itself,
 and is rounded as it is stored. The work is bound by reading K and V once:
 everything else hides behind those loads. Tree Attention, arXiv 2408.04093; split keys as in Flash-Decoding.
@@ -31,6 +32,8 @@ from hf_longattn.kernels.merge_partials.triton import merge_forward
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 _MAX_SPLITS = 128
+# Share of the slots that keeps the memory busy.
+_BUSY = 0.9
 
 
 class DecodeConfig(NamedTuple):
@@ -103,13 +106,15 @@ def _block_dim(size: int) -> int:
 def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int) -> int:
     """Programs that share the keys of one tile of rows, for `num_slots` programs that run at once.
 
-    The time is modelled as waves * (keys a split + start-up) + merge, all counted in keys; its constants only
-    have to make short caches prefer few splits.
+    The time is modelled as reading + waves * start-up + merge, all counted in keys. Reading takes the
+    longer, the fewer of the slots are taken in a wave, up to where the memory is busy. The constants only
+    have to make short caches prefer few splits, and long ones a single wave.
     """
 
     def cost(splits: int) -> float:
         waves = -(-num_tiles * splits // num_slots)
-        return waves * (num_keys / splits + 256) + 4 * splits
+        taken = num_tiles * splits / (waves * num_slots)
+        return num_keys * num_tiles / num_slots / min(taken, _BUSY) + waves * 256 + 4 * splits
 
     return min(range(1, min(_MAX_SPLITS, max(1, num_keys // 128)) + 1), key=cost)
 
@@ -139,9 +144,9 @@ def _soft_cap(score, cap):
 def _row_interval(
     lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL: tl.constexpr
 ):
-    """[first, last) of the keys that each row sees; empty for rows that do not exist."""
-    first = tl.zeros_like(t)
-    last = tl.where(mask_r, S, 0)
+    """[first, last) of the keys that each row sees, or of one query; empty for rows that do not exist."""
+    first = t * 0
+    last = S * mask_r
     if CAUSAL:
         last = tl.minimum(last, t + 1 + S - T)
     if lower_ptr is not None:
@@ -151,17 +156,6 @@ def _row_interval(
         upper = tl.load(upper_ptr + offset((batch, t), upper_strides), mask=mask_r, other=0)
         last = tl.minimum(last, upper.to(tl.int32))
     return first, last
-
-
-@triton.jit
-def _share(first, last, S, BLOCK_N: tl.constexpr):
-    """[begin, end) of the keys of this split: an even part of the blocks that cover what any row sees."""
-    begin = tl.min(tl.where(first < last, first, S), 0)
-    end = tl.max(tl.where(first < last, last, 0), 0)
-    num_blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
-    split, num_splits = tl.program_id(0), tl.num_programs(0)
-    stop = begin + (split + 1) * num_blocks // num_splits * BLOCK_N
-    return begin + split * num_blocks // num_splits * BLOCK_N, tl.minimum(stop, end)
 
 
 @triton.jit
@@ -178,8 +172,8 @@ def _split_kernel(
     o_strides, lse_strides,
     scale, cap, T, S,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, GAPS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_row_tiles = tl.cdiv(GROUP * T, BLOCK_R)
     batch = tl.program_id(2).to(tl.int64)
@@ -190,12 +184,23 @@ def _split_kernel(
     offs_n, offs_k, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     mask_k, mask_v = offs_k < K, offs_v < V
 
-    first, last = _row_interval(
-        lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL
-    )
-    begin, end = _share(first, last, S, BLOCK_N)
+    # On its way while the interval is read: nothing else hides either wait.
     at = offset((batch, head, t, 0), q_strides)[:, None] + offs_k[None, :] * q_strides[3]
     q = tl.load(q_ptr + at, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+    if ONE_QUERY:
+        # All rows see the same keys: two numbers, which no threads have to agree on.
+        first, end = _row_interval(
+            lower_ptr, upper_ptr, lower_strides, upper_strides, batch, 0, True, T, S, CAUSAL
+        )
+        begin = first
+    else:
+        first, last = _row_interval(
+            lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL
+        )
+        begin = tl.min(tl.where(first < last, first, S), 0)
+        end = tl.max(tl.where(first < last, last, 0), 0)
+    split, step = tl.program_id(0), tl.num_programs(0) * BLOCK_N
+    begin += split * BLOCK_N
     # Within a tile int32 is enough; the tile's own place is int64.
     k_tile = offs_n[:, None] * k_strides[2] + offs_k[None, :] * k_strides[3]
     v_tile = offs_n[:, None] * v_strides[2] + offs_v[None, :] * v_strides[3]
@@ -205,15 +210,17 @@ def _split_kernel(
     acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if key_mask_ptr is not None:
         next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, begin + offs_n, end)
-    for n0 in range(begin, end, BLOCK_N):
+    for n0 in range(begin, end, step):
         keys = n0 + offs_n
         # What is loaded waits for no mask: that of the next step comes while this one computes.
         held = keys < end
         real = held
         if key_mask_ptr is not None:
             real = next_real
-            next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, keys + BLOCK_N, end)
-        visible = real[None, :] & (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+            next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, keys + step, end)
+        visible = real[None, :]
+        if not ONE_QUERY:
+            visible = visible & (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
         if GAPS:
             # Between two rows' intervals lie slots that nobody sees.
             real = tl.max(visible.to(tl.int32), 0) > 0
@@ -249,7 +256,6 @@ def _split_kernel(
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
         m = peak
 
-    split = tl.program_id(0)
     lse = tl.where(l == 0.0, float("-inf"), m * LN_2 + tl.log(tl.where(l == 0.0, 1.0, l)))
     tl.store(lse_ptr + offset((split, batch, head, t), lse_strides), lse, mask=mask_r)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
@@ -303,8 +309,8 @@ def decode_forward(
         query.stride(), key.stride(), value.stride(), (0,) * 4 if scales is None else scales.stride(),
         lower_strides, upper_strides, key_mask_strides, outputs.stride(), lse.stride(),
         scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E if softcap else None, T, S,
-        GROUP=H // G, K=K, V=V, CAUSAL=mask.causal, GAPS=gaps, PRECISION=config.precision,
-        BLOCK_R=block_r, BLOCK_K=_block_dim(K), BLOCK_V=_block_dim(V), BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        GROUP=H // G, K=K, V=V, CAUSAL=mask.causal and T > 1, GAPS=gaps, ONE_QUERY=T == 1,
+        PRECISION=config.precision, BLOCK_R=block_r, BLOCK_K=_block_dim(K), BLOCK_V=_block_dim(V),
+        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return (outputs[0], lse[0]) if whole else merge_forward(outputs, lse, query.dtype, sinks)

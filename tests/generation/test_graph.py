@@ -145,15 +145,18 @@ def test_a_failed_capture_names_what_broke_it_and_the_way_out(required, caplog):
 
 
 @gpu
-def test_experts_in_fp32_run_eagerly_with_one_warning_and_in_bf16_are_captured(caplog):
+def test_experts_are_captured_in_bf16_and_in_fp32_where_torch_lets_them(caplog):
     log_once.cache_clear()
-    for dtype in (torch.float32, torch.bfloat16):
-        model = hf_longattn.prepare_generation(tiny.build("gpt-oss", dtype=dtype).cuda())
+    ids = tiny.tokens(3, 9).cuda()
+    for dtype, graph in ((torch.bfloat16, True), (torch.float32, "auto")):
+        expected = generate(tiny.build("gpt-oss", dtype=dtype).cuda(), ids, None, max_new_tokens=5)
+        model = hf_longattn.prepare_generation(tiny.build("gpt-oss", dtype=dtype).cuda(), cuda_graph=graph)
         with caplog.at_level(logging.WARNING, logger="hf_longattn"):
-            for _ in range(2):
-                generate(model, tiny.tokens(3, 9).cuda(), None, max_new_tokens=5)
-        said = [record.message for record in caplog.records if "could not be captured" in record.message]
-        assert len(said) == 1 and "a model in torch.bfloat16 can be captured" in said[0]
+            answers = [generate(model, ids, None, max_new_tokens=5) for _ in range(2)]
+        assert dtype == torch.bfloat16 or answers == [expected, expected]
+    # Some versions of torch copy the bounds of fp32's groups to the host, whatever `cuda_graph="auto"` asks.
+    said = [record.message for record in caplog.records if "could not be captured" in record.message]
+    assert len(said) <= 1 and all("a model in torch.bfloat16 can be captured" in line for line in said)
 
 
 def generate(model, ids, mask, **kwargs):

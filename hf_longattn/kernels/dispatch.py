@@ -26,9 +26,14 @@ def _triton_version() -> str:
         return ""
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """(major, minor), or () where the version does not begin with them."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else ()
+
+
 def _is_too_old(version: str) -> bool:
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and tuple(map(int, numbers.groups())) < _OLDEST_TRITON
+    return () < _numbers(version) < _OLDEST_TRITON
 
 
 # Asked once, here: Dynamo traces through `functools.cache` and warns about it.
@@ -46,6 +51,11 @@ def log_once(level: int, message: str) -> None:
 def has_triton() -> bool:
     """Whether the `triton` package is installed (it is not imported by the question)."""
     return _HAS_TRITON
+
+
+def triton_version() -> tuple[int, ...]:
+    """(major, minor) of the installed Triton, or () where it is unknown."""
+    return _numbers(_TRITON_VERSION)
 
 
 def interpreting() -> bool:

@@ -143,12 +143,8 @@ class PrefixAttention(TokenMixer):
         self, grad: Tensor, query: Tensor, results: tuple[Tensor, Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of query, of the block's own keys and values if they are complete, and of the sinks."""
-        assert self.keys is not None and self.values is not None
-        if self.grad_keys is None or self.grad_values is None:
-            dtype = torch.promote_types(self.keys.dtype, torch.float32)
-            self.grad_keys = torch.zeros_like(self.keys, dtype=dtype)
-            self.grad_values = torch.zeros_like(self.values, dtype=dtype)
         window = self.visibility.window(self.index, self.place)
+        sums, is_first = self._key_sums(window.keys)
         # Dropout counts columns from the first key of the call, so that call must be the forward's.
         parts = [window] if options["dropout"] else window.parts(MOST_KEYS)
         grad_query: Tensor | None = None
@@ -160,13 +156,29 @@ class PrefixAttention(TokenMixer):
             found = blockwise_attention_gradients(
                 grad, inputs, results, mask=part.limits, bias=part.bias, **own
             )
-            self.grad_keys[:, :, part.keys] += found.key
-            self.grad_values[:, :, part.keys] += found.value
+            for total, new in zip(sums, (found.key, found.value), strict=True):
+                if is_first:
+                    total[:, :, part.keys] = new
+                else:
+                    total[:, :, part.keys] += new
+            del new
             grad_query, grad_sinks = _sum(grad_query, found.query, len(parts)), found.sinks
             # A part's gradients must not wait beside those of the next.
             del found
         assert grad_query is not None
         return grad_query.to(query.dtype), *self._own_gradients(), grad_sinks
+
+    def _key_sums(self, keys: slice) -> tuple[tuple[Tensor, Tensor], bool]:
+        """The fp32 sums of keys and values, and whether a block that sees `keys` writes all of them first."""
+        if self.grad_keys is not None and self.grad_values is not None:
+            return (self.grad_keys, self.grad_values), False
+        assert self.keys is not None and self.values is not None
+        dtype = torch.promote_types(self.keys.dtype, torch.float32)
+        # Those of all ranks, where several share the sequence.
+        sees_all = keys == slice(0, self.keys.shape[2])
+        make = torch.empty_like if sees_all else torch.zeros_like
+        self.grad_keys, self.grad_values = (make(x, dtype=dtype) for x in (self.keys, self.values))
+        return (self.grad_keys, self.grad_values), sees_all
 
     def _own_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         assert self.keys is not None and self.values is not None

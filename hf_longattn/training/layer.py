@@ -28,6 +28,7 @@ from hf_longattn.training.groups import Groups
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import LayerInputs
 from hf_longattn.training.states import BlockRowsCache
+from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 
@@ -170,13 +171,6 @@ def _only_tensor(output: Any) -> Tensor:
     return output
 
 
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """An fp32 sum: in bf16, hundreds of blocks would cost a percent of the gradient."""
-    if part is None or total is not None:
-        return total if part is None or total is None else total.add_(part)
-    return part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-
-
 @dataclass
 class Saved:
     """What the backward reads: the input, perhaps attention's output (B, T, H, V) and lse (B, T, H)."""
@@ -298,7 +292,7 @@ class _GradientSums:
         self.run, self.parameters, self.needs_input = run, parameters, needs_input
         self.room, self.written = room, set[int]()
         self.hidden: Tensor | None = None
-        self.sums: list[Tensor | None] = [None] * len(parameters)
+        self.sums = [GradientSum() for _ in parameters]
 
     def add(
         self,
@@ -319,7 +313,8 @@ class _GradientSums:
         found = None if entering is None else parts.pop()
         if self.needs_input and (part := parts.pop(0)) is not None:
             self._add_hidden(index, part)
-        self.sums = [_add(total, part) for total, part in zip(self.sums, parts, strict=True)]
+        for total, part in zip(self.sums, parts, strict=True):
+            total.add(part)
         return found
 
     def _add_hidden(self, index: int, part: Tensor) -> None:
@@ -338,9 +333,11 @@ class _GradientSums:
 
     def results(self) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of the input, and of each parameter in its own dtype, summed over the ranks."""
-        if self.run.share is not None:
-            self.sums = self.run.share.add_up_gradients(self.sums, self.parameters)
-        pairs = zip(self.sums, self.parameters, strict=True)
+        if self.run.share is None:
+            pairs = zip(self.sums, self.parameters, strict=True)
+            return self.hidden, [total.rounded(parameter.dtype) for total, parameter in pairs]
+        totals = self.run.share.add_up_gradients([total.wide() for total in self.sums], self.parameters)
+        pairs = zip(totals, self.parameters, strict=True)
         return self.hidden, [None if total is None else total.to(p.dtype) for total, p in pairs]
 
 

@@ -26,6 +26,7 @@ from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.sequence import SequenceParallel, taking_loss
+from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.zero import in_one_call, is_cut
 
 # Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
@@ -189,20 +190,23 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         flat = hidden.reshape(-1, hidden.shape[-1])
         grad_hidden = torch.zeros_like(flat) if needs_grad else None
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        sums = [GradientSum() for _ in parameters]
         total = torch.zeros((), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
-        fused = fused_loss(head, head.model.get_output_embeddings(), flat)
-        for tokens in counted.split(options.chunk(flat, head.model.config.get_text_config().vocab_size)):
+        size = options.chunk(flat, head.model.config.get_text_config().vocab_size)
+        fused = fused_loss(head, head.model.get_output_embeddings(), flat, size)
+        for tokens in counted.split(size if fused is None else fused.tokens):
             block = flat[tokens][None].detach().requires_grad_(needs_grad)
             loss, parts = _chunk_loss(head, fused, block, targets[tokens], options.smoothing, parameters)
             total += loss
             if grad_hidden is not None:
-                grad_hidden[tokens] = parts[0][0]  # pyright: ignore[reportOptionalSubscript]
-                for into, part in zip(sums, parts[1:], strict=True):
-                    into.add_(0 if part is None else part)
+                # Taken out: the gradient of a head must not wait beside that of the next chunk.
+                grad_hidden[tokens] = parts.pop(0)[0]  # pyright: ignore[reportOptionalSubscript]
+                for into in sums:
+                    into.add(parts.pop(0))
         ctx.dtypes, ctx.share = [parameter.dtype for parameter in parameters], options.share
         if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden.view_as(hidden), *sums)
+            found = [into.wide_like(p) for into, p in zip(sums, parameters, strict=True)]
+            ctx.save_for_backward(grad_hidden.view_as(hidden), *found)
         return total
 
     @staticmethod

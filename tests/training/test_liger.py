@@ -22,7 +22,11 @@ installed = pytest.mark.skipif(
 
 def newest(hidden, weight, targets, *, reduction, label_smoothing, accum_dtype, chunk_mem_const):
     """The signature of Liger's function, in plain torch."""
-    assert accum_dtype == torch.float32 and chunk_mem_const * hidden.shape[1] >= weight.shape[0]
+    assert accum_dtype == torch.float32
+    # How Liger 0.8 cuts: the logits of a chunk are to be no more than those of nine tokens.
+    parts = -(-weight.shape[0] // (chunk_mem_const * hidden.shape[1]))
+    chunk = min(1 << (-(-len(hidden) // parts) - 1).bit_length(), len(hidden))
+    assert chunk <= 9, (len(hidden), chunk)
     logits = hidden @ weight.T
     return nn.functional.cross_entropy(logits, targets, reduction=reduction, label_smoothing=label_smoothing)
 
@@ -46,7 +50,7 @@ def pick(family="llama", change=lambda model: None, dtype=torch.float32):
     model = tiny.build(family).to(dtype)
     change(model)
     head = functools.partial(project, model)
-    return liger.fused_loss(head, model.get_output_embeddings(), torch.zeros(7, 64, dtype=dtype))
+    return liger.fused_loss(head, model.get_output_embeddings(), torch.zeros(7, 64, dtype=dtype), 9)
 
 
 def project(model, hidden):
@@ -69,6 +73,24 @@ CHANGES = {
 def test_a_plain_head_is_taken(on_a_gpu, dtype):
     assert pick(dtype=dtype) is not None
     assert on_a_gpu == ["loss: chunks are taken by Liger's fused linear cross-entropy"]
+
+
+@pytest.mark.parametrize(
+    "shape", [(128256, 2048), (128256, 4096), (32000, 4096), (97, 64), (50, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_call_takes_several_chunks_and_cuts_them_as_asked(shape, dtype):
+    vocabulary, width = shape
+    with torch.device("meta"):
+        head = nn.Linear(width, vocabulary, bias=False, dtype=dtype)
+    fused = liger.FusedLoss(head, 2048, liger._chunks(head))
+    assert fused.chunks == (1 if dtype == torch.float16 else min(8, -(-vocabulary // width)))
+    for tokens in {1, 2047, min(2049, fused.tokens), fused.tokens // 2, fused.tokens - 1, fused.tokens}:
+        parts = -(-vocabulary // (fused.budget(tokens) * width))
+        size = -(-tokens // parts)
+        assert 1 << (size - 1).bit_length() <= 2048 or tokens <= 2048
+        # No more calls of the kernel than twice what is needed.
+        assert -(-tokens // (1 << (size - 1).bit_length())) <= max(2 * -(-tokens // 2048), 1)
 
 
 def test_a_batch_without_a_token_that_counts(on_a_gpu, monkeypatch):

@@ -137,10 +137,11 @@ def _gated_key(module: Any) -> tuple[Any, ...]:
     return type(module), weight.shape, weight.dtype, plain_settings(module)
 
 
+# A captured step writes to no parameter, and its replay begins when all that was launched before has ended.
 def _few_rows(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda states: few_row_linear(states, module.weight, module.bias)
+    return lambda states: few_row_linear(states, module.weight, module.bias, settled_weight=True)
 
 
 def _gated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
     gate, up = module.gate_proj.weight, module.up_proj.weight
-    return lambda states: module.down_proj(few_row_gated_linear(states, gate, up))
+    return lambda states: module.down_proj(few_row_gated_linear(states, gate, up, settled_weight=True))

@@ -8,9 +8,71 @@ Shape letters of the whole project:
 The public layout is (B, H, T, K); a kernel that wants another reads it through strides.
 """
 
+import ctypes
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hf_longattn.kernels.dispatch import interpreting
+
+# The first CUDA driver that takes launches which overlap into a graph.
+_OVERLAPPING_DRIVER = 12030
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Keywords of a launch that may begin while the kernel before it in the stream ends.
+
+    The kernel takes a flag `OVERLAP` and calls `wait_for_previous(OVERLAP)` in every program, before it reads
+    what another kernel wrote, and before it writes at all: what it writes to may still be read.
+
+    Args:
+        device: of the tensors.
+
+    Returns:
+        `OVERLAP`, and where it is on (compute capability 9 and later) the option of the launch.
+    """
+    # A compiler that traces the launch knows the flag, but not the option.
+    if device.type != "cuda" or torch.compiler.is_compiling() or not _overlaps(device):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    if torch.version.cuda is None or interpreting() or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return _driver_version() >= _OVERLAPPING_DRIVER
+
+
+def _driver_version() -> int:
+    """The version of CUDA that the driver knows, 12030 for 12.3; 0 where it cannot be asked."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """Lets the next kernel be launched, to wait in its turn; asked for again, it does nothing."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Waits until every kernel before this one is done, and lets the next one be launched to wait as well.
+
+    As every program of a kernel waits here, the end of a kernel implies the end of all before it.
+    """
+    let_next_begin(OVERLAP)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -28,11 +28,15 @@ MAX_REGISTERS = 255
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes: registers and spilled bytes a thread, shared bytes a thread block."""
+    """What one compiled kernel takes: registers and spilled bytes a thread, shared bytes a thread block.
+
+    And what it was assembled from.
+    """
 
     registers: int
     spills: int
     shared: int
+    ptx: str
 
 
 def _flatten(index, kind, constants, attributes):
@@ -48,6 +52,15 @@ def _flatten(index, kind, constants, attributes):
     return name
 
 
+def _source_of(kernel):
+    """The class that compiles a kernel's source: Gluon has its own."""
+    if not getattr(kernel, "is_gluon", bool)():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
 def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
     """Compiles `kernel` for an H100 and returns its `Resources`.
 
@@ -59,21 +72,24 @@ def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
         constexprs: parameter -> value, for `tl.constexpr` parameters and for those left out (None).
         num_warps: warps of a thread block.
         num_stages: stages of the software pipeline.
+
+    Gluon kernels too: a descriptor's type reads "tensordesc<bf16[64, 128],LAYOUT>", and `num_warps` may be
+    one of their `constexprs` as well.
     """
     while not hasattr(kernel, "arg_names") or hasattr(kernel, "configs"):
         kernel = kernel.fn
+    overlaps = bool(constexprs.get("OVERLAP"))
     constants, attributes, types = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constexprs:
             types[name], constants[(position,)] = "constexpr", constexprs[name]
         else:
             types[name] = _flatten((position,), signature[name], constants, attributes)
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    source = _source_of(kernel)(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": overlaps}
+    compiled = triton.compile(source, target=HOPPER, options=options)
     registers, spills = _usage(compiled.asm["cubin"])
-    return Resources(registers, spills, compiled.metadata.shared)
+    return Resources(registers, spills, compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def _usage(cubin):

@@ -4,12 +4,18 @@ To add a kernel, append a `Case` to `CASES`.
 """
 
 import importlib
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from hf_longattn.kernels.dispatch import interpreting
+from hf_longattn.kernels.dispatch import interpreting, triton_version
+from hf_longattn.kernels.lightning_attention.tiling import (
+    GLUON_TILINGS,
+    GLUON_VERSIONS,
+    exact_columns,
+)
 
 pytest.importorskip("triton")
 if interpreting():
@@ -73,6 +79,7 @@ def _norm(kind, width, rows, with_residual=False):
     signature |= dict.fromkeys(("residual_ptr", "sum_ptr"), "*bf16:16") if with_residual else {}
     signature |= {"bias_ptr": "*bf16:16"} if kind == "layer" else {}
     constexprs = {"D": width, "KIND": kind, "BLOCK_R": rows, "BLOCK_D": triton.next_power_of_2(width)}
+    constexprs["OVERLAP"] = True
     constexprs |= {name: None for name in ("residual_ptr", "sum_ptr", "bias_ptr") if name not in signature}
     warps = min(max(rows * constexprs["BLOCK_D"] // 512, 1), 16)
     kernel = "hf_longattn.kernels.row_norm.triton:_norm_kernel"
@@ -100,7 +107,7 @@ def _gated_activation(activation):
     signature = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16:16")
     signature |= dict.fromkeys(("gate_strides", "up_strides"), ("i64:16", 1))
     kernel = "hf_longattn.kernels.gated_activation.triton:_gate_kernel"
-    constexprs = {"D": 14336, "KIND": activation, "BLOCK": 2048}
+    constexprs = {"D": 14336, "KIND": activation, "OVERLAP": True, "BLOCK": 2048}
     return Case(f"gated_activation-{activation}", kernel, signature, constexprs)
 
 
@@ -122,7 +129,7 @@ def _rotary(head_dim, width, inverse=False):
     signature |= {f"{name}_strides": ("i64:16", "i64:16", 1) for name in ("cos", "sin")}
     signature |= dict.fromkeys(("T", "H", "G"), "i32")
     constexprs = {"R": width, "K": head_dim, "BLOCK_H": 8, "BLOCK_R": triton.next_power_of_2(width // 2)}
-    constexprs["INVERSE"] = inverse
+    constexprs |= {"INVERSE": inverse, "OVERLAP": True}
     kernel = "hf_longattn.kernels.rotary_embedding.triton:_rotary_kernel"
     id = f"rotary_embedding-K{head_dim}-R{width}" + "-inverse" * inverse
     return Case(id, kernel, signature, constexprs, num_warps=2)
@@ -209,7 +216,7 @@ def _cache_write(dtype, width):
     signature |= {"index_ptr": "*i64:16", "index_stride": "i32", "T": "i32", "S": "i32"}
     signature |= dict.fromkeys(("key_strides", "value_strides"), ("i32:16",) * 3 + (1,))
     signature |= dict.fromkeys(("keys_strides", "values_strides"), ("i64:16",) * 3 + (1,))
-    constexprs = {"K": width, "V": width, "BLOCK_K": width, "BLOCK_V": width}
+    constexprs = {"K": width, "V": width, "OVERLAP": True, "BLOCK_K": width, "BLOCK_V": width}
     kernel = "hf_longattn.kernels.cache_write.triton:_write_kernel"
     return Case(f"cache_write-K{width}-{dtype}", kernel, signature, constexprs, 1)
 
@@ -255,6 +262,37 @@ def _lightning_blocks(head_dim):
     constexprs = {name: case.constexprs[name] for name in names}
     id = f"lightning_blocks-K{head_dim}"
     return Case(id, kernel, signature, constexprs, num_stages=case.num_stages, max_spills=16)
+
+
+def _lightning_gluon(reverse=False, states=False, wide=False, max_spills=0, slow=False):
+    """The Gluon scan with its own tiling; `states` with all that enters and leaves, `wide` writes fp32."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    tiling = GLUON_TILINGS[128]
+    layouts = {
+        bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)
+    }
+    tile = f"[1, 1, {tiling.chunk}, 128]"
+    signature = {f"{x}_desc": f"tensordesc<bf16{tile},{layouts[16]!r}>" for x in "xyzo"}
+    if wide:
+        signature["o_desc"] = f"tensordesc<fp32{tile},{layouts[32]!r}>"
+    signature |= {f"{x}_ptr": "*fp32:16" for x in ("slope", "state", "block", "left")}
+    signature |= {f"{x}_strides": ("i64:16",) * 3 + (1,) for x in ("state", "block", "left")}
+    signature |= {"shares": (1, 1, 1), "scale": "fp32"}
+    sizes = ("length", "num_heads", "num_segments", "segment_length", "block_length")
+    signature |= dict.fromkeys(sizes, "i32")
+    constexprs = {
+        "REVERSE": bool(reverse), "STRICT": bool(wide), "SPLIT": tiling.split,
+        "EXACT_K": exact_columns(tiling.split, 128), "STAGES": tiling.num_stages,
+        "num_warps": tiling.num_warps,
+    }  # fmt: skip
+    constexprs |= {} if states else dict.fromkeys(("state_ptr", "block_ptr", "left_ptr"))
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    return Case(
+        "lightning_gluon-K128" + "-reverse" * reverse + "-states" * states + "-wide" * wide,
+        "hf_longattn.kernels.lightning_attention.triton_gluon:_scan_kernel",
+        signature, constexprs, tiling.num_warps, max_spills=max_spills, slow=slow,
+    )  # fmt: skip
 
 
 def _lightning_step(head_dim):
@@ -317,9 +355,9 @@ def _blockwise(
     )  # fmt: skip
 
 
-def _few_row_linear(rows, columns, gated, dtype="bf16"):
+def _few_row_linear(rows, columns, gated, dtype="bf16", settled=False):
     """`few_row_linear` on the widths of an 8B model."""
-    from hf_longattn.kernels.few_row_linear.triton import choose
+    from hf_longattn.kernels.few_row_linear.triton import choose, tiles_ahead
 
     full = dtype == "fp32"
     config = choose(rows, columns, torch.float32 if full else torch.bfloat16)
@@ -329,13 +367,14 @@ def _few_row_linear(rows, columns, gated, dtype="bf16"):
     }  # fmt: skip
     constexprs = {
         "K": 4096, "ROWS": 1 if rows == 1 else 16, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": "ieee" if full else "tf32", "bias_ptr": None,
+        "PRECISION": "ieee" if full else "tf32", "bias_ptr": None, "OVERLAP": True,
+        "AHEAD": tiles_ahead(config, rows, columns, 4096) if settled else 0,
     }  # fmt: skip
     if not gated:
         constexprs |= {"up_ptr": None, "up_stride": None}
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     return Case(
-        f"few_row_linear-M{rows}-N{columns}-{dtype}" + "-gated" * gated,
+        f"few_row_linear-M{rows}-N{columns}-{dtype}" + "-gated" * gated + "-settled" * settled,
         "hf_longattn.kernels.few_row_linear.triton:_few_rows_kernel",
         signature, constexprs, config.num_warps, config.num_stages,
     )  # fmt: skip
@@ -351,7 +390,7 @@ def _few_key_attention(slots, head_dim, dtype="bf16", masked=False):
     signature |= {"cos_strides": ("i32", "i32:16", 1), "sin_strides": ("i32", "i32:16", 1)}
     signature |= {"start": "i32", "T": "i32", "scale": "fp32", "key_mask_strides": ("i32", 1)}
     constexprs = {
-        "GROUP": 4 if masked else 1, "K": head_dim, "V": head_dim, "R": head_dim // 4,
+        "GROUP": 4 if masked else 1, "K": head_dim, "V": head_dim, "R": head_dim // 4, "OVERLAP": True,
         "BLOCK_S": slots, "BLOCK_K": head_dim, "BLOCK_V": head_dim,
     }  # fmt: skip
     signature |= {"key_mask_ptr": "*i1:16"} if masked else {}
@@ -367,7 +406,7 @@ def _residual_norms(width, norms):
     names = ("x", "b1", "b2", "w1", "c1", "w2", "c2", "total", "y1", "y2")
     signature = {f"{name}_ptr": "*bf16:16" for name in names} | {"eps": "fp32"}
     block = triton.next_power_of_2(width)
-    constexprs = {"D": width, "BLOCK_D": block}
+    constexprs = {"D": width, "OVERLAP": True, "BLOCK_D": block}
     constexprs |= {} if norms == 2 else dict.fromkeys(("w2_ptr", "c2_ptr", "y2_ptr"))
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     kernel = "hf_longattn.kernels.residual_norms.triton:_norms_kernel"
@@ -382,6 +421,8 @@ CASES: list[Case] = [
     _few_key_attention(8, 128),
     _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),
+    _few_row_linear(1, 4096, gated=False, settled=True),
+    _few_row_linear(1, 14336, gated=True, settled=True),
     *(_few_row_linear(rows, 14336, gated=True) for rows in (1, 8)),
     _few_row_linear(8, 14336, gated=True, dtype="fp32"),
     _merge_partials(16, 1, 128),
@@ -438,6 +479,12 @@ CASES: list[Case] = [
     _lightning_scan("fp32", 64, max_spills=32, slow=True),
     _lightning_scan("fp32", 128, max_spills=64, slow=True),
     _lightning_blocks(128),
+    *(
+        _lightning_gluon(*flags, max_spills=spills, slow=any(flags[1:]))
+        # A few scalars beside states, and a few registers where fp32 is written.
+        for *flags, spills in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 32), (1, 1, 0, 32), (1, 0, 1, 64))
+        if triton_version() >= GLUON_VERSIONS[0]
+    ),
     _lightning_step(128),
     *(_blockwise(name, 128, ranged=True) for name in ("forward", "dq")),
     # Two accumulators of 128 x 128 fill the registers; a narrower tile would read the queries more often.
@@ -477,6 +524,24 @@ def test_kernel_fits_hopper(case):
     # What is spilled is the compiler's choice: the budgets are those of the version in constraints.txt.
     assert used.spills <= case.max_spills or not triton.__version__.startswith(BUDGETS_OF), used
     assert used.shared <= case.max_shared, used
+    if case.constexprs.get("OVERLAP"):
+        before, *behind = used.ptx.split("griddepcontrol.wait")
+        assert len(behind) == 1, "every program waits once"
+        assert not re.search(r"\b(st\.global|cp\.async|atom|red\.|bra|ret;|exit;)", before)
+        assert _bytes_read(before) * 32 * case.num_warps == _bytes_ahead(case.constexprs)
+
+
+def _bytes_read(ptx):
+    """Bytes that the loads in `ptx` read for each thread."""
+    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    assert len(loads) == ptx.count("ld.global")
+    return sum(int(count or 1) * int(bits) // 8 for count, bits in loads)
+
+
+def _bytes_ahead(constexprs):
+    """Bytes of the weights in bf16 that a program reads before it waits."""
+    tiles = constexprs.get("AHEAD", 0) * (1 if "up_ptr" in constexprs else 2)
+    return 2 * tiles * constexprs.get("BLOCK_N", 0) * constexprs.get("BLOCK_K", 0)
 
 
 @triton.jit

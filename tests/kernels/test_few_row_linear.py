@@ -52,6 +52,38 @@ def test_kernel_under_the_interpreter(dtype, shape):
     run_under_interpreter(__file__)
 
 
+@pytest.mark.parametrize("tiles", [1, 2], ids="A{}".format)
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=IDS[1:3])
+def test_tiles_ahead_give_the_same_bits_under_the_interpreter(monkeypatch, shape, tiles):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs where the interpreter is")
+    from hf_longattn.kernels.few_row_linear import triton as kernels
+
+    asked, own = [], kernels.tiles_ahead
+    states, weight, up, _ = inputs(*shape, torch.float32)
+
+    def both(**promise):
+        options = {"impl": "triton", **promise}
+        single = few_row_linear(states, weight, **options)
+        return torch.cat((single, few_row_gated_linear(states, weight, up, **options)))
+
+    def spy(*arguments):
+        asked.append(own(*arguments))
+        return asked[-1]
+
+    expected = both()
+    # One program runs after the other there, and none has to wait.
+    monkeypatch.setattr(kernels, "overlap", lambda device: {"OVERLAP": True})
+    monkeypatch.setattr(kernels, "let_next_begin", lambda on: None)
+    monkeypatch.setattr(kernels, "wait_for_previous", lambda on: None)
+    monkeypatch.setattr(kernels, "_LARGE", 0 if tiles == 2 else 1 << 30)
+    monkeypatch.setattr(kernels, "tiles_ahead", spy)
+    assert torch.equal(both(), expected)
+    assert not asked, "without the promise nothing is loaded ahead"
+    assert torch.equal(both(settled_weight=True), expected)
+    assert asked == [min(tiles, -(-shape[2] // 1024)) if shape[0] == 1 else 0] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 14336, 4096), (8, 4096, 14336)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

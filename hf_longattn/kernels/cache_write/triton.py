@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import offset, overlap, wait_for_previous
 
 
 @triton.jit
@@ -24,8 +24,10 @@ def _copy_row(from_ptr, to_ptr, from_stride, to_stride, wanted, N: tl.constexpr,
 def _write_kernel(
     key_ptr, value_ptr, index_ptr, keys_ptr, values_ptr,
     key_strides, value_strides, index_stride, keys_strides, values_strides,
-    T, S, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    T, S, K: tl.constexpr, V: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     batch, head, t = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot = tl.load(index_ptr + t * index_stride)
     wanted = (slot >= 0) & (slot < S)
@@ -50,4 +52,5 @@ def write_forward(keys: Tensor, values: Tensor, index: Tensor, key: Tensor, valu
         keys_strides=keys.stride(), values_strides=values.stride(),
         T=T, S=keys.shape[2], K=K, V=V,
         BLOCK_K=triton.next_power_of_2(max(K, 1)), BLOCK_V=triton.next_power_of_2(max(V, 1)), num_warps=1,
+        **overlap(key.device),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import offset, overlap, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 # Numbers of a tile of keys that one warp holds: 32 registers of each thread.
@@ -68,9 +68,10 @@ def _few_key_kernel(
     q_strides, k_strides, v_strides, cos_strides, sin_strides, key_mask_strides,
     held_k_strides, held_v_strides, o_strides,
     start, T, scale,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slots = tl.arange(0, BLOCK_S)
     place = slots[:, None]
@@ -132,5 +133,6 @@ def attend_forward(
         GROUP=H // G, K=K, V=V, R=0 if cos is None else cos.shape[2],
         BLOCK_S=block_s, BLOCK_K=block_k, BLOCK_V=block_v,
         num_warps=min(max(block_s * max(block_k, block_v) // _NUMBERS_A_WARP, 1), 8), num_stages=1,
+        **overlap(query.device),
     )  # fmt: skip
     return output

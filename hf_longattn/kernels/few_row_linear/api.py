@@ -12,7 +12,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def few_row_linear(
-    states: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto"
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    settled_weight: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """A linear map of at most 16 rows, as in a decoding step, where reading the weight is all the cost.
 
@@ -24,6 +29,10 @@ def few_row_linear(
         states: (..., K), at most 16 rows for "triton"; bf16, fp16 or fp32 there.
         weight: (N, K), rows contiguous, of the same dtype and device.
         bias: (N,) or None.
+        settled_weight: a promise that no kernel which may still be running writes to `weight`. With it,
+            "triton" may read the weight for a single row while the kernels in front of it end, back to the
+            last one that is not of this package. Parameters in a captured step keep it: nothing there writes
+            to them. Without it, nothing is read before they have ended.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -38,11 +47,13 @@ def few_row_linear(
     if _takes_triton(states, (weight, bias), impl):
         from hf_longattn.kernels.few_row_linear.triton import launch
 
-        return launch(states, weight, None, bias)
+        return launch(states, weight, None, bias, settled_weight)
     return linear(states, weight, bias)
 
 
-def few_row_gated_linear(states: Tensor, gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
+def few_row_gated_linear(
+    states: Tensor, gate: Tensor, up: Tensor, *, settled_weight: bool = False, impl: str = "auto"
+) -> Tensor:
     """The first half of a gated feed-forward layer (SwiGLU, arXiv 2002.05202) on at most 16 rows.
 
         y = silu(x G^T) * (x U^T)      bytes: 2 N K of the weights, once
@@ -51,6 +62,7 @@ def few_row_gated_linear(states: Tensor, gate: Tensor, up: Tensor, *, impl: str 
         states: (..., K), at most 16 rows for "triton"; bf16, fp16 or fp32 there.
         gate: (N, K), rows contiguous, of the same dtype and device.
         up: (N, K), as `gate`.
+        settled_weight: as in `few_row_linear`, of both weights.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -67,7 +79,7 @@ def few_row_gated_linear(states: Tensor, gate: Tensor, up: Tensor, *, impl: str 
     if _takes_triton(states, (gate, up), impl):
         from hf_longattn.kernels.few_row_linear.triton import launch
 
-        return launch(states, gate, up, None)
+        return launch(states, gate, up, None, settled_weight)
     return gated_linear(states, gate, up)
 
 

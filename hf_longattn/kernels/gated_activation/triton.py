@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import flat_rows
+from hf_longattn.kernels.common import flat_rows, overlap, wait_for_previous
 
 _BLOCK = 2048
 
@@ -50,8 +50,9 @@ def _with_slope(gate, KIND: tl.constexpr):
 @triton.jit
 def _gate_kernel(
     gate_ptr, up_ptr, out_ptr, gate_strides, up_strides,
-    D: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
@@ -72,7 +73,7 @@ def gate_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     block = min(_BLOCK, triton.next_power_of_2(D))
     _gate_kernel[(gate.shape[0], triton.cdiv(D, block))](
         gate, up, result, gate.stride(), up.stride(),
-        D=D, KIND=activation, BLOCK=block, num_warps=min(max(block // 512, 1), 4),
+        D=D, KIND=activation, BLOCK=block, num_warps=min(max(block // 512, 1), 4), **overlap(gate.device),
     )  # fmt: skip
     return result
 

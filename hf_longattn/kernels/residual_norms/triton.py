@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_longattn.kernels.common import overlap, wait_for_previous
+
 
 @triton.jit
 def _store_norm(y_ptr, weight_ptr, bias_ptr, scaled, row, offs, mask, D):
@@ -23,8 +25,9 @@ def _store_norm(y_ptr, weight_ptr, bias_ptr, scaled, row, offs, mask, D):
 @triton.jit
 def _norms_kernel(
     x_ptr, b1_ptr, b2_ptr, w1_ptr, c1_ptr, w2_ptr, c2_ptr, total_ptr, y1_ptr, y2_ptr,
-    eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    eps, D: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_D)
     mask = offs < D
@@ -60,6 +63,6 @@ def norms_forward(
     if x.numel():
         _norms_kernel[(x.numel() // D,)](
             x, b1, b2, *weights, total, y1, y2, eps,
-            D=D, BLOCK_D=block, num_warps=min(max(block // 512, 1), 8),
+            D=D, BLOCK_D=block, num_warps=min(max(block // 512, 1), 8), **overlap(x.device),
         )  # fmt: skip
     return total, y1, y2

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import offset, overlap, wait_for_previous
 from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 
 # Heads of one program: 16 bytes a thread of two warps at 128 elements a head in bf16.
@@ -63,9 +63,10 @@ def _turn(
 def _rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_strides, k_strides, cos_strides, sin_strides, q_out_strides, k_out_strides,
-    T, H, G, R: tl.constexpr, K: tl.constexpr, INVERSE: tl.constexpr,
+    T, H, G, R: tl.constexpr, K: tl.constexpr, INVERSE: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     HALF: tl.constexpr = R // 2
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, position = token // T, token % T
@@ -106,6 +107,6 @@ def rotated(
         q_strides=query.stride(), k_strides=key.stride(), cos_strides=cos.stride(), sin_strides=sin.stride(),
         q_out_strides=query_out.stride(), k_out_strides=key_out.stride(),
         T=T, H=H, G=G, R=R, K=K, INVERSE=inverse, BLOCK_H=_HEADS, BLOCK_R=triton.next_power_of_2(R // 2),
-        num_warps=2,
+        num_warps=2, **overlap(query.device),
     )  # fmt: skip
     return query_out, key_out

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import flat_rows
+from hf_longattn.kernels.common import flat_rows, overlap, wait_for_previous
 
 # Programs of the backward: four to a multiprocessor of the largest GPUs.
 _PROGRAMS = 512
@@ -36,8 +36,10 @@ def _scaled(x, weight, kind: tl.constexpr, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, x_strides, residual_strides,
-    num_rows, eps, D: tl.constexpr, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_rows, eps, D: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_D)
     mask_d = cols < D
@@ -84,7 +86,7 @@ def norm_forward(
         _norm_kernel[(triton.cdiv(num_rows, block_r),)](
             x, other, weight, bias, total, result, x.stride(), (0, 1) if other is None else other.stride(),
             num_rows, eps, D=D, KIND=kind, BLOCK_R=block_r, BLOCK_D=block_d,
-            num_warps=min(max(block_r * block_d // 512, 1), 16),
+            num_warps=min(max(block_r * block_d // 512, 1), 16), **overlap(x.device),
         )  # fmt: skip
     return states if total is None else total, result
 

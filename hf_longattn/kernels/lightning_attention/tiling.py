@@ -3,10 +3,15 @@
 A table rather than autotuning: no call times anything, so the first one is fast and a graph can capture it.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from hf_longattn.kernels.dispatch import triton_version
+from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 
 # Sequences up to this long are not cut into segments, and no segment is shorter: summing what enters costs
 # two launches.
@@ -32,7 +37,8 @@ class Tiling:
     rounded.
 
     `split` adds up 1 (scores), 2 (state) and 4 (decayed values): each is then multiplied as a sum of two bf16
-    numbers.
+    numbers. `gluon` takes the kernel of `triton_gluon.py`, which also knows 8 (a quarter of the state's key
+    columns) and 16 (half of them).
     """
 
     chunk: int
@@ -40,6 +46,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     split: int = 7
+    gluon: bool = False
 
 
 # What is multiplied exactly, by name: everything, or all but the scores. Rounding the scores too little moves
@@ -59,6 +66,15 @@ FEW_TILINGS = {
 }
 # Programs below which short sequences are few.
 FULL = 128
+# Parts of the state's key columns that only the Gluon kernel multiplies exactly.
+QUARTER_STATE, HALF_STATE = 8, 16
+# What runs on Hopper GPUs in Gluon, by head dim: a program is a whole head over a segment, one fills a
+# multiprocessor, and 3/4 of the state's rounding is left beside that of the output (1.97e-3 in all).
+GLUON_TILINGS = {128: Tiling(64, 128, 8, 3, 1 + 4 + QUARTER_STATE, gluon=True)}
+# Tokens and programs from which it runs; fewer are spread better by narrow tiles.
+GLUON_LENGTH, GLUON_PROGRAMS = 256, 96
+# Versions of Triton in which it compiles to what it should.
+GLUON_VERSIONS = ((3, 6), (3, 9))
 # Value columns a program and warps of a decoding step.
 STEP_TILINGS = {128: (64, 8), 256: (16, 4)}
 
@@ -68,7 +84,53 @@ def _by_dim(table: dict, key_dim: int) -> Any:
     return table[min((dim for dim in table if dim >= key_dim), default=max(table))]
 
 
-def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int, num_programs: int) -> Tiling:
+def exact_columns(split: int, key_dim: int) -> int:
+    """Key columns of the state that the Gluon kernel multiplies as a sum of two bf16 numbers."""
+    shares = {2: key_dim, HALF_STATE: key_dim // 2, QUARTER_STATE: key_dim // 4}
+    return max((columns for bit, columns in shares.items() if split & bit), default=0)
+
+
+def takes_tma(tensor: Tensor) -> bool:
+    """Whether tiles of a (B, H, T, D) tensor can be copied by the hardware: rows and strides of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
+    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in strides)
+    return aligned and tensor.stride(3) == 1
+
+
+@functools.cache
+def _gluon_runs(device: torch.device) -> bool:
+    """Whether `device` is a Hopper GPU and this Triton can compile the Gluon kernel for it."""
+    oldest, newest = GLUON_VERSIONS
+    if device.type != "cuda" or torch.version.hip or not oldest <= triton_version() <= newest:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def gluon_serves(inputs: ScanInputs, output: Tensor) -> bool:
+    """Whether the Gluon kernel can run a scan, and has enough programs to fill the GPU.
+
+    Args:
+        inputs: what the scan reads.
+        output: what it writes.
+
+    Returns:
+        False for packed documents, dtypes other than bf16, head dims not in `GLUON_TILINGS`, unaligned or
+        repeated (expanded) tensors, and devices other than Hopper GPUs.
+    """
+    query, key, value, slopes, _, cu_seqlens = inputs
+    batch, _, length, dim = query.shape
+    if dim not in GLUON_TILINGS or value.shape[3] != dim or cu_seqlens is not None:
+        return False
+    if query.dtype != torch.bfloat16 or length < GLUON_LENGTH or not _gluon_runs(query.device):
+        return False
+    programs = batch * slopes.shape[0] * max(1, length // SHORT)
+    return programs >= GLUON_PROGRAMS and all(map(takes_tma, (query, key, value, output)))
+
+
+def choose_tiling(
+    key_dim: int, value_dim: int, dtype: torch.dtype, length: int, num_programs: int, gluon: bool = False
+) -> Tiling:
     """The tiling for a problem of `num_programs` (batch x heads) sequences of `length` tokens.
 
     Args:
@@ -77,10 +139,13 @@ def choose_tiling(key_dim: int, value_dim: int, dtype: torch.dtype, length: int,
         dtype: of the inputs.
         length: T.
         num_programs: batch x heads.
+        gluon: whether `gluon_serves` the problem.
 
     Returns:
         The tiling; the state takes K x block_v fp32 registers over the warps.
     """
+    if gluon:
+        return GLUON_TILINGS[key_dim]
     wide = max(16, _power_of_2(key_dim))
     if dtype == torch.float32:
         # Products of three TF32 terms hold their operands in registers.

@@ -32,6 +32,7 @@ from hf_longattn.kernels.lightning_attention.tiling import (
     Tiling,
     choose_segments,
     choose_tiling,
+    gluon_serves,
 )
 
 REACH = tl.constexpr(25.0)
@@ -39,7 +40,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _decay(slope, steps):
+def decay(slope, steps):
     """exp(-slope * steps) in fp32 for steps >= 0; negative steps (masked tails) count as 0."""
     return tl.exp2(-slope * LOG2E * tl.maximum(steps, 0).to(tl.float32))
 
@@ -151,7 +152,7 @@ def _document(bounds_ptr, document, row, length):
 
 
 @triton.jit
-def _blocks_before(begin, end, edge, slope, block_length, REVERSE: tl.constexpr):
+def blocks_before(begin, end, edge, slope, block_length, REVERSE: tl.constexpr):
     """(first block, number, whether they reach the document's bound) of the blocks that enter a segment at
     `edge`."""
     if REVERSE:
@@ -203,7 +204,7 @@ def _scan_kernel(
     for document in tl.range(first_document, stop, num_stages=1):
         doc_begin, doc_end, state_row = _document(bounds_ptr, document, row, length)
         state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-        first, number, reached = _blocks_before(doc_begin, doc_end, edge, slope, block_length, REVERSE)
+        first, number, reached = blocks_before(doc_begin, doc_end, edge, slope, block_length, REVERSE)
         if state_ptr is not None:
             state_ptrs = state_tile(state_ptr, state_strides, state_row, head, offs_k, offs_v)
             state = tl.load(state_ptrs, mask=mask_state & reached, other=0.0)
@@ -226,13 +227,13 @@ def _scan_kernel(
             x = _load_tile(x_ptr, rows, mask_c, offs_k, x_strides, DIMS[0], BLOCK_K)
             y = _load_tile(y_ptr, rows, mask_c, offs_k, y_strides, DIMS[0], BLOCK_K)
             z = _load_tile(z_ptr, rows, mask_c, offs_v, z_strides, DIMS[1], BLOCK_V)
-            to_start, to_end = _decay(slope, offs_c + 1), _decay(slope, count - 1 - offs_c)
+            to_start, to_end = decay(slope, offs_c + 1), decay(slope, count - 1 - offs_c)
             enter, leave = (to_end, to_start) if REVERSE else (to_start, to_end)
             # Both products are issued before either is used, so that they overlap.
             o = _dot_wide_right(x, state, SPLIT & 2, PRECISION)
             p = _dot(x, tl.trans(y), PRECISION)
             o = o * enter[:, None]
-            p = p * tl.where(keep, _decay(slope, steps), 0.0)
+            p = p * tl.where(keep, decay(slope, steps), 0.0)
             o = (o + _dot_wide_left(p, z, SPLIT & 1, PRECISION)) * scale
             # Not the loads' mask and rows: values shared with them would be kept for every stage.
             mask_o = (offs_c < end - start)[:, None] & (offs_v[None, :] < DIMS[1])
@@ -288,7 +289,7 @@ def _block_state_kernel(
         rows, mask_c = start + offs_c, offs_c < count
         y = _load_tile(y_ptr, rows, mask_c, offs_k, y_strides, DIMS[0], BLOCK_K)
         z = _load_tile(z_ptr, rows, mask_c, offs_v, z_strides, DIMS[1], BLOCK_V)
-        leave = _decay(slope, offs_c + 1 if REVERSE else count - 1 - offs_c)
+        leave = decay(slope, offs_c + 1 if REVERSE else count - 1 - offs_c)
         state = _next_state(state, y, z, leave, count, slope, SPLIT & 4, PRECISION)
     ptrs = state_tile(block_ptr, block_strides, row * num_blocks + block, head, offs_k, offs_v)
     mask = (offs_k[:, None] < DIMS[0]) & (offs_v[None, :] < DIMS[1]) & (num_chunks > 0)
@@ -320,7 +321,7 @@ def _block_documents(cu_seqlens: Tensor, length: int, block_length: int, reverse
     return torch.searchsorted(cu_seqlens[:-1].contiguous(), begin + block_length) - 1
 
 
-def _block_states(inputs: ScanInputs, segment: int, block: int, options: dict) -> Tensor:
+def block_states(inputs: ScanInputs, segment: int, block: int, options: dict) -> Tensor:
     """(B * blocks, H, K, V) fp32: each block's state that a segment ahead can see; the others stay
     unwritten."""
     _, key, value, slopes, _, cu_seqlens = inputs
@@ -351,7 +352,7 @@ def _block_states(inputs: ScanInputs, segment: int, block: int, options: dict) -
     return states
 
 
-def _options(inputs: ScanInputs, tiling: Tiling, reverse: bool) -> dict:
+def scan_options(inputs: ScanInputs, tiling: Tiling, reverse: bool) -> dict:
     """The arguments that both kernels take."""
     query, value = inputs.query, inputs.value
     num_heads = inputs.slopes.shape[0]
@@ -371,8 +372,17 @@ def _options(inputs: ScanInputs, tiling: Tiling, reverse: bool) -> dict:
     }
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
+    """The strides of a state, zeros where there is none."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _choose(inputs: ScanInputs, output: Tensor) -> Tiling:
+    """The tiling of a scan, and with it the kernel."""
+    query, value = inputs.query, inputs.value
+    sequences = query.shape[0] * inputs.slopes.shape[0]
+    problem = (query.shape[3], value.shape[3], query.dtype, query.shape[2], sequences)
+    return choose_tiling(*problem, gluon_serves(inputs, output))
 
 
 def scan(
@@ -398,18 +408,21 @@ def scan(
         segments: instead of `choose_segments`'s.
     """
     query, key, value, slopes, state, cu_seqlens = inputs
-    batch, _, length, key_dim = query.shape
-    value_dim, sequences = value.shape[3], batch * slopes.shape[0]
+    length, sequences = query.shape[2], query.shape[0] * slopes.shape[0]
     if final_state is not None and (cu_seqlens is not None or length == 0):
         final_state.copy_(state) if state is not None else final_state.zero_()
     if output.numel() == 0:
         return
-    tiling = tiling or choose_tiling(key_dim, value_dim, query.dtype, length, sequences)
-    options = _options(inputs, tiling, reverse)
-    num_programs = triton.cdiv(value_dim, tiling.block_v) * sequences
+    tiling = tiling or _choose(inputs, output)
+    if tiling.gluon:
+        from hf_longattn.kernels.lightning_attention.triton_gluon import scan as gluon_scan
+
+        return gluon_scan(inputs, output, final_state, scale, reverse, strict, tiling, segments)
+    options = scan_options(inputs, tiling, reverse)
+    num_programs = triton.cdiv(value.shape[3], tiling.block_v) * sequences
     segment, block = segments or choose_segments(length, num_programs, _num_slots(query.device))
     num_segments = triton.cdiv(length, segment)
-    blocks = _block_states(inputs, segment, block, options) if num_segments > 1 else None
+    blocks = block_states(inputs, segment, block, options) if num_segments > 1 else None
     _scan_kernel[(num_programs * num_segments,)](
         x_ptr=query,
         y_ptr=key,
@@ -425,9 +438,9 @@ def scan(
         y_strides=key.stride(),
         z_strides=value.stride(),
         o_strides=output.stride(),
-        state_strides=_strides(state),
-        block_strides=_strides(blocks),
-        left_strides=_strides(final_state),
+        state_strides=strides_of(state),
+        block_strides=strides_of(blocks),
+        left_strides=strides_of(final_state),
         num_segments=num_segments,
         segment_length=segment,
         block_length=block,

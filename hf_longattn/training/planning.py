@@ -18,16 +18,23 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
                   embeddings), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
     loss          the final norm's output and its gradient, and its input where that stays; logits of one
                   chunk as the model gives them, their gradient, and both in fp32 or, later, the gradient that
-                  the head gets of the chunk; fp32 sums of the latter where the head trains
+                  the head gets of the chunk; fp32 sums of the latter where the head trains. Or what Liger
+                  takes: logits of one chunk, hidden states of eight and their gradients, and the head's
+                  gradient in fp32 twice, its own and ours
     backward      the forward of a layer once more, with a gradient beside it, where that group is not 1; or
                   one gradient, keys and values, and their gradients in fp32; the graph of one block in one
-                  layer, (12.5 D + 4 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
+                  layer, (6.5 D + 3 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
                   F takes, which is free by then, gradients of the keys and values of one call of the
                   attention kernel, for every query head, of at most 65,536 tokens; gradients of a layer's
                   parameters, in fp32 and of one block; the head's gradient, which waits for that of the
                   embeddings where they are one
 
-where P > 1 keys and values are those of all ranks, twice while they are put in order.
+The graph of a block is that of layers whose norms and gates run as single kernels: of D the outputs of both
+norms, queries, the output of attention, the sum with the residual, the layer's output, and half as much of
+keys and values; of F gate, up and their product. In plain torch a norm keeps three D more, and a gate one F,
+which is counted where a token goes through experts, for they run as their model has them.
+
+Where P > 1 keys and values are those of all ranks, twice while they are put in order.
 """
 
 from collections.abc import Callable
@@ -42,6 +49,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longattn.training.attention import MOST_KEYS
 from hf_longattn.training.groups import pick_every, waiting
 from hf_longattn.training.layer import block_tokens
+from hf_longattn.training.liger import MOST_CHUNKS
 from hf_longattn.training.loss import LossOptions
 from hf_longattn.training.offload import has_room, place, working_bytes
 
@@ -299,7 +307,10 @@ class _Step:
         chunk = min(options.chunk(torch.empty(0, device=_DEVICE), vocabulary), tokens)
         head, logits = self.parameters.head, chunk * vocabulary
         whole = (2 if offloads else 3) * self._hidden + self._tables
-        return tokens * whole + logits * 2 * item + max(logits * 4, head) + head * 4 // item
+        sums = head * 4 // item
+        plain = logits * 2 * item + max(logits * 4, head)
+        fused = max(logits * item, head) + sums + 2 * min(MOST_CHUNKS * chunk, tokens) * self._hidden
+        return tokens * whole + max(plain, fused) + sums
 
     def _backward(self, tokens: int) -> int:
         item = self.request.dtype.itemsize
@@ -307,7 +318,10 @@ class _Step:
         rows, inner = self._rows(tokens)
         whole = self._hidden + self._states * (item + 4) + self._tables
         keys = min(tokens * self.request.ranks, MOST_KEYS) * heads * (key_width + value_width)
-        block = int(rows * 13.5 * self.config.hidden_size) + max(rows * 6 * inner, keys)
+        has_experts = getattr(self.config, "num_experts_per_tok", None)
+        block = int(rows * 7.5 * self.config.hidden_size) + max(
+            rows * (6 if has_experts else 5) * inner, keys
+        )
         # Adapters are fp32 already.
         sums = self.parameters.layer * (2 if self.request.lora else 4 // item + 1)
         head = self.parameters.head if getattr(self.config, "tie_word_embeddings", False) else 0

@@ -180,6 +180,30 @@ def test_a_block_keeps_what_the_kernels_need_and_no_more(called):
         assert run() == plain - (16 * 96 if os.environ.get("TRITON_INTERPRET") == "1" else 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [name for name in FUSED if name != "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_the_kernels_are_as_exact_as_the_model(family, dtype, monkeypatch):
+    def gradients(kept, prepared):
+        model = build(family).to(dtype).to("cuda", kept)
+        if prepared:
+            hf_longattn.prepare_training(model, block_size=100)
+        ids = tiny.tokens(2, 333).cuda()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    found = []
+    for name in FUSED[family]:
+        real = getattr(fusion, name)
+        monkeypatch.setattr(
+            fusion, name, lambda *a, real=real, name=name, **k: (found.append(name), real(*a, **k))[1]
+        )
+    exact, plain = gradients(torch.float64, False), gradients(dtype, False)
+    error = tiny.relative_error(gradients(dtype, True), exact)
+    assert error <= 1.5 * (tiny.relative_error(plain, exact) + torch.finfo(dtype).eps)
+    assert set(found) == FUSED[family]
+
+
 def test_kernels_in_a_layer_under_the_interpreter(called):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("runs beside the kernels")

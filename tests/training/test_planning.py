@@ -1,12 +1,14 @@
 """The plan of a training step against the bytes that a step takes, and against the rule of the offloader."""
 
+import gc
+
 import pytest
 import torch
 import transformers as tf
 
 import hf_longattn
 from hf_longattn.generation.planning import head_sizes, on_meta
-from hf_longattn.training import attention, planning
+from hf_longattn.training import attention, liger, planning
 from hf_longattn.training.offload import Layout, Offloader, working_bytes
 from hf_longattn.training.planning import TrainingRequest, count_parameters, plan_training
 
@@ -77,10 +79,10 @@ def test_the_law_of_a_layer_is_that_of_the_specification():
         plans = [plan_of(SHAPES[shape], tokens, offload=True, lora=16) for tokens in (1 << 19, 1 << 20)]
         slope = (plans[1].backward - plans[0].backward) / (1 << 19)
         assert 5 * width <= slope <= 9 * width
-        # One block saves 57 d and 53 d bytes a token, and takes 18 d and 16 d more in its backward, which is
+        # One block saves 37 d and 34 d bytes a token, and takes 18 d and 16 d more in its backward, which is
         # more than gradients of 64 K keys and values; a layer's gradients of the adapters, twice.
-        assert 65536 * 32 * 2 * (width // 32) * 2 < 16384 * width * (48 if shape == "1B" else 42)
-        block = 16384 * width * (75 if shape == "1B" else 69)
+        assert 65536 * 32 * 2 * (width // 32) * 2 < 16384 * width * (40 if shape == "1B" else 35)
+        block = 16384 * width * (55 if shape == "1B" else 50)
         layers = SHAPES[shape].num_hidden_layers
         rest = plans[0].backward - slope * (1 << 19)
         assert rest == block + 2 * plans[0].gradients // layers
@@ -155,14 +157,22 @@ def test_advice_says_what_is_full():
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_takes_what_is_planned():
+@pytest.mark.parametrize("fused", [False, True], ids=["torch", "liger"])
+def test_a_step_on_a_gpu_takes_what_is_planned(fused, monkeypatch):
+    monkeypatch.setattr(liger, "_INSTALLED", fused and liger._INSTALLED)
+    gc.collect()
+    # What other tests of this process have left, and libraries hold.
+    before = torch.cuda.memory_allocated()
     config, tokens = tf.LlamaConfig(**{**SHAPES["1B"].to_dict(), "num_hidden_layers": 4}), 1 << 16
     with torch.device("cuda"):
         model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     hf_longattn.prepare_training(model)
     ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
     model(input_ids=ids, labels=ids).loss.backward()
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     model(input_ids=ids, labels=ids).loss.backward()
-    plan = plan_of(config, tokens)
-    assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak - plan.optimizer, rel=0.05)
+    measured, plan = torch.cuda.max_memory_allocated() - before, plan_of(config, tokens)
+    # The plan counts the way of the two that takes more: plain torch's, for this shape.
+    assert measured <= 1.05 * (plan.peak - plan.optimizer)
+    assert fused or measured >= 0.95 * (plan.peak - plan.optimizer)

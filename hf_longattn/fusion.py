@@ -131,8 +131,9 @@ def _replace_modules(
 ) -> None:
     """Replaces every module with a key, by what `make` finds for the first of each key."""
     for module in model.modules():
-        # A forward that somebody else put there does more than the class says.
-        key = None if "forward" in vars(module) or module._forward_hooks else key_of(module)
+        # A forward that somebody else put there does more than the class says; one that is compiled is fused.
+        is_own = "forward" not in vars(module) and module._compiled_call_impl is None
+        key = key_of(module) if is_own and not module._forward_hooks else None
         if key is not None and (replacement := _maker(key, module, make)) is not None:
             changes.set(module, "forward", functools.partial(_run, replacement(module), module.forward))
 

@@ -72,9 +72,11 @@ def test_modules_of_another_kind_are_left_alone():
     layer.input_layernorm = HalfRMSNorm()
     layer.mlp.act_fn = torch.nn.ReLU()
     model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output)
+    model.model.layers[2].input_layernorm.compile(backend="eager")
     with fused(model):
         assert "forward" not in vars(layer.input_layernorm) and "forward" not in vars(layer.mlp)
         assert "forward" not in vars(model.model.layers[2].mlp)
+        assert "forward" not in vars(model.model.layers[2].input_layernorm)
         assert "forward" in vars(model.model.layers[0].mlp)
 
 

@@ -201,7 +201,9 @@ def test_on_a_gpu_the_kernels_are_as_exact_as_the_model(family, dtype, monkeypat
     exact, plain = gradients(torch.float64, False), gradients(dtype, False)
     error = tiny.relative_error(gradients(dtype, True), exact)
     assert error <= 1.5 * (tiny.relative_error(plain, exact) + torch.finfo(dtype).eps)
-    assert set(found) == FUSED[family]
+    # In 16 bit OLMo 2 turns by angles in fp32, which its own code alone knows.
+    left = {"rotary_embedding"} if family == "olmo2" and dtype != torch.float32 else set()
+    assert set(found) == FUSED[family] - left
 
 
 def test_kernels_in_a_layer_under_the_interpreter(called):

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step
+from hf_longattn.kernels.lightning_attention import lightning_attention, lightning_attention_step, reference
+from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
+from hf_longattn.kernels.lightning_attention.tiling import GLUON_TILINGS, gluon_runs
 
 pytestmark = pytest.mark.gpu
 SLOPES = [0.84, 0.11, 3.9e-3, 3.9e-8]
 FP32_EPS = torch.finfo(torch.float32).eps
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or not gluon_runs(torch.device("cuda")), reason="needs a Hopper GPU"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -204,3 +209,191 @@ def test_more_than_two_to_the_31_elements():
     tail = [x[:, -1:, -20000:].double() for x in (q, k, v)]
     exact = lightning_attention(*tail, slopes[-1:].double(), impl="reference")[:, :, -1000:]
     assert error(output[:, -1:, -1000:], exact) <= 2.2e-3
+
+
+def scan(inputs, *, gluon=True, reverse=False, strict=False, wide=False, final=False, segments=None):
+    """(output, final state) of one scan, by the Gluon kernel whether or not it would be chosen."""
+    from hf_longattn.kernels.lightning_attention import tiling, triton
+
+    B, _, T, K = inputs.query.shape
+    H, V = inputs.slopes.shape[0], inputs.value.shape[3]
+    dtype = torch.float32 if wide else inputs.query.dtype
+    output = torch.full((B, T, H, V), float("nan"), device="cuda", dtype=dtype).transpose(1, 2)
+    state = torch.full((B, H, K, V), float("nan"), device="cuda") if final else None
+    chosen = GLUON_TILINGS[128] if gluon else tiling.choose_tiling(K, V, inputs.query.dtype, T, B * H)
+    triton.scan(inputs, output, state, 0.3, reverse, strict, chosen, segments)
+    return output, state
+
+
+def definition(inputs, dtype, reverse=False, strict=False):
+    """(output, final state) in plain torch, accumulated in the slopes' dtype."""
+    tensors = [None if x is None else x.to(dtype) for x in inputs[:3]]
+    full = torch.promote_types(dtype, torch.float32)
+    slopes, state = inputs.slopes.to(full), None if inputs.state is None else inputs.state.to(full)
+    output = torch.empty_like(inputs.value[:, :1].expand(-1, slopes.shape[0], -1, -1), dtype=dtype)
+    left = torch.empty(*output.shape[:2], tensors[0].shape[3], output.shape[3], device="cuda", dtype=full)
+    reference.scan(ScanInputs(*tensors, slopes, state, None), output, left, 0.3, reverse, strict)
+    return output, left
+
+
+def compare_scan(inputs, *, reverse=False, strict=False, final=False, **options):
+    output, state = scan(inputs, reverse=reverse, strict=strict, final=final, **options)
+    exact, exact_state = definition(inputs, torch.float64, reverse, strict)
+    standard, standard_state = definition(inputs, torch.bfloat16, reverse, strict)
+    assert error(output, exact) <= 1.5 * (error(standard, exact) + FP32_EPS)
+    if final:
+        own = rounding(torch.bfloat16, inputs.query.shape[3])
+        assert error(state, exact_state) <= 1.5 * (error(standard_state, exact_state) + own)
+
+
+def inputs_of(B, T, H, G, state=False):
+    q, k, v, slopes = make(B, T, H, G, 128, 128, torch.bfloat16)
+    entering = torch.randn(B, H, 128, 128, device="cuda").transpose(2, 3) if state else None
+    return ScanInputs(q, k, v, slopes, entering, None)
+
+
+@hopper
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_gluon_at_every_length(reverse):
+    for T in [*range(1, 201), 255, 256, 257, 1000, 4095, 4097]:
+        compare_scan(inputs_of(1, T, 4, 4), reverse=reverse, strict=T % 2 == 0)
+        if T >= 64:
+            compare_scan(inputs_of(2, T, 4, 2, state=True), reverse=reverse, final=True)
+
+
+@hopper
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("T", [6144, 7000], ids="T{}".format)
+def test_gluon_in_segments(T, reverse):
+    for segments in ((1024, 512), (2048, 256)):
+        options = {"reverse": reverse, "final": True, "segments": segments}
+        compare_scan(inputs_of(1, T, 4, 2, state=True), **options)
+        compare_scan(inputs_of(2, T, 4, 1), wide=True, strict=True, **options)
+
+
+@hopper
+def test_gluon_gives_the_same_bits_in_any_layout():
+    inputs = inputs_of(3, 1000, 32, 8, state=True)
+    output, state = scan(inputs, final=True)
+    turned = inputs._replace(
+        **{name: getattr(inputs, name).contiguous() for name in ("query", "key", "value")}
+    )
+    for again in (inputs, turned):
+        others = scan(again, final=True)
+        assert torch.equal(others[0], output) and torch.equal(others[1], state)
+
+
+@hopper
+def test_gluon_leaves_the_state_of_the_other_kernel():
+    inputs = inputs_of(2, 5000, 16, 16, state=True)
+    for reverse in (False, True):
+        states = [scan(inputs, gluon=gluon, reverse=reverse, final=True)[1] for gluon in (True, False)]
+        # Each keeps the bound of `compare`.
+        assert error(*states) <= 2 * 1.5 * rounding(torch.bfloat16, 128)
+
+
+@pytest.fixture
+def gluon_calls(monkeypatch):
+    """The scans that the Gluon kernel was chosen for."""
+    from hf_longattn.kernels.lightning_attention import triton_gluon
+
+    calls, own = [], triton_gluon.scan
+
+    def spy(inputs, *rest):
+        calls.append(inputs)
+        return own(inputs, *rest)
+
+    monkeypatch.setattr(triton_gluon, "scan", spy)
+    return calls
+
+
+@hopper
+@pytest.mark.parametrize("G", [32, 8], ids="G{}".format)
+@pytest.mark.parametrize("T", [1000, 1024], ids="T{}".format)
+def test_gluon_is_chosen_for_many_rows(gluon_calls, T, G):
+    """The output and every gradient, with and without states."""
+    arguments = make(3, T, 32, G, 128, 128, torch.bfloat16)
+    compare(*arguments, scale=128**-0.5)
+    assert len(gluon_calls) == 4
+    compare(*arguments, torch.randn(3, 32, 128, 128, device="cuda"))
+    assert len(gluon_calls) == 8
+
+
+@hopper
+def test_gluon_is_chosen_for_long_rows(gluon_calls):
+    compare(*make(1, 20001, 32, 32, 128, 128, torch.bfloat16), causal=False)
+    # Two directions, forward and in each of three gradients.
+    assert len(gluon_calls) == 8
+
+
+@hopper
+def test_gluon_error_targets(gluon_calls):
+    """With a model's slopes: 2.0e-3 forward and 2.2e-3 for the gradients."""
+    q, k, v, _ = make(3, 2048, 32, 32, 128, 128, torch.bfloat16)
+    slopes = torch.exp2(-8 * torch.arange(1, 33, device="cuda") / 32)
+    weights = [torch.randn_like(q)]
+    exact = run(q.double(), k.double(), v.double(), slopes.double(), None, weights, "reference")
+    actual = run(q, k, v, slopes, None, weights, "triton")
+    assert len(gluon_calls) == 4
+    for bound, a, e in zip((2.0e-3, 2.2e-3, 2.2e-3, 2.2e-3), actual, exact, strict=True):
+        assert error(a, e) <= bound
+
+
+@hopper
+def test_gluon_leaves_expanded_gradients_to_triton(gluon_calls):
+    """The gradient of a sum has strides of 0, which tile copies do not take."""
+    leaves = [x.requires_grad_() for x in make(3, 512, 32, 32, 128, 128, torch.bfloat16)[:3]]
+    slopes = torch.full((32,), 0.1, device="cuda")
+    ones = torch.ones(3, 32, 512, 128, device="cuda", dtype=torch.bfloat16)
+    given = torch.autograd.grad(lightning_attention(*leaves, slopes), leaves, ones)
+    count = len(gluon_calls)
+    expanded = torch.autograd.grad(lightning_attention(*leaves, slopes).sum(), leaves)
+    assert (count, len(gluon_calls)) == (4, 5)
+    for a, b in zip(given, expanded, strict=True):
+        # Both are within 2.2e-3 of the exact gradient.
+        assert error(a, b) <= 2 * 2.2e-3
+
+
+@hopper
+def test_gluon_without_sync_or_recompile_and_in_graphs(gluon_calls):
+    from hf_longattn.kernels.lightning_attention.triton_gluon import _scan_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in _scan_kernel.device_caches.values())
+
+    # One chunk is partial and two segments meet: all of the launches.
+    arguments = make(1, 9001, 64, 64, 128, 128, torch.bfloat16)
+    expected = lightning_attention(*arguments, output_final_state=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lightning_attention(*arguments, output_final_state=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = lightning_attention(*arguments, output_final_state=True)
+    for result in results:
+        result.zero_()
+    graph.replay()
+    assert all(map(torch.equal, results, expected)) and len(gluon_calls) == 3
+    number = compiled()
+    for B, T in ((1, 12345), (5, 9001), (5, 8192), (1, 65536)):
+        lightning_attention(*make(B, T, 64, 64, 128, 128, torch.bfloat16), output_final_state=True)
+    assert compiled() == number and len(gluon_calls) == 7
+
+
+@hopper
+@pytest.mark.slow
+def test_gluon_state_after_a_million_tokens():
+    inputs = inputs_of(1, 1 << 20, 4, 4)
+    output, state = scan(inputs, final=True, segments=(65536, 2048))
+    exact = standard = None
+    for part in range(16):
+        piece = [x[:, :, part << 16 : (part + 1) << 16] for x in inputs[:3]]
+        given = ScanInputs(*piece, inputs.slopes, exact, None)
+        last, exact = definition(given, torch.float64)
+        _, standard = definition(given._replace(state=standard), torch.bfloat16)
+    own = rounding(torch.bfloat16, 128)
+    assert error(state, exact) <= 1.5 * (error(standard, exact) + own)
+    assert error(output[:, :, -(1 << 16) :], last) <= 1.5 * (error(last.bfloat16(), last) + FP32_EPS)

@@ -145,7 +145,7 @@ def serves(inputs, dtype=torch.bfloat16):
 
 
 def test_who_is_served(monkeypatch):
-    monkeypatch.setattr(tiling, "_gluon_runs", lambda device: True)
+    monkeypatch.setattr(tiling, "gluon_runs", lambda device: True)
     good = make(3, 256, 32)
     assert serves(good) and serves(make(3, 300, 32, 8)) and serves(make(1, 6144, 32), torch.float32)
     assert serves(good._replace(query=good.query.contiguous()))
@@ -177,8 +177,8 @@ def test_who_is_served(monkeypatch):
 def test_where_it_runs(monkeypatch, version, capability, runs):
     monkeypatch.setattr(tiling, "triton_version", lambda: version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert tiling._gluon_runs.__wrapped__(torch.device("cuda")) is runs
-    assert not tiling._gluon_runs.__wrapped__(torch.device("cpu"))
+    assert tiling.gluon_runs.__wrapped__(torch.device("cuda")) is runs
+    assert not tiling.gluon_runs.__wrapped__(torch.device("cpu"))
 
 
 def test_tiling_says_which_kernel():

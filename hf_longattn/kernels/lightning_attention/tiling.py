@@ -99,7 +99,7 @@ def takes_tma(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _gluon_runs(device: torch.device) -> bool:
+def gluon_runs(device: torch.device) -> bool:
     """Whether `device` is a Hopper GPU and this Triton can compile the Gluon kernel for it."""
     oldest, newest = GLUON_VERSIONS
     if device.type != "cuda" or torch.version.hip or not oldest <= triton_version() <= newest:
@@ -122,7 +122,7 @@ def gluon_serves(inputs: ScanInputs, output: Tensor) -> bool:
     batch, _, length, dim = query.shape
     if dim not in GLUON_TILINGS or value.shape[3] != dim or cu_seqlens is not None:
         return False
-    if query.dtype != torch.bfloat16 or length < GLUON_LENGTH or not _gluon_runs(query.device):
+    if query.dtype != torch.bfloat16 or length < GLUON_LENGTH or not gluon_runs(query.device):
         return False
     programs = batch * slopes.shape[0] * max(1, length // SHORT)
     return programs >= GLUON_PROGRAMS and all(map(takes_tma, (query, key, value, output)))

@@ -120,7 +120,8 @@ def fused_norm(module: nn.Module, forward: Callable[..., Any], hidden: Tensor) -
 
 
 def _runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and has_triton()
+    # Triton launches on the current device, which is not that of every layer of a model spread over several.
+    return device.type == "cuda" and has_triton() and device.index in (None, torch.cuda.current_device())
 
 
 def _replace_modules(

@@ -17,6 +17,8 @@ only for a state that enters or leaves behind a ragged end, and there the last f
 Triton kernel.
 """
 
+import threading
+
 import torch
 import triton
 from torch import Tensor
@@ -238,6 +240,20 @@ def _scan_kernel(
             gl.store(_turned(left_ptr, left_strides, row, head, offs_v, offs_k), state)
 
 
+_THREAD = threading.local()
+
+
+def _enter_context(device: torch.device) -> None:
+    """Makes the context of a device current in this thread, once: autograd calls from threads of its own.
+
+    The driver encodes descriptors only inside a context, which nothing before a first launch has to enter.
+    """
+    entered = vars(_THREAD).setdefault("devices", set())
+    if device not in entered:
+        torch.zeros((), device=device)
+        entered.add(device)
+
+
 def _descriptor(tensor: Tensor, chunk: int) -> TensorDescriptor:
     """How chunks of one head of a (B, H, T, D) tensor are copied. Strides of dims of size 1 do not count."""
     *_, width = shape = tensor.shape
@@ -257,6 +273,7 @@ def _scan_chunks(
 ) -> None:
     """The scan where no state enters or leaves behind a partial chunk; `flags` are reverse and strict."""
     query, key, value, slopes, state, _ = inputs
+    _enter_context(query.device)
     sequences, length, key_dim = query.shape[0] * slopes.shape[0], query.shape[2], query.shape[3]
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
     segment, block = segments or choose_segments(length, sequences, multiprocessors)

@@ -249,8 +249,10 @@ class Spectator:
     def __init__(self, program: BlockProgram, criteria: StoppingCriteriaList, streamer: Any) -> None:
         self.program, self.criteria, self.streamer = program, criteria, streamer
         self.plain = all(type(criterion) in _PLAIN_CRITERIA for criterion in criteria)
-        # One copy a program, in place of several launches a token.
-        self.ids = program.ids.cpu() if self.plain else program.ids
+        # Their own copy, of the same shape, gets what is looked at: one transfer a program, in place of
+        # several launches a token, and the prompt, which they do not read, is not waited for.
+        shape, dtype = program.ids.shape, program.ids.dtype
+        self.ids = torch.zeros(shape, dtype=dtype) if self.plain else program.ids
         self.length = self.prompt = self.shown = program.length - 1
         self.unfinished = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
         self.copied: Tensor | None = None
@@ -349,7 +351,9 @@ def _sample(
     cache, prompt = model_kwargs["past_key_values"], input_ids.shape[1]
     lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     captures.kept.lend(None if lasting else cache, input_ids.shape[0], model)
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    # The state that predicts the first token is that of the open block, which `decode_blocks` makes anew.
+    read = {**model_kwargs, "logits_to_keep": input_ids.new_empty(0)}
+    model._prefill(input_ids, generation_config, read)
     new = generation_config.max_length - prompt
     decoding = model.decode_blocks(cache, new)
     try:
@@ -358,8 +362,7 @@ def _sample(
         )
         room = new + decoding.block_length
         program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
-        program.choose(outputs.logits[:, -1])
-        del outputs
+        program.choose(decoding.first())
         spectator = Spectator(program, stopping_criteria, streamer)
         _decode(spectator, generation_config.max_length, captures, not lasting)
         program = spectator.program

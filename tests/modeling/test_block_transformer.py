@@ -599,3 +599,13 @@ def test_every_field_is_listed():
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {field.name for field in dataclasses.fields(BlockTransformerConfig)} - inherited
     assert len(own) == 52, sorted(own)
+
+
+@torch.no_grad()
+def test_a_forward_that_is_asked_for_no_row_fills_the_cache_alone():
+    model, ids = make(), tokens(2, 11)
+    cache = BlockTransformerCache(model.config)
+    outputs = model(ids, past_key_values=cache, logits_to_keep=ids.new_empty(0))
+    assert outputs.logits.shape[:2] == (2, 0)
+    whole = model(torch.cat([ids, ids], dim=1)).logits[:, 11:]
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole, **CLOSE)

@@ -9,6 +9,7 @@ well (8 bytes a token), so that `crop` can take a closed block apart again.
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalSubscript=false, reportReturnType=false
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,12 @@ class BlockWrite:
     count: int
     rows: torch.Tensor | None = None  # (R,) on the CPU; None: all
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Key positions that are read: those of the longest row."""
         return int(self.starts.max()) + self.count
 
-    @property
+    @functools.cached_property
     def uniform(self) -> bool:
         """Whether all rows write at the same place."""
         return bool((self.starts == self.starts[0]).all())
@@ -73,7 +74,9 @@ class BlockLayer(CacheLayerMixin):
         write: BlockWrite = kwargs["write"]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.reserve(kwargs["batch_size"], write.length)
+        # A write of every row from its begin leaves nothing of an earlier batch in front of its end.
+        whole = write.rows is None and write.uniform and write.count == write.length
+        self.reserve(kwargs["batch_size"], write.length, write.count if whole else 0)
         self.extend(write.length)
         return self._write(self._keys, key_states, write), self._write(self._values, value_states, write)
 
@@ -82,15 +85,18 @@ class BlockLayer(CacheLayerMixin):
         self.length = max(self.length, length)
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
-    def reserve(self, batch_size: int, length: int) -> None:
-        """Makes room for `length` key positions of `batch_size` rows."""
+    def reserve(self, batch_size: int, length: int, written: int = 0) -> None:
+        """Makes room for `length` key positions of `batch_size` rows.
+
+        The first `written` of them are about to be written, so that nobody has to clear them.
+        """
         held = self._keys.shape
         if held[0] == batch_size and held[2] >= length:
             return
         if self.borrowed is not None:
             (self._keys, self._values), self.borrowed = self.borrowed, None
-            self._keys.zero_()
-            self._values.zero_()
+            self._keys[:, :, written:].zero_()
+            self._values[:, :, written:].zero_()
             return self.reserve(batch_size, length)
         room = (
             max(length, self.capacity)
@@ -221,6 +227,11 @@ class BlockTransformerCache(Cache):
         """The tokens of the blocks that are not held: (B, p) each."""
         starts = self.num_blocks * self.block_length
         counts = self.num_slots - starts
+        if bool((self.num_slots == self.slot_ids.shape[1]).all()) and bool((starts == starts[0]).all()):
+            # Rows that stand at one slot: no index has to be sent to the device.
+            own = slice(int(starts[0]), None)
+            attended = None if self.slot_mask is None else self.slot_mask[:, own]
+            return PendingTokens(self.slot_ids[:, own], None, attended)
         places, device = torch.arange(int(counts.max()))[None], self.slot_ids.device
         index = (starts[:, None] + places).to(device).clamp(max=max(self.slot_ids.shape[1] - 1, 0))
         slotted = None if bool((counts == counts[0]).all()) else (places < counts[:, None]).to(device)
@@ -297,6 +308,20 @@ class BlockTransformerCache(Cache):
             counts: (B,) on the CPU, how many of them each row has.
             block_mask: (B, count) bool, new blocks with attended tokens; None: all.
         """
+        if block_mask is None and bool((counts == contexts.shape[1]).all()):
+            # As many for every row: nothing has to be sent to the device.
+            self.context = contexts[:, -1].clone()
+            self.context_valid = torch.ones_like(counts, dtype=torch.bool)
+        else:
+            self._take_last(contexts, counts, block_mask)
+        self.block_mask = self.attended_blocks(block_mask, contexts.shape[1])
+        self.num_blocks = self.num_blocks + counts
+        self._write = None
+
+    def _take_last(
+        self, contexts: torch.Tensor, counts: torch.Tensor, block_mask: torch.Tensor | None
+    ) -> None:
+        """Keeps the context of the last new block of each row that has one."""
         last = (counts - 1).clamp(min=0).to(contexts.device)
         rows, done = torch.arange(counts.shape[0], device=contexts.device), (counts > 0).to(contexts.device)
         newest = contexts[rows, last]
@@ -307,9 +332,6 @@ class BlockTransformerCache(Cache):
             torch.ones_like(counts, dtype=torch.bool) if block_mask is None else block_mask[rows, last].cpu()
         )
         self.context_valid = torch.where(counts > 0, valid, self.context_valid)
-        self.block_mask = self.attended_blocks(block_mask, contexts.shape[1])
-        self.num_blocks = self.num_blocks + counts
-        self._write = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

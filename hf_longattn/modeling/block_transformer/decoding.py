@@ -49,7 +49,11 @@ class HeldBlocks(Cache):
         # Rows that stand at one block write in one launch.
         self.even = bool((cache.num_blocks[rows] == cache.num_blocks[rows.start]).all())
         # (R, 1) and (R, n_e), where the block that is computed next goes.
-        self.start = (cache.num_blocks[rows, None] * self.each).to(device)
+        places = cache.num_blocks[rows, None] * self.each
+        # A number needs no copy, which would wait for all that was launched before.
+        self.start = (
+            torch.full_like(places, int(places[0]), device=device) if self.even else places.to(device)
+        )
         self.places = self.start + torch.arange(self.each, device=device)
         self.key_mask = None  # (R, room) bool, False at blocks of pads alone; None: there are none
         if cache.block_mask is not None and not bool(cache.block_mask[rows].all()):
@@ -131,7 +135,8 @@ class BlockGroup:
         self.context = cache.context[rows].clone()
         self.prefix = model.token_decoder.expand(self.context).clone()
         self.tokens = model.token_decoder.make_cache()
-        model.token_decoder.step(self.prefix, tokens, self.tokens, self._mask(self.slot))
+        # (R, D_tok), which predicts the token behind the prompt.
+        self.first = self._step(tokens)
 
     def feed(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (R,); state (R, D_tok) that predicts the one after it."""
@@ -141,7 +146,11 @@ class BlockGroup:
         if self.slot == 0:
             self._close_block()
             new = new[:, :0]
-        state = self.model.token_decoder.step(self.prefix, new, self.tokens, self._mask(self.slot))
+        return self._step(new)
+
+    def _step(self, token_ids: Tensor) -> Tensor:
+        """State that predicts the token behind these; zeros for rows that no block stands before."""
+        state = self.model.token_decoder.step(self.prefix, token_ids, self.tokens, self._mask(self.slot))
         return state if self.valid is None else torch.where(self.valid, state, 0)
 
     def _close_block(self) -> None:
@@ -221,9 +230,10 @@ class BlockDecoding:
         self.order = slots.argsort(stable=True)
         slots = slots[self.order]
         self.device = cache.slot_ids.device
-        self._to = self.order.to(self.device)
-        self._back = self._to.argsort()
         self.sorted = bool((self.order == torch.arange(slots.shape[0])).all())
+        # Rows that stay as they are need no index, whose copy would wait for all that was launched before.
+        self._to = None if self.sorted else self.order.to(self.device)
+        self._back = None if self.sorted else self._to.argsort()
         bounds = [0, *((slots[1:] != slots[:-1]).nonzero()[:, 0] + 1).tolist(), slots.shape[0]]
         rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
         with contextlib.ExitStack() as undo:
@@ -259,7 +269,13 @@ class BlockDecoding:
     def step(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (B,); logits (B, V) of the one after it."""
         token_ids = token_ids if self.sorted else token_ids[self._to]
-        states = [group.feed(token_ids[group.rows]) for group in self.groups]
+        return self._predict([group.feed(token_ids[group.rows]) for group in self.groups])
+
+    def first(self) -> Tensor:
+        """Logits (B, V) of the token behind the prompt."""
+        return self._predict([group.first for group in self.groups])
+
+    def _predict(self, states: list[Tensor]) -> Tensor:
         state = states[0] if len(states) == 1 else torch.cat(states)
         return self.model.lm_head(state if self.sorted else state[self._back])
 
@@ -287,7 +303,8 @@ class BlockDecoding:
 
     def constants(self) -> list[Tensor]:
         """Every tensor that `step` reads and never changes, but for weights."""
-        return [self._to, self._back] + [tensor for group in self.groups for tensor in group.constants()]
+        order = [] if self._to is None else [self._to, self._back]
+        return order + [tensor for group in self.groups for tensor in group.constants()]
 
     def buffers(self) -> list[Tensor]:
         """The keys and values of blocks."""

@@ -145,7 +145,8 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
             position_ids: (B, T), read only to find packed documents: they start where positions do not rise.
             past_key_values: a `BlockTransformerCache`, changed in place.
             use_cache: whether to return a cache (default: as configured, never in training).
-            logits_to_keep: how many of the last rows to compute; 0: all. A tensor computes all too.
+            logits_to_keep: how many of the last rows to compute; 0: all. A tensor computes all too, but for
+                one without elements, which leaves the token decoder out.
             block_offset: (B,), how many pads stand in the first block before the first token, each < L.
             **kwargs: `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
 
@@ -170,16 +171,18 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         length, keep = self.config.block_length, input_ids.shape[1]
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             keep = min(logits_to_keep, keep)
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.numel() == 0:
+            keep = 0
         if keep == 1 and cache is not None:
             length = int((cache.num_slots % length).max()) + 1
         hidden_wanted = self._wanted("hidden_states", kwargs)
-        hidden, others = self._decode_tokens(layout.last_columns(keep), contexts, held, length, hidden_wanted)
+        hidden, others = self._decode_tokens(layout, keep, contexts, held, length, hidden_wanted)
         return BlockTransformerModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=others,
             attentions=attentions,
-            label_mask=layout.label_mask(input_ids.shape[0], held),
+            label_mask=layout.label_mask(input_ids.shape[0], held) if keep else None,
             block_embeds=embeds,
             context_embeds=contexts,
             block_pair_mask=None if layout.pair_mask is None else layout.pair_mask.long(),
@@ -292,7 +295,9 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         """Runs the block decoder on (R, N, n_e, D); positions count from the first of a document."""
         inputs, each = embeds.flatten(1, 2), embeds.shape[2]
         places = torch.arange(inputs.shape[1], device=inputs.device)[None]
-        if write is not None:
+        if write is not None and write.uniform:
+            position_ids = places + (write.length - write.count)
+        elif write is not None:
             position_ids = write.starts.to(inputs.device)[:, None] + places
         elif layout.position_ids is not None:
             position_ids = (layout.position_ids[:, :, None] * each + places[:, :each]).flatten(1)
@@ -314,16 +319,22 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
     def _decode_tokens(
         self,
         layout: BlockLayout,
+        keep: int,
         contexts: torch.Tensor | None,
         held: tuple[torch.Tensor, torch.Tensor] | None,
         length: int,
         output_hidden_states: Any,
     ) -> tuple[torch.Tensor, tuple | None]:
-        """Token decoder states of the columns of `layout`, (B, T, D_tok), and those of the layers asked for.
+        """Token decoder states of the last `keep` columns of `layout`, (B, keep, D_tok), and those of the
+        layers asked for.
 
         `contexts` (B, N, n_e, D) stand before blocks 1 .. N, `held` (context, valid) before block 0; `length`
         rows of each block are needed.
         """
+        shape = (layout.token_ids.shape[0], keep, self.config.token_hidden_size)
+        if keep == 0 or (contexts is None and held is None):
+            return self.get_input_embeddings().weight.new_zeros(shape), None
+        layout = layout.last_columns(keep)
         valid, first = layout.has_context, 1
         if held is not None:
             valid = valid | (layout.target_block == 0) & held[1].to(valid.device)[:, None]
@@ -331,9 +342,6 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
                 held[0][:, None] if contexts is None else torch.cat([held[0][:, None], contexts], dim=1)
             )
             first = 0
-        if contexts is None:
-            shape = (layout.token_ids.shape[0], layout.target_block.shape[1], self.config.token_hidden_size)
-            return self.get_input_embeddings().weight.new_zeros(shape), None
         window = TokenWindow.over(layout, first, first + contexts.shape[1] - 1, length)
         token_ids, mask = window.take(layout.token_ids, 0)[:, : length - 1], None
         if layout.block_mask is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_longattn.attention.padded_rows import attend_rows, empty_slots
 from hf_longattn.attention.quantized import attend_pieces, bias_of, piece_of
 from hf_longattn.cache.quantized import scales_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
@@ -161,6 +162,12 @@ def exact_attention(
         packing = _pack(KeyRange(), query, key, mask, replace(options, causal=False))
         return _attend_by_tiles(query, key, value, mask, packing, options).transpose(1, 2).contiguous()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    # Documents are told apart by positions only where there are no keys before the queries.
+    behind = query.shape[2] < key.shape[2] and options.cu_seqlens is None and scales is None
+    if behind and bias is None and not (options.softcap or options.dropout or gradient):
+        if (slots := empty_slots(mask)) is not None:
+            output = attend_rows(query, key, value, slots, options.scale, options.sinks)
+            return output.transpose(1, 2).contiguous()
     few = query.shape[2] <= MAX_DECODE_QUERIES
     if split_kv and few and bias is None and not options.dropout and not gradient:
         output, _ = decode_attention(

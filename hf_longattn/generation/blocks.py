@@ -6,13 +6,13 @@ a CUDA graph or, on a CPU and where a graph cannot be had, one after the other. 
 streamers and stopping criteria come in the order of transformers' own loop.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -22,90 +22,19 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
+from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
-from hf_longattn.generation.kept import KeptProgram, same_place, settings_of
+from hf_longattn.generation.kept import KeptProgram, same_place
 from hf_longattn.generation.linear import Products
+from hf_longattn.generation.prompts import fits_at_once, is_whole
 from hf_longattn.kernels.dispatch import warn_slow
 
 if TYPE_CHECKING:
     from hf_longattn.generation.setup import GenerationSetup
 
-# Processors that only read which tokens there were, or none at all: a graph may hold them.
-_ON_DEVICE = (
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-    logits_process.EpsilonLogitsWarper,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-)
 _GRAPH_DEVICES = ("cuda",)
 # Criteria that read the last token and the length: what they say of a copy on the CPU holds.
 _PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
-
-
-class TokenChoice:
-    """Chooses the next token of each row, as transformers' loop does, without a look from the host.
-
-    Args:
-        processors: of this call.
-        generation_config: of this call.
-        criteria: of this call; rows that end by a token get pads on the device.
-        rows: B.
-        device: of the tokens.
-    """
-
-    def __init__(
-        self, processors: Any, generation_config: Any, criteria: Any, rows: int, device: torch.device
-    ) -> None:
-        self.processors, self.do_sample = processors, generation_config.do_sample
-        ends = [criterion.eos_token_id for criterion in criteria if hasattr(criterion, "eos_token_id")]
-        self.ends = torch.cat([end.reshape(-1).to(device) for end in ends]) if ends else None
-        pad = generation_config._pad_token_tensor
-        self.pad = torch.zeros((), dtype=torch.long) if pad is None else pad
-        self.pad = self.pad.to(device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-
-    def __call__(self, seen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens (B,), scores (B, V)) of logits (B, V) behind the tokens `seen` (B, >= 1).
-
-        The logits are fp32, or of any dtype where `takes_largest`.
-        """
-        scores = self.processors(seen, logits)
-        if self.do_sample:
-            probabilities = scores.softmax(dim=-1)
-            # What `torch.multinomial` computes for one draw, without its check, which stops for the device.
-            noise = torch.empty_like(probabilities).exponential_()
-            tokens = (probabilities / noise).argmax(dim=-1)
-        else:
-            tokens = scores.argmax(dim=-1)
-        if self.ends is not None:
-            tokens = torch.where(self.finished, self.pad, tokens)
-            self.finished.logical_or_(torch.isin(tokens, self.ends))
-        return tokens, scores
-
-    def takes_largest(self) -> bool:
-        """Whether the token is that of the largest logit, which the logits' own dtype shows as fp32 does."""
-        return not self.processors and not self.do_sample
-
-    def key(self) -> tuple[Any, ...] | None:
-        """What two calls have in common where one graph serves both; None where that is not known."""
-        settings = settings_of(self.processors)
-        ends = None if self.ends is None else self.ends.numel()
-        return None if settings is None else (settings, self.do_sample, ends)
-
-    def constants(self) -> list[Tensor]:
-        """Every tensor that a choice reads and never changes."""
-        return [self.pad] if self.ends is None else [self.pad, self.ends]
-
-    def obstacle(self) -> str | None:
-        """Why a graph cannot hold it, or None."""
-        for processor in self.processors:
-            prompt = getattr(processor, "prompt_ignore_length", None)
-            if type(processor) not in _ON_DEVICE or prompt:
-                return f"`{type(processor).__name__}` may need the host to look at every token"
-        return None
 
 
 class BlockProgram:
@@ -175,6 +104,36 @@ class BlockProgram:
         with fused(model, self.tokens.shape[0], products), self.decoding.few_launches():
             self.graph, _ = capture(self._rehearse, self._steps)
         self.place = self.decoding.place
+
+    def can_read(self, input_ids: Tensor, choice: TokenChoice, room: int) -> bool:
+        """Whether the program's own buffers and graph serve a call of its own from the prompt on.
+
+        Args:
+            input_ids: (B, T), a prompt of whole rows.
+            choice: of that call.
+            room: tokens to have room for behind the prompt.
+        """
+        rows, length = input_ids.shape
+        same = choice.key() is not None and choice.key() == self.choice.key() and rows == len(self.tokens)
+        fits = length + room <= self.ids.shape[1]
+        return same and fits and self.decoding.can_read(length, self.place)
+
+    def read(self, input_ids: Tensor) -> None:
+        """Begins anew behind a prompt (B, T) of whole rows, with the token that follows it."""
+        length = input_ids.shape[1]
+        self.ids[:, length:] = input_ids[:, :1]
+        self.ids[:, :length] = input_ids
+        self.choice.finished.fill_(False)
+        self.column.fill_(length)
+        self.capturing = True
+        try:
+            self.choose(self.decoding.read(input_ids))
+        finally:
+            self.capturing = False
+
+    def stand_behind(self, length: int) -> None:
+        """Says that the device has gone on to `length` tokens, where the graph of the steps begins."""
+        self.length, self.decoding.place = length, self.place
 
     def key(self) -> tuple[Any, ...] | None:
         """What two programs have in common where the graph of one serves both; None where it serves one."""
@@ -351,28 +310,27 @@ def _sample(
     cache, prompt = model_kwargs["past_key_values"], input_ids.shape[1]
     lasting = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     captures.kept.lend(None if lasting else cache, input_ids.shape[0], model)
-    # The state that predicts the first token is that of the open block, which `decode_blocks` makes anew.
-    read = {**model_kwargs, "logits_to_keep": input_ids.new_empty(0)}
-    model._prefill(input_ids, generation_config, read)
-    new = generation_config.max_length - prompt
-    decoding = model.decode_blocks(cache, new)
-    try:
-        choice = TokenChoice(
-            logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
-        )
-        room = new + decoding.block_length
-        program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
-        program.choose(decoding.first())
+    choice = TokenChoice(
+        logits_processor, generation_config, stopping_criteria, input_ids.shape[0], input_ids.device
+    )
+    whole = is_whole(cache, model_kwargs)
+    with contextlib.ExitStack() as undo:
+        program = captures.read_again(input_ids, choice, generation_config) if whole else None
+        if program is None:
+            decoding = _read(model, input_ids, generation_config, model_kwargs, whole)
+            if lasting:
+                undo.callback(decoding.close)
+            room = generation_config.max_length - prompt + decoding.block_length
+            program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
+            program.choose(decoding.first())
         spectator = Spectator(program, stopping_criteria, streamer)
         _decode(spectator, generation_config.max_length, captures, not lasting)
         program = spectator.program
         if lasting:
-            decoding.finish(program.ids[:, prompt : program.length - 1], program.length - spectator.length)
+            taken = program.ids[:, prompt : program.length - 1]
+            program.decoding.finish(taken, program.length - spectator.length)
         else:
-            captures.kept.keep(program, model)
-    finally:
-        if lasting:
-            decoding.close()
+            captures.kept.keep(program, model, prompt if whole else None)
     if streamer is not None:
         streamer.end()
     sequences = program.ids[:, : spectator.length].clone()
@@ -380,6 +338,21 @@ def _sample(
         return sequences
     lists = {name: tuple(values[: spectator.length - prompt]) for name, values in program.kept.items()}
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache, **lists)  # pyright: ignore[reportArgumentType]
+
+
+def _read(
+    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], whole: bool
+) -> Any:
+    """Reads a prompt; returns what decodes behind it."""
+    # The state that predicts the first token is that of the open block, which `decode_blocks` makes anew.
+    model_kwargs = {**model_kwargs, "logits_to_keep": input_ids.new_empty(0)}
+    if whole:
+        # Nobody has to look again, which would wait for the device.
+        model_kwargs |= {"attention_mask": None, "position_ids": None}
+    model._prefill(input_ids, generation_config, model_kwargs)
+    return model.decode_blocks(
+        model_kwargs["past_key_values"], generation_config.max_length - input_ids.shape[1]
+    )
 
 
 @dataclass
@@ -390,6 +363,25 @@ class _Captures:
     setup: "GenerationSetup"
     decoder: GraphDecoder
     kept: KeptProgram
+
+    def read_again(
+        self, input_ids: Tensor, choice: TokenChoice, generation_config: Any
+    ) -> BlockProgram | None:
+        """The kept program behind a prompt as long as an earlier one, or None where it does not read it."""
+        program, length = self.kept.program, input_ids.shape[1]
+        if program is None or self.decoder.given_up or not self.kept.prompts.knows(length):
+            return None
+        room = generation_config.max_length - length + program.span
+        chunk = self.setup.prefill_chunk_size or generation_config.prefill_chunk_size
+        at_once = fits_at_once(input_ids, program.span, chunk) and not self.setup.progress
+        if not at_once or _kept(generation_config) or not program.can_read(input_ids, choice, room):
+            return None
+        try:
+            self.kept.prompts.read(program, input_ids, choice, self.model)
+        except RuntimeError as error:
+            self.decoder.give_up(reason_of(self.model, error))
+            return None
+        return program
 
     def find(self, program: BlockProgram, left: int) -> tuple[BlockProgram, int]:
         """The program to go on with, and how many of the `left` tokens it makes next."""

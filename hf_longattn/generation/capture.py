@@ -8,12 +8,15 @@ import torch
 Result = TypeVar("Result")
 
 
-def capture(rehearse: Callable[[], Any], step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(
+    rehearse: Callable[[], Any], step: Callable[[], Result], like: torch.cuda.CUDAGraph | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Captures `step` in a CUDA graph.
 
     Args:
         rehearse: what `step` does, without a trace; run once before, so that everything is compiled.
         step: launches work on buffers that stay where they are, and never waits for the device.
+        like: a graph whose memory this one may use too, where neither needs what it made once the other runs.
 
     Returns:
         the graph, and what `step` returned: tensors that every replay writes anew.
@@ -24,6 +27,7 @@ def capture(rehearse: Callable[[], Any], step: Callable[[], Result]) -> tuple[to
         rehearse()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    pool = None if like is None else like.pool()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = step()
     return graph, result

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_longattn.generation.prompts import PromptGraphs
 from hf_longattn.instance import PLAIN, plain_settings
 
 # Code that a fingerprint knows: what else takes part in a forward may keep settings where nobody looks.
@@ -24,12 +25,14 @@ class KeptProgram:
 
     def __init__(self) -> None:
         self.program: Any = None
+        self.prompts = PromptGraphs()
         self._model: tuple[Any, ...] | None = None
         self._busy = threading.Lock()
 
     def clear(self) -> None:
         """Lets go of the program and of its memory."""
         self.program = self._model = None
+        self.prompts.clear()
 
     @contextlib.contextmanager
     def serving(self) -> Iterator["KeptProgram"]:
@@ -48,18 +51,20 @@ class KeptProgram:
         finally:
             self._busy.release()
 
-    def keep(self, program: Any, model: nn.Module) -> None:
+    def keep(self, program: Any, model: nn.Module, length: int | None = None) -> None:
         """Keeps a program that has a graph, in place of an earlier one.
 
         Args:
             program: a `BlockProgram` whose cache is nobody else's.
             model: whose steps were captured.
+            length: of the prompt, where all of its rows are whole.
         """
-        if program.graph is None or program is self.program:
-            return
-        self.clear()
-        if program.key() is not None and (seen := fingerprint(model)) is not None:
-            self.program, self._model = program, seen
+        if program.graph is not None and program is not self.program:
+            self.clear()
+            if program.key() is not None and (seen := fingerprint(model)) is not None:
+                self.program, self._model = program, seen
+        if self.program is not None and length is not None:
+            self.prompts.note(length)
 
     def lend(self, cache: Any, rows: int, model: nn.Module) -> None:
         """Has an empty cache fill the buffers of the kept program, which is dropped where it cannot serve.

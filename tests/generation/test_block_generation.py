@@ -1,6 +1,7 @@
 """Prepared Block Transformers: several tokens a program, and all that plain `generate` gives."""
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -23,6 +24,7 @@ from transformers.generation import GenerationMixin, logits_process
 
 import hf_longattn
 from hf_longattn.generation import blocks
+from hf_longattn.generation import prompts as prompt_graphs
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.modeling.block_transformer import (
     BlockTransformerCache,
@@ -128,23 +130,32 @@ def warned_anew():
     log_once.cache_clear()
 
 
+class Graphs(list):
+    """Recorded graphs: those of steps, and those that read a prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompts = []
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Programs are captured in recorded graphs, which it lists."""
-    graphs = []
+    graphs = Graphs()
 
-    def capture(rehearse, step):
+    def capture(kind, rehearse, step, like=None):
         rehearse()
-        graphs.append(RecordedGraph())
+        kind.append(RecordedGraph())
         state = torch.get_rng_state()
-        with graphs[-1]:
+        with kind[-1]:
             result = step()
         torch.set_rng_state(state)
-        graphs[-1].undo()
-        return graphs[-1], result
+        kind[-1].undo()
+        return kind[-1], result
 
     monkeypatch.setattr(blocks, "_GRAPH_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(blocks, "capture", capture)
+    monkeypatch.setattr(blocks, "capture", functools.partial(capture, graphs))
+    monkeypatch.setattr(prompt_graphs, "capture", functools.partial(capture, graphs.prompts))
     return graphs
 
 
@@ -289,6 +300,73 @@ def test_later_calls_go_on_with_the_program_of_the_first(options, recorded):
     generate(model, *prompts(9, 9), **options)
     kept = vars(model)["_kept_program"].program.decoding.cache.layers
     assert all(layer._keys is buffer for layer, buffer in zip(kept, buffers, strict=True))
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("options", [GREEDY, DRAW], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("decoder", ["prefix", pytest.param("summation", marks=pytest.mark.slow)])
+def test_a_prompt_as_long_as_an_earlier_one_is_read_by_a_replay(decoder, options, recorded):
+    # One length three times, another with the same open slot, rows with pads, and an end inside the answer.
+    even = [((14, 14), 15), ((14, 14), 15), ((22, 22), 6), ((14, 14), 3), ((14, 11), 9), ((14, 14), 15)]
+    calls = [(lengths, {**options, "max_new_tokens": new}) for lengths, new in even]
+    ends = {**options, "max_new_tokens": 9, "eos_token_id": [3, 17, 29, 44, 50]}
+    model, results = answers(calls, **DECODERS[decoder], initializer_range=0.4)
+    assert all(torch.equal(*result) for result in results)
+    assert len({tuple(result[0][0, -3:].tolist()) for result in results}) > 3, "prompts that say the same"
+    # The rows with pads ended the program of the first call, and the graph with it.
+    (graph,) = recorded.prompts
+    assert graph.replays == 2
+    _, results = answers([((22, 22), ends)] * 3, **DECODERS[decoder], initializer_range=0.4)
+    assert all(torch.equal(*result) for result in results) and recorded.prompts[-1].replays == 2
+    assert any(PAD in result[0] for result in results), "no row has ended before the other"
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+@pytest.mark.parametrize("why", ["chunks", "scores", "slot", "progress"])
+def test_other_prompts_are_read_as_ever(why, recorded):
+    model, fields = make(), {"chunks": {"prefill_chunk_size": 8}, "progress": {"progress": True}}
+    ids, mask = prompts(14, 14)
+    options = {**GREEDY, "max_new_tokens": 12}
+    expected = generate(model, ids, mask, **options)
+    hf_longattn.prepare_generation(model, **fields.get(why, {}))
+    if why == "slot":
+        # The program that is kept begins at another slot of the open block.
+        generate(model, ids[:, 1:], mask[:, 1:], **{**options, "max_new_tokens": 16})
+    kept = {"return_dict_in_generate": True, "output_scores": True} if why == "scores" else {}
+    for _ in range(3):
+        result = generate(model, ids, mask, **options, **kept)
+        assert torch.equal(result.sequences if kept else result, expected)
+    assert not recorded.prompts
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_the_graphs_of_eight_lengths_are_kept(recorded):
+    model = hf_longattn.prepare_generation(make())
+    graphs, lengths = vars(model)["_kept_program"].prompts, [4 * n for n in range(9, 0, -1)]
+    for length in lengths * 2:
+        generate(model, *prompts(length), **GREEDY)
+    # Every second call came after eight others, when its length was forgotten.
+    assert not recorded.prompts
+    for length in lengths[-8:]:
+        generate(model, *prompts(length), **GREEDY)
+    assert len(recorded.prompts) == 8 and not graphs.knows(36)
+    generate(model, *prompts(36), **GREEDY)
+    assert graphs.knows(36) and not graphs.knows(32)
+
+
+@pytest.mark.usefixtures("never_token_by_token")
+def test_a_prompt_that_cannot_be_captured_is_read_as_ever(recorded, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, (ids, mask) = make(), prompts(14, 14)
+    expected = generate(model, ids, mask, **GREEDY)
+    hf_longattn.prepare_generation(model)
+    generate(model, (ids + 5) % 58, mask, **GREEDY)
+    monkeypatch.setattr(prompt_graphs, "capture", fail)
+    with caplog.at_level(logging.WARNING, logger="hf_longattn"):
+        assert all(torch.equal(generate(model, ids, mask, **GREEDY), expected) for _ in range(3))
+    assert sum("not permitted" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.usefixtures("never_token_by_token")

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, masking_utils
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_longattn.kernels.cache_write import cache_write
@@ -89,6 +89,46 @@ class HeldBlocks(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """All of the buffers, from their begin."""
         return self.room, 0
+
+
+class FirstBlocks(Cache):
+    """The buffers of `HeldBlocks`, of which a prompt fills the begin.
+
+    Args:
+        held: what the steps go on with.
+    """
+
+    def __init__(self, held: HeldBlocks) -> None:
+        super().__init__(layers=held.layers)
+        self.buffers = held.buffers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes (R, G, N, K) in front; returns what is written."""
+        keys, values = (buffer[:, :, : key_states.shape[2]] for buffer in self.buffers[layer_idx])
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: nothing stands before a prompt."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The blocks of the prompt, from the first."""
+        return query_length, 0
+
+
+class FirstMask(LazyMask):
+    """Causal order among the N blocks of R prompts, whose positions nobody has to search for documents."""
+
+    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
+        causal = masking_utils.causal_mask_function
+        super().__init__(rows, blocks, blocks, 0, 0, causal, None, device, Pattern())
+
+    def _build_range(self, pattern: Pattern) -> KeyRange:
+        return KeyRange(causal=True)
 
 
 class HeldMask(LazyMask):
@@ -163,13 +203,40 @@ class BlockGroup:
             past_key_values=held,
             use_cache=False,
         )
-        self.context.copy_(outputs.last_hidden_state)
-        self.prefix.copy_(self.model.token_decoder.expand(outputs.last_hidden_state))
+        self._open_block(outputs.last_hidden_state)
         held.advance()
-        self.tokens.reset()
         for tensor in (self.attended, self.valid):
             if tensor is not None:
                 tensor.fill_(True)
+
+    def _open_block(self, context: Tensor) -> None:
+        """Begins the block behind (R, n_e, D), the context of the last one."""
+        self.context.copy_(context)
+        self.prefix.copy_(self.model.token_decoder.expand(context))
+        self.tokens.reset()
+
+    def can_read(self, length: int) -> bool:
+        """Whether `read` takes prompts of `length` tokens."""
+        plain = self.attended is None and self.valid is None and self.held.key_mask is None
+        return plain and self.held.even and self.held.each == 1 and length >= self.length
+
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Begins anew with prompts (R, T) without pads; state (R, D_tok) that predicts the token behind."""
+        blocks, self.slot = divmod(input_ids.shape[1], self.length)
+        whole, rest = input_ids.tensor_split([blocks * self.length], dim=1)
+        embeds = self.model.embedder(whole.reshape(-1, blocks, self.length), None).flatten(1, 2)
+        outputs = self.model.block_decoder(
+            inputs_embeds=embeds,
+            attention_mask=FirstMask(embeds.shape[0], blocks, embeds.device),
+            position_ids=torch.arange(blocks, device=embeds.device)[None],
+            past_key_values=FirstBlocks(self.held),
+            use_cache=False,
+        )
+        self._open_block(outputs.last_hidden_state[:, -1:])
+        self.held.start.fill_(blocks)
+        self.held.places.fill_(blocks)
+        self.block_ids[:, : self.slot] = rest
+        return self._step(rest)
 
     def _mask(self, slot: int) -> Tensor | None:
         return None if self.attended is None else self.attended[:, :slot]
@@ -274,6 +341,20 @@ class BlockDecoding:
     def first(self) -> Tensor:
         """Logits (B, V) of the token behind the prompt."""
         return self._predict([group.first for group in self.groups])
+
+    def can_read(self, length: int, place: list[Any]) -> bool:
+        """Whether `read` takes prompts (B, length), and stands at `place` then."""
+        (slot, *_), *others = place
+        return (
+            self.sorted
+            and not others
+            and slot == length % self.block_length
+            and (self.groups[0].can_read(length))
+        )
+
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Begins anew with prompts (B, T), without pads; logits (B, V) of the token behind them."""
+        return self._predict([self.groups[0].read(input_ids)])
 
     def _predict(self, states: list[Tensor]) -> Tensor:
         state = states[0] if len(states) == 1 else torch.cat(states)

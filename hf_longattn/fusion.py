@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_longattn.instance import Setup, plain_settings
+from hf_longattn.instance import Setup, every_module, plain_settings
 from hf_longattn.kernels.dispatch import has_triton
 from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
@@ -131,7 +131,7 @@ def _replace_modules(
     make: Callable[[Any], _Maker | None],
 ) -> None:
     """Replaces every module with a key, by what `make` finds for the first of each key."""
-    for module in model.modules():
+    for module in every_module(model):
         # A forward that somebody else put there does more than the class says; one that is compiled is fused.
         is_own = "forward" not in vars(module) and module._compiled_call_impl is None
         key = key_of(module) if is_own and not module._forward_hooks else None
@@ -161,8 +161,10 @@ def _run(
 
 
 def _norm_key(module: Any) -> Any:
-    name, weight = type(module).__name__, getattr(module, "weight", None)
-    if not name.endswith(("RMSNorm", "LayerNorm")) or not isinstance(weight, Tensor) or weight.ndim != 1:
+    if not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
     if not _is_whole(weight) or not isinstance(_eps(module), float) or module._modules:
         return None
@@ -254,7 +256,8 @@ def _gated_key(module: Any) -> Any:
 
     What its linear layers are, with adapters or quantised, is their own matter: they are called as ever.
     """
-    parts = _linear_parts(module)
+    # Asked first: most modules have none.
+    parts = _linear_parts(module) if "down_proj" in module._modules else {}
     if "down_proj" not in parts or _activation_of(module) is None:
         return None
     if ("gate_up_proj" in parts) == ("gate_proj" in parts) or ("gate_proj" in parts) != ("up_proj" in parts):
@@ -341,7 +344,7 @@ def _nearest(makers: list[Any], module: Any, probe: Tensor) -> _Maker | None:
 
 
 def _replace_rotations(changes: Setup, model: Any, like: Tensor) -> None:
-    for name in {type(module).__module__ for module in model.modules()}:
+    for name in {type(module).__module__ for module in every_module(model)}:
         source = sys.modules.get(name)
         original = vars(source).get(_ROTARY) if source is not None else None
         # Another thread may be running a model of this kind: one replacement is enough for both.

@@ -402,3 +402,14 @@ def test_chunks_of_a_prompt_run_fused(monkeypatch):
     layers = len(model.model.layers)
     assert [shape[1] for shape in widths[-3 * layers :: layers]] == [8, 8, 5]
     assert not any("forward" in vars(layer.mlp) for layer in restore(model).model.layers)
+
+
+def test_every_module_is_found_once_in_the_order_of_torch():
+    from hf_longattn.instance import every_module
+
+    model = tiny.build("llama")
+    shared = torch.nn.Sequential(model.model.norm, torch.nn.Sequential(model.model.norm, torch.nn.ReLU()))
+    shared.register_module("none", None)
+    for module in (model, shared):
+        found = every_module(module)
+        assert len(found) > 3 and all(a is b for a, b in zip(found, module.modules(), strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_longattn.generation.prompts import PromptGraphs
-from hf_longattn.instance import PLAIN, plain_settings
+from hf_longattn.instance import PLAIN, every_module, plain_settings
 
 # Code that a fingerprint knows: what else takes part in a forward may keep settings where nobody looks.
 _KNOWN = ("torch", "transformers", "hf_longattn")
@@ -103,15 +103,17 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     """
     noted: list[Any] = [torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled()]
     noted += [torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()]
-    for module in model.modules():
+    for module in every_module(model):
         if type(module).__module__.partition(".")[0] not in _KNOWN:
             return None
         settings = vars(module)
         implementation = getattr(settings.get("config"), "_attn_implementation", None)
         # The module itself, not its id: an id may come back.
         noted.append((module, settings.get("forward"), implementation, plain_settings(module)))
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        noted.append([(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in own])
+        own = [*module._parameters.values(), *module._buffers.values()]
+        noted.append(
+            [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in own if each is not None]
+        )
     return tuple(noted)
 
 

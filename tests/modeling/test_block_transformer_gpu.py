@@ -208,3 +208,43 @@ def test_joined_launches_in_bf16_are_as_exact_as_the_layers_own():
         exact = steps(decoder.double(), prefix.double())
     errors = [(result - exact).norm() for result in (plain, fast)]
     assert errors[1] <= 1.5 * (errors[0] + torch.finfo(torch.bfloat16).eps * exact.norm())
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("decoder_type", ["gpt_neox", "llama"])
+def test_prompts_as_long_as_earlier_ones_are_read_by_replays(decoder_type, options, monkeypatch):
+    from hf_longattn.generation import prompts
+
+    captures, real = [], prompts.capture
+    monkeypatch.setattr(
+        prompts, "capture", lambda *args, **k: (captures.append(k["like"]), real(*args, **k))[1]
+    )
+    plain, fast = (make("sdpa", decoder_type=decoder_type).cuda() for _ in range(2))
+    hf_longattn.prepare_generation(fast, cuda_graph=True)
+    ids = ragged()[0].cuda()
+    # Two lengths that stand at one slot share the program, and the memory of their graphs.
+    for seed, (length, new) in enumerate([(203, 61), (203, 61), (203, 50), (103, 60), (103, 60), (203, 1)]):
+        results = []
+        for model in (plain, fast):
+            torch.manual_seed(seed)
+            given = (ids[:, :length] + 17 * seed) % 498 + 2
+            results.append(model.generate(given, max_new_tokens=new, pad_token_id=1, **options))
+        assert torch.equal(*results)
+    assert len(captures) == 2 and captures[0] is None and captures[1] is not None
+
+
+def test_a_prompt_read_by_a_replay_in_bf16_is_as_exact_as_one_pass():
+    model, (ids, _) = make("tree_attention", torch.bfloat16).cuda(), ragged()
+    ids = ids.cuda()
+    hf_longattn.prepare_generation(model, cuda_graph=True)
+    answers = [model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1) for _ in range(3)]
+    graphs = vars(model)["_kept_program"].prompts
+    assert graphs.knows(ids.shape[1]) and torch.equal(answers[1], answers[2])
+    with torch.no_grad():
+        held = vars(model)["_kept_program"].program.decoding.cache.layers[-1]._keys[:, :, :50].clone()
+        plain, right = BlockTransformerCache(model.config), BlockTransformerCache(model.config)
+        hf_longattn.restore(model)(ids, past_key_values=plain)
+        make("sdpa").double().cuda()(ids, past_key_values=right)
+    exact = right.layers[-1].keys[:, :, :50]
+    error = (plain.layers[-1].keys[:, :, :50].double() - exact).norm()
+    assert (held.double() - exact).norm() <= 1.5 * error

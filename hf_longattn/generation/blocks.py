@@ -27,7 +27,7 @@ from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.kept import KeptProgram, same_place
 from hf_longattn.generation.linear import Products
 from hf_longattn.generation.prompts import fits_at_once, is_whole
-from hf_longattn.kernels.dispatch import warn_slow
+from hf_longattn.kernels.dispatch import has_triton, warn_slow
 
 if TYPE_CHECKING:
     from hf_longattn.generation.setup import GenerationSetup
@@ -101,7 +101,7 @@ class BlockProgram:
         Raises:
             RuntimeError: a step cannot be captured; the program is as it was.
         """
-        with fused(model, self.tokens.shape[0], products), self.decoding.few_launches():
+        with fused(model, self.tokens.shape[0], products), cast(Any, model).few_launches():
             self.graph, _ = capture(self._rehearse, self._steps)
         self.place = self.decoding.place
 
@@ -349,10 +349,11 @@ def _read(
     if whole:
         # Nobody has to look again, which would wait for the device.
         model_kwargs |= {"attention_mask": None, "position_ids": None}
-    model._prefill(input_ids, generation_config, model_kwargs)
-    return model.decode_blocks(
-        model_kwargs["past_key_values"], generation_config.max_length - input_ids.shape[1]
-    )
+    fast = has_triton() and model.device.type in _GRAPH_DEVICES and not torch.is_autocast_enabled()
+    with model.few_launches() if fast else contextlib.nullcontext():
+        model._prefill(input_ids, generation_config, model_kwargs)
+        steps = generation_config.max_length - input_ids.shape[1]
+        return model.decode_blocks(model_kwargs["past_key_values"], steps)
 
 
 @dataclass

@@ -5,7 +5,7 @@ that is as long as an earlier one does the same on the same buffers, first token
 with a prompt of some length captures that work, and later ones replay it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class PromptGraphs:
 
         # Nothing that one of these graphs makes is read by another: they share their memory.
         other = next((pair[0] for pair in self._graphs.values() if pair is not None), None)
-        with fused_prompt(model), program.decoding.few_launches():
+        with fused_prompt(model), cast(Any, model).few_launches():
             graph, _ = capture(rehearse, lambda: program.read(static), like=other)
         return graph, static
 

@@ -329,10 +329,6 @@ class BlockDecoding:
         for layer in cache.layers:
             layer.reserve(cache.batch_size, blocks * cache.keys_per_block)
 
-    def few_launches(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, a step takes fewer launches; worth it while one is being captured."""
-        return few_launches(self.model)
-
     def step(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (B,); logits (B, V) of the one after it."""
         token_ids = token_ids if self.sorted else token_ids[self._to]
@@ -436,6 +432,10 @@ class BlockGenerationMixin(GenerationMixin):
             steps: tokens a row to make room for.
         """
         return BlockDecoding(self, cache, steps)
+
+    def few_launches(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, prompts and steps take fewer launches; worth it for a prompt, and for steps to capture."""
+        return few_launches(self)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         # `generate` takes the method of the class; a prepared instance has one of its own.

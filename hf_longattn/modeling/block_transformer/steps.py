@@ -1,9 +1,9 @@
-"""Fewer launches in a captured step of a Block Transformer whose decoders are GPT-NeoX.
+"""Fewer launches for a prompt and for a captured step of a Block Transformer whose decoders are GPT-NeoX.
 
-While a step is being captured, the attention modules of the token decoder take query, key and value where the
-fused projection left them, and one launch turns them, keeps the new keys and attends. In layers with parallel
-branches, one launch adds both branches to the residual stream and takes the two norms of the next layer. What
-a step asks beyond that runs as the module's own forward.
+While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
+and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
+layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of the next
+layer. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib

@@ -7,11 +7,11 @@
 
 A case is prompt/new tokens and batches. Weights are random, in the shapes of the released Block
 Transformers and of GPT-NeoX. A row holds new tokens a second (prompt included in the time, as the paper
-counts), the seconds of the prompt alone, those of the first call of the shape and how many of them a later
-call saves (`capture_s`), the peak memory, and `floor_s`: for the prompt and for each step the larger of bytes
-over the copy rate and operations over the rate of a large matrix product, both measured in the same run,
-block steps and token steps one after the other. Before anything is timed, every peer must give
-the tokens of the plain model in fp32.
+counts) of the third call of the shape, the seconds of the prompt alone, those of the first call and how many
+of them a later one saves (`capture_s`), those of the second one, of one token (`second_call_s`), the peak
+memory, and `floor_s`: for the prompt and for each step the larger of bytes over the copy rate and operations
+over the rate of a large matrix product, both measured in the same run, block steps and token steps one after
+the other. Before anything is timed, every peer must give the tokens of the plain model in fp32.
 """
 
 import argparse
@@ -175,14 +175,17 @@ def free():
 
 
 def measure(model, ids, new):
-    """Seconds of the prompt with one token, and of all; the first call of the same shape is a row's own."""
+    """Seconds of the prompt with one token, and of all; the first two calls of a shape are a row's own."""
     early = seconds_of(lambda: answer(model, ids, new))
+    second = seconds_of(lambda: answer(model, ids, 1))
     free()
     whole = seconds_of(lambda: answer(model, ids, new))
     first = seconds_of(lambda: answer(model, ids, 1))
     row = {"prompt_s": first, "total_s": whole, "tokens_per_s": ids.shape[0] * new / whole}
-    # What only the first call does: compiling kernels, timing products, capturing graphs.
+    # What only the first call does: compiling kernels, timing products, capturing the steps.
     row["first_call_s"], row["capture_s"] = early, max(early - whole, 0.0)
+    # What only the second one does: capturing the reading of a prompt.
+    row["second_call_s"] = second
     row["step_ms"] = 1e3 * (whole - first) / (new - 1)
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

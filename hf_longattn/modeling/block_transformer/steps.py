@@ -2,8 +2,8 @@
 
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
-layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of the next
-layer. What a call asks beyond that runs as the module's own forward.
+layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
+the next layer. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib

@@ -33,7 +33,8 @@ class BlockTransformerModelOutput(BaseModelOutputWithPast):
 
     Args:
         last_hidden_state: (B, T, D_tok), row i predicts token i + 1; zeros if no block stands before it.
-        label_mask: (B, T + 1), 1 for tokens that some row predicts from a context, also the one to come.
+        label_mask: (B, T + 1), 1 for tokens that some row predicts from a context, also the one to come; None
+            where no row was asked for.
         block_embeds: (B, N, n_e, D), the embeddings e of the blocks of this call.
         context_embeds: (B, N, n_e, D), the contexts h.
         block_pair_mask: (B, N - 1), 1 where a block and the next are complete and of one document; None:

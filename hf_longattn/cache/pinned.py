@@ -1,17 +1,23 @@
 """Page-locked host memory at its exact size: torch's own pinned allocator rounds to powers of two."""
 
 import operator
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# What unlocks each tensor that is locked. Memory must not go back to the system as it is: CUDA would take
+# whatever lies there next for locked, and refuse to copy what reaches over its end.
+_LOCKED = WeakIdKeyDictionary()
 
 
 def pin(tensor: Tensor, name: str, way_out: str) -> None:
     """Page-locks the memory of a tensor for CUDA.
 
     Args:
-        tensor: contiguous, on the CPU, and kept until it is unpinned.
+        tensor: contiguous, on the CPU; it is unpinned when nobody holds it any more.
         name: of the argument that asked for it, for the message.
         way_out: what to do where it fails, for the message.
 
@@ -22,6 +28,16 @@ def pin(tensor: Tensor, name: str, way_out: str) -> None:
     code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
     if code != 0:
         raise RuntimeError(f"`{name}`: pinning host memory failed with CUDA error {code}; {way_out}.")
+    _LOCKED[tensor] = unlock = weakref.finalize(tensor, _unlock, tensor.data_ptr(), True)
+    # At the end of a process CUDA may be gone before the memory.
+    unlock.atexit = False
+
+
+def _unlock(address: int, wait: bool) -> None:
+    if wait and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
 def unpin(tensor: Tensor) -> None:
@@ -30,9 +46,9 @@ def unpin(tensor: Tensor) -> None:
     Args:
         tensor: that was pinned, and that no copy reads or writes any more.
     """
-    runtime: Any = torch.cuda.cudart()
-    # At the end of a process CUDA may be gone before the memory: what it says then helps nobody.
-    runtime.cudaHostUnregister(tensor.data_ptr())
+    unlock = _LOCKED.pop(tensor, None)
+    if unlock is not None and unlock.detach() is not None:
+        _unlock(tensor.data_ptr(), False)
 
 
 class Pins:

@@ -33,7 +33,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 _MAX_SPLITS = 128
 # Share of the slots that keeps the memory busy.
-_BUSY = 0.9
+_BUSY = 0.95
 
 
 class DecodeConfig(NamedTuple):

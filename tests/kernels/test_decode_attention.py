@@ -403,5 +403,8 @@ def test_splits_fill_the_machine():
         splits = pick_num_splits(2**20, tiles, 132)
         waves = -(-tiles * splits // 132)
         assert tiles * splits >= min(0.85 * 132 * waves, 128 * tiles)
+    # One wave that keeps the memory busy; where rows end apart, full waves of short programs.
+    assert pick_num_splits(2**20, 8, 132) == 16
+    assert pick_num_splits(2**18, 64, 132) == 2 and pick_num_splits(2**18, 64, 132, ragged=True) == 33
     assert pick_num_splits(128, 8, 132) == 1
     assert 1 <= pick_num_splits(4096, 8, 132) <= 16

@@ -103,8 +103,11 @@ def _block_dim(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int) -> int:
+def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int, ragged: bool = False) -> int:
     """Programs that share the keys of one tile of rows, for `num_slots` programs that run at once.
+
+    Where rows of the batch see keys of unlike numbers (`ragged`), a single wave would last as long as its
+    longest program: many short programs, in full waves, even that out.
 
     The time is modelled as reading + waves * start-up + merge, all counted in keys. Reading takes the
     longer, the fewer of the slots are taken in a wave, up to where the memory is busy. The constants only
@@ -113,6 +116,8 @@ def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int) -> int:
 
     def cost(splits: int) -> float:
         waves = -(-num_tiles * splits // num_slots)
+        if ragged:
+            return waves * (num_keys / splits + 256) + 4 * splits
         taken = num_tiles * splits / (waves * num_slots)
         return num_keys * num_tiles / num_slots / min(taken, _BUSY) + waves * 256 + 4 * splits
 
@@ -296,7 +301,8 @@ def decode_forward(
         config = MANY_TILES
     if num_splits is None:
         slots = processors * config.programs_per_sm
-        num_splits = pick_num_splits(triton.next_power_of_2(S), tiles, slots)
+        ragged = mask.lower is not None and min(B, mask.lower.shape[0]) > 1
+        num_splits = pick_num_splits(triton.next_power_of_2(S), tiles, slots, ragged)
     whole = num_splits == 1 and sinks is None
     outputs = query.new_empty((num_splits, B, H, T, V), dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)

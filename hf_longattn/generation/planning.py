@@ -46,10 +46,10 @@ from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
 
 # What remains for the context of CUDA, cuBLAS and the allocator's rounding.
 RESERVE = 1 << 30
-# Launches and gaps of a captured step, seconds a layer; an H100 took 1.35 ms over the floor at 32 layers.
-_OVERHEAD_A_LAYER = 42e-6
-# Shares of the dense peak that the products and the attention of a prefill reach.
-_PRODUCT_SHARE, _ATTENTION_SHARE = 0.455, 0.593
+# Launches and gaps of a captured step, seconds a layer; an H100 took 1.0 ms over the floor at 32 layers.
+_OVERHEAD_A_LAYER = 31e-6
+# Shares of the dense peak that the products and the attention of a prefill reach, and the start in seconds.
+_PRODUCT_SHARE, _ATTENTION_SHARE, _START = 0.60, 0.593, 0.06
 # Programs of the split-KV kernel that run at once on a large GPU.
 _SPLIT_SLOTS = 528
 # Tokens that a captured step's mask has room for beyond the context.
@@ -454,7 +454,7 @@ class _Clock:
         # `products` is the share of a rank.
         products = 2.0 * self.weights.products * self.ranks.tensor * tokens / (_PRODUCT_SHARE * peak)
         attention = self._attention(tokens) / (_ATTENTION_SHARE * peak)
-        return products + attention + self._travel(tokens)
+        return _START + products + attention + self._travel(tokens)
 
     def _attention(self, tokens: int) -> float:
         """Floating-point operations of the visible pairs, and of the states of lightning layers."""

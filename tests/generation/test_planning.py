@@ -35,10 +35,9 @@ def test_memory_and_times_are_those_measured(row):
     plan = TABLES["plan_of"](row)
     assert plan.peak == pytest.approx(row["peak_gib"] * 2**30, rel=0.05)
     assert plan.fits and plan.longest >= plan.context
-    # A streamed token comes once the next step is queued, so the first comes behind the capture of the step.
-    assert plan.expected_first_token == pytest.approx(row["first_token_s"], rel=0.10, abs=0.05)
     if row["date"].startswith(LATEST):
-        # Steps have become faster than those of earlier days; memory and prompts are as they were.
+        # Prompts and steps have become faster than those of earlier days; memory is as it was.
+        assert plan.expected_first_token == pytest.approx(row["first_token_s"], rel=0.10, abs=0.05)
         assert 1e3 * plan.expected_a_token == pytest.approx(row["token_ms"], rel=0.10)
 
 
@@ -162,8 +161,10 @@ def test_a_saved_config_that_lists_lightning_layers_is_planned_as_it_is_loaded(t
 def test_lightning_layers_take_time_linear_in_the_length_and_join_nothing():
     config = copy.deepcopy(SHAPE)
     config._attn_implementation, config.lightning_layers = "lightning_attention", list(range(32))
-    times = [plan_generation(config, n, ranks=Ranks(2)).expected_first_token for n in (1 << 18, 1 << 20)]
-    assert times[1] == pytest.approx(4 * times[0], rel=1e-3)
+    lengths = (1 << 18, 1 << 19, 1 << 20)
+    times = [plan_generation(config, n, ranks=Ranks(2)).expected_first_token for n in lengths]
+    # The start, which no length changes, is in all of them.
+    assert times[2] - times[1] == pytest.approx(2 * (times[1] - times[0]), rel=1e-3)
     softmax = [plan_generation(SHAPE, n, ranks=Ranks(2)).expected_first_token for n in (1 << 18, 1 << 20)]
     assert softmax[1] > 8 * softmax[0] and softmax[0] > times[0]
     alone, two = (plan_generation(config, 4096, ranks=Ranks(ranks)) for ranks in (1, 2))

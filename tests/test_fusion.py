@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_longattn import fusion, prepare_generation, restore
 from hf_longattn.fusion import fused
 from hf_longattn.generation import linear, prefill
+from hf_longattn.instance import Setup
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,31 @@ def test_parameters_that_are_ones_today_do_not_hide_what_a_module_computes():
     with fused(model):
         assert "forward" not in vars(first.input_layernorm) and "forward" not in vars(first.mlp)
         assert "forward" not in vars(second.mlp) and "forward" in vars(third.mlp)
+
+
+@pytest.mark.parametrize("cut", ["gate", "up", "active"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gates_that_cut_large_values_off_are_left_alone(cut, dtype):
+    class CuttingMLP(LlamaMLP):
+        def forward(self, x):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate = gate.clamp(max=self.limit) if cut == "gate" else gate
+            up = up.clamp(-self.limit, self.limit) if cut == "up" else up
+            active = self.act_fn(gate)
+            return self.down_proj((active.clamp(max=self.limit) if cut == "active" else active) * up)
+
+    config = tiny.build("llama").config
+    layers = torch.nn.ModuleList([CuttingMLP(config), LlamaMLP(config)]).to(dtype)
+    layers[0].limit = 10.0
+    with fused(layers):
+        assert ["forward" in vars(layer) for layer in layers] == [False, True]
+    (products, _), changes = chooses(ours=True), Setup(layers)
+    if dtype == torch.bfloat16:
+        with torch.no_grad():
+            products.replace(changes, layers, 1, fusion._close)
+        own = ["_gated_few_rows" in repr(vars(layer).get("forward")) for layer in layers]
+        changes.undo()
+        assert own == [False, True]
 
 
 def test_gates_between_adapted_layers_are_fused_and_their_layers_called():

@@ -101,8 +101,11 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     Args:
         model: whose modules, plain settings and addresses of weights are noted.
     """
+    if torch.is_autocast_enabled():
+        # A graph reads the weights that autocast has cast, which are gone when autocast ends.
+        return None
     noted: list[Any] = [torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled()]
-    noted += [torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()]
+    noted.append(torch.are_deterministic_algorithms_enabled())
     for module in every_module(model):
         if type(module).__module__.partition(".")[0] not in _KNOWN:
             return None

@@ -638,6 +638,20 @@ def test_a_streamer_that_raises_leaves_the_callers_cache_in_order():
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_program_under_autocast_is_not_kept():
+    # Its graph reads weights that autocast casts, and lets go of at its end.
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(9, 9)
+    expected = generate(model, ids, mask, **GREEDY)
+    was = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.equal(generate(model, ids, mask, **GREEDY), expected)
+    finally:
+        torch.set_autocast_enabled("cuda", was)
+    assert vars(model)["_kept_program"].program is None
+
+
+@pytest.mark.usefixtures("recorded")
 def test_a_call_that_fails_leaves_no_program_behind():
     class OutOfMemory(Collect):
         def put(self, value):

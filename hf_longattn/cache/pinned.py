@@ -11,6 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 # What unlocks each tensor that is locked. Memory must not go back to the system as it is: CUDA would take
 # whatever lies there next for locked, and refuse to copy what reaches over its end.
 _LOCKED = WeakIdKeyDictionary()
+# Addresses of what went while a CUDA graph was captured, which unlocking would break.
+_LATE: list[int] = []
 
 
 def pin(tensor: Tensor, name: str, way_out: str) -> None:
@@ -24,6 +26,7 @@ def pin(tensor: Tensor, name: str, way_out: str) -> None:
     Raises:
         RuntimeError: CUDA does not lock it.
     """
+    _unlock_late()
     runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
     if code != 0:
@@ -34,10 +37,18 @@ def pin(tensor: Tensor, name: str, way_out: str) -> None:
 
 
 def _unlock(address: int, wait: bool) -> None:
-    if wait and not torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
+        _LATE.append(address)
+        return
+    if wait:
         torch.cuda.synchronize()
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(address)
+
+
+def _unlock_late() -> None:
+    while _LATE and not torch.cuda.is_current_stream_capturing():
+        _unlock(_LATE.pop(), True)
 
 
 def unpin(tensor: Tensor) -> None:

@@ -68,6 +68,20 @@ def test_slabs_that_come_back_to_a_pool_that_is_gone_are_unlocked(runtime):
     assert runtime.locked == set()
 
 
+def test_what_goes_during_a_capture_is_unlocked_after_it(runtime, monkeypatch):
+    tensor = torch.empty(64)
+    pin(tensor, "offload", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        del tensor
+        gc.collect()
+        assert len(runtime.locked) == 1
+    following = torch.empty(64)
+    pin(following, "offload", "")
+    assert runtime.locked == {following.data_ptr()}
+    unpin(following)
+
+
 def test_pins_unlock_what_they_held_before(runtime):
     pins, first, second = Pins("offload_layers", ""), torch.empty(8), torch.empty(8)
     pins.hold(first)

@@ -31,24 +31,23 @@ def pin(tensor: Tensor, name: str, way_out: str) -> None:
     code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
     if code != 0:
         raise RuntimeError(f"`{name}`: pinning host memory failed with CUDA error {code}; {way_out}.")
-    _LOCKED[tensor] = unlock = weakref.finalize(tensor, _unlock, tensor.data_ptr(), True)
+    _LOCKED[tensor] = unlock = weakref.finalize(tensor, _unlock, tensor.data_ptr())
     # At the end of a process CUDA may be gone before the memory.
     unlock.atexit = False
 
 
-def _unlock(address: int, wait: bool) -> None:
+def _unlock(address: int) -> None:
     if torch.cuda.is_current_stream_capturing():
         _LATE.append(address)
         return
-    if wait:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(address)
 
 
 def _unlock_late() -> None:
     while _LATE and not torch.cuda.is_current_stream_capturing():
-        _unlock(_LATE.pop(), True)
+        _unlock(_LATE.pop())
 
 
 def unpin(tensor: Tensor) -> None:
@@ -57,9 +56,8 @@ def unpin(tensor: Tensor) -> None:
     Args:
         tensor: that was pinned, and that no copy reads or writes any more.
     """
-    unlock = _LOCKED.pop(tensor, None)
-    if unlock is not None and unlock.detach() is not None:
-        _unlock(tensor.data_ptr(), False)
+    if (unlock := _LOCKED.pop(tensor, None)) is not None:
+        unlock()
 
 
 class Pins:

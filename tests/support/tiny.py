@@ -80,6 +80,15 @@ def capturable(model):
     return model
 
 
+def build_to_train(name: str):
+    """`build` in training mode without dropout, for dropout draws other numbers by blocks."""
+    model = build(name).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def build_lightning(name: str):
     """A tiny model with lightning layers: model, hybrid, flag, flag-hybrid, neox-flag or minimax."""
     if "flag" in name:

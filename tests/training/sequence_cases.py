@@ -32,14 +32,6 @@ def mesh_of(size):
     return init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
 
 
-def build(family):
-    model = tiny.build(family).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def batch(layout):
     """Inputs of 43 tokens a row, which neither blocks nor ranks divide, in one of the layouts."""
     ids = tiny.tokens(2, 43)
@@ -80,7 +72,7 @@ def assert_same(name, result, expected, bound=BOUND):
 
 @functools.cache
 def expected(family, layout):
-    model = build(family)
+    model = tiny.build_to_train(family)
     if layout == "packed":
         # Eager attention forgets about packing in some families; tests/attention holds ours to it.
         model.set_attn_implementation("blockwise_attention")
@@ -89,7 +81,7 @@ def expected(family, layout):
 
 def prepare(family, mesh, **fields):
     fields = {"block_size": 5, "loss_chunk_size": 13, **fields}
-    return hf_longattn.prepare_training(build(family), device_mesh=mesh, **fields)
+    return hf_longattn.prepare_training(tiny.build_to_train(family), device_mesh=mesh, **fields)
 
 
 LAYOUTS = ("full", "left", "right", "packed")
@@ -141,7 +133,7 @@ def train(model):
 
 @functools.cache
 def expected_training():
-    model = build("qwen3")
+    model = tiny.build_to_train("qwen3")
     model.set_attn_implementation("blockwise_attention")
     return train(model)
 
@@ -171,7 +163,7 @@ FIELDS = {
 
 @functools.cache
 def expected_smoothing():
-    model, inputs = build("llama"), batch("left")
+    model, inputs = tiny.build_to_train("llama"), batch("left")
     labels = inputs.pop("labels")
     output = model(**inputs, use_cache=False)
     smoother = tf.trainer_pt_utils.LabelSmoother(epsilon=0.1)
@@ -193,7 +185,10 @@ def expected_inputs():
         "few-labels": {**inputs, "labels": inputs["labels"].index_fill(1, torch.arange(3, 43), -100)},
         "short": {name: value[:, -2:] for name, value in batch("full").items()},
     }
-    cases = {name: (case, step(build("llama"), **case, use_cache=False)) for name, case in cases.items()}
+    cases = {
+        name: (case, step(tiny.build_to_train("llama"), **case, use_cache=False))
+        for name, case in cases.items()
+    }
     return cases | {"lengths": ({**batch("packed"), **lengths}, expected("llama", "packed"))}
 
 
@@ -216,7 +211,7 @@ TABLE = "transformer.wpe.weight"
 
 
 def with_short_table(mesh):
-    model = build("gpt2")
+    model = tiny.build_to_train("gpt2")
     table = model.get_parameter(TABLE).detach()[:43].clone()
     model.transformer.wpe = torch.nn.Embedding.from_pretrained(table, freeze=False)
     return hf_longattn.prepare_training(model, device_mesh=mesh, block_size=5, loss_chunk_size=13)
@@ -230,7 +225,7 @@ def fixed_table():
 def expected_embeddings():
     table = torch.nn.Embedding.from_pretrained(fixed_table(), freeze=False)
     ids, labels = tiny.tokens(2, 43), tiny.tokens(2, 43)
-    loss, grads = step(build("llama"), inputs_embeds=table(ids), labels=labels, use_cache=False)
+    loss, grads = step(tiny.build_to_train("llama"), inputs_embeds=table(ids), labels=labels, use_cache=False)
     return loss, grads, table.weight.grad
 
 
@@ -263,7 +258,7 @@ def generate(model):
 
 @functools.cache
 def expected_evaluation():
-    model = build("gemma2").eval()
+    model = tiny.build_to_train("gemma2").eval()
     with torch.no_grad():
         output = model(**batch("left"), use_cache=False)
     return output.loss, output.logits, generate(model)
@@ -324,7 +319,7 @@ def refusals(rank, size, mesh):
         model(**{**batch("full"), "attention_mask": torch.ones(2, 40, dtype=torch.long)})
     with pytest.raises(ValueError, match="`token_type_ids` of shape"):
         model(**batch("full"), token_type_ids=torch.zeros(2, 43, dtype=torch.long))
-    odd_model = build("llama")
+    odd_model = tiny.build_to_train("llama")
     odd_model.model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="uses extra outside its layers"):
         hf_longattn.prepare_training(odd_model, device_mesh=mesh)
@@ -379,7 +374,7 @@ def errors(result):
 @functools.cache
 def expected_autocast_error():
     with torch.autocast("cpu", torch.bfloat16):
-        result = step(build("llama"), **batch("left"), use_cache=False)
+        result = step(tiny.build_to_train("llama"), **batch("left"), use_cache=False)
     return errors(result)
 
 
@@ -412,7 +407,7 @@ def expected_rope(kind):
 def with_adapters():
     torch.manual_seed(0)
     names = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
-    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=names))
+    model = get_peft_model(tiny.build_to_train("llama"), LoraConfig(r=4, target_modules=names))
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -19,15 +19,6 @@ BOUND = 2e-6
 FAMILIES = ["llama", "gemma2", "gpt-oss", "gpt2"]
 
 
-def build(family):
-    """A tiny model in training mode without dropout, for dropout draws other numbers by blocks."""
-    model = tiny.build(family).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def batch():
     """Two rows of 43 and 29 tokens, no multiple of a block."""
     ids, mask = tiny.tokens(2, 43), tiny.padding([43, 29], 43, "left")
@@ -56,7 +47,7 @@ def assert_same(result, expected):
 
 @functools.cache
 def expected_of(family):
-    return step(build(family))
+    return step(tiny.build_to_train(family))
 
 
 @pytest.fixture
@@ -77,7 +68,7 @@ def forwards(monkeypatch):
 @pytest.mark.parametrize(("every", "again"), [(2, 1), (3, 2), (5, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_the_plain_model(family, every, again, forwards):
-    model = hf_longattn.prepare_training(build(family), block_size=16, keep_every=every)
+    model = hf_longattn.prepare_training(tiny.build_to_train(family), block_size=16, keep_every=every)
     assert_same(step(model), expected_of(family))
     assert len(forwards) == 3 + again
 
@@ -104,8 +95,8 @@ def test_dropout_draws_the_same_numbers_again():
 
 def test_frozen_layers(forwards):
     models = [
-        build("llama"),
-        hf_longattn.prepare_training(build("llama"), block_size=16, keep_every=3),
+        tiny.build_to_train("llama"),
+        hf_longattn.prepare_training(tiny.build_to_train("llama"), block_size=16, keep_every=3),
     ]
     for model in models:
         for name, parameter in model.named_parameters():
@@ -122,7 +113,7 @@ def test_lora():
     results = []
     for every in (None, 2):
         torch.manual_seed(3)
-        model = peft.get_peft_model(build("llama"), config)
+        model = peft.get_peft_model(tiny.build_to_train("llama"), config)
         if every is not None:
             hf_longattn.prepare_training(model, block_size=16, keep_every=every)
         results.append(step(model))
@@ -132,7 +123,7 @@ def test_lora():
 def test_what_changes_between_layers_is_kept(forwards):
     """Layers after which the model, or a hook, puts other hidden states, in place or not."""
     for change in (lambda output: output * 2, lambda output: output.mul_(2), in_secret):
-        models = [build("llama"), build("llama")]
+        models = [tiny.build_to_train("llama"), tiny.build_to_train("llama")]
         hf_longattn.prepare_training(models[1], block_size=16, keep_every=3)
         results = []
         for model in models:
@@ -151,7 +142,7 @@ def in_secret(output):
 
 
 def test_backward_twice_and_from_the_middle():
-    models = [build("llama"), build("llama")]
+    models = [tiny.build_to_train("llama"), tiny.build_to_train("llama")]
     hf_longattn.prepare_training(models[1], block_size=16, keep_every=3)
     found = []
     for model in models:
@@ -165,7 +156,7 @@ def test_backward_twice_and_from_the_middle():
 
 def test_in_a_checkpoint_of_the_callers_every_layer_keeps_its_input(forwards, caplog):
     log_once.cache_clear()
-    model = hf_longattn.prepare_training(build("llama"), block_size=16, keep_every=3)
+    model = hf_longattn.prepare_training(tiny.build_to_train("llama"), block_size=16, keep_every=3)
     hidden = torch.randn(2, 43, 64, requires_grad=True)
     cos_sin = model.model.rotary_emb(hidden, torch.arange(43)[None])
 
@@ -246,7 +237,7 @@ def test_the_number_is_checked(value):
 
 @pytest.mark.parametrize(("mark", "words"), [("ds_id", "ZeRO stage 3"), ("_fsdp_flattened", "FullySharded")])
 def test_parameters_that_are_gone_are_refused(mark, words):
-    model = hf_longattn.prepare_training(build("llama"), block_size=16, keep_every=2)
+    model = hf_longattn.prepare_training(tiny.build_to_train("llama"), block_size=16, keep_every=2)
     for layer in model.model.layers:
         for parameter in layer.parameters():
             setattr(parameter, mark, True)

@@ -21,11 +21,8 @@ families = pytest.mark.parametrize("family", tiny.CAUSAL)
 
 
 def build(family, **changes):
-    """A tiny model in training mode without dropout, for dropout draws other numbers by blocks."""
-    model = tiny.build(family).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    """A tiny model to train, with changes of its config."""
+    model = tiny.build_to_train(family)
     for name, value in changes.items():
         setattr(model.config, name, value)
     return model

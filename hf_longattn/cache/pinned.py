@@ -60,6 +60,11 @@ def unpin(tensor: Tensor) -> None:
         unlock()
 
 
+def locked_bytes() -> int:
+    """Bytes of host memory that are page-locked now."""
+    return sum(tensor.nbytes for tensor in list(_LOCKED))
+
+
 class Pins:
     """Tensors of one owner that are page-locked as long as it holds them; copies of the owner hold none.
 

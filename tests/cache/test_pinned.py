@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from hf_longattn.cache.pinned import Pins, pin, unpin
+from hf_longattn.cache.pinned import Pins, locked_bytes, pin, unpin
 from hf_longattn.training.offload import PinnedPool
 
 
@@ -80,6 +80,18 @@ def test_what_goes_during_a_capture_is_unlocked_after_it(runtime, monkeypatch):
     pin(following, "offload", "")
     assert runtime.locked == {following.data_ptr()}
     unpin(following)
+
+
+def test_what_is_locked_is_counted(runtime):
+    before, first, second = locked_bytes(), torch.empty(8), torch.empty(3, dtype=torch.uint8)
+    pin(first, "offload", "")
+    pin(second, "offload", "")
+    assert locked_bytes() - before == 35
+    unpin(first)
+    assert locked_bytes() - before == 3
+    del second
+    gc.collect()
+    assert locked_bytes() == before
 
 
 def test_pins_unlock_what_they_held_before(runtime):

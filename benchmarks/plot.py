@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from _steps import draw_steps, steps_text
 from _tables import FACTS, Result, conditions, length_name, load, table, values
 from _training import TRAINING
 
@@ -279,6 +280,7 @@ KINDS = {
     "generation": Kind(generation_text, draw_generation, 2, "floor_ms"),
     "decode_attention": Kind(decode_text, draw_decode, 1, "us"),
     "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2, "forward_ms"),
+    "training": Kind(steps_text, draw_steps, 2, "step_s"),
     **{name: Kind(*kind, "loss") for name, kind in TRAINING.items()},
 }
 

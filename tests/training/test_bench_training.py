@@ -60,6 +60,37 @@ def test_what_fits_follows_from_two_peaks(bench):
     assert bench.host_at(measured, 1000, 2, 8) * bench.GIB == 16_000
 
 
+def test_the_page_says_what_the_rows_say(bench):
+    steps, tables = importlib.import_module("_steps"), importlib.import_module("_tables")
+    facts = {"commit": "abc", "date": "2026-01-02T03:04:05"}
+    lean = {"shape": "1b", "layers": 16, "peer": "ours-lean"}
+    eager = {"shape": "1b", "layers": 16, "peer": "eager"}
+    shared = {"shape": "8b", "layers": 8, "peer": "ours", "lora": 16, "ranks": 2, "tokens": 1 << 18}
+    rows = [
+        {"check": "gradients at 4096 tokens", "fp32": 0.0, "sdpa": 0.25, "ours-gpu": 0.125},
+        {**lean, "tokens": 1 << 17, "tokens_per_s": 9000.0, "step_s": 14.5, "floor_s": 5.5, "peak_gib": 9.0},
+        {**lean, "between": "65536-131072", "slope_kib_per_token": 10.25, "floor_kib_per_token": 10.0},
+        {**lean, "fits": 7 << 20, "fits_host_gib": 448.0, "usable_gib": 78.5},
+        {**eager, "tokens": 8192, "error": "CUDA out of memory. Tried"},
+        {**eager, "between": "2048-4096", "slope_kib_per_token": 21700.0, "floor_kib_per_token": 10.0},
+        {**eager, "fits": 7 << 10, "usable_gib": 78.5},
+        {**shared, "tokens_per_s": 12000.0, "step_s": 21.5},
+        {**shared, "times_one_gpu": 1.875, "activations_of_one_gpu": 0.5},
+    ]
+    text = steps.steps_text(tables.Result("training", [{**row, **facts} for row in rows]))
+    call = "`prepare_training(offload=True, save_attention=False)`"
+    for line in (
+        f"| Llama-3.2-1B | {call} | 1 | 128K | 9,000 | 14.5 | 5.5 | 9 |  | abc, 2026-01-02 |",
+        f"| Llama-3.2-1B | {call} | 64K to 128K | 10.2 | 10 | 7M | 448 |  |",
+        "| Llama-3.2-1B | `eager` | 1 | 8K | out of memory |  |  |  |  | abc, 2026-01-02 |",
+        "| Llama-3.2-1B | `eager` | 2K to 4K | 21,700 | 10 | 7K |  | 1,024 times |",
+        "| Llama-3.1-8B, 8 layers, LoRA 16 | `prepare_training` | 2 | 256K | 12,000 | 21.5 |  |  |  |",
+        "| `prepare_training` | 2 | 256K | 1.88 | 0.5 |",
+        "Relative errors of gradients at 4096 tokens against fp32: sdpa 0.25, ours-gpu 0.125.",
+    ):
+        assert line in text, text
+
+
 def rows_of(command, folder, name):
     variables = os.environ | {"OUT": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)

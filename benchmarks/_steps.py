@@ -1,0 +1,190 @@
+"""Page and figure of the training benchmark, from the rows of bench_training.py.
+
+rows with `step_s` or `error`    a length of a peer
+rows with `between`              memory a token between two lengths; `fits` in the row behind
+rows with `times_one_gpu`        several GPUs beside one, in the same session
+rows with `check`                errors of gradients before anything was timed
+"""
+
+from _tables import Result, length_name, number, table
+
+PEERS = {
+    "ours": "`prepare_training`",
+    "ours-gpu": "`prepare_training(offload=False)`",
+    "ours-offload": "`prepare_training(offload=True)`",
+    "ours-lean": "`prepare_training(offload=True, save_attention=False)`",
+    "ours-liger": "`prepare_training`, Liger's layers",
+    "ours-liger-offload": "`prepare_training(offload=True)`, Liger's layers",
+    "eager": "`eager`",
+    "sdpa": "`sdpa`, checkpointing",
+    "liger": "Liger, checkpointing",
+    "liger-offload": "Liger, checkpoints offloaded",
+    "liger-tiled": "Liger, tiled MLP, checkpointing",
+    "liger-tiled-offload": "Liger, tiled MLP, checkpoints offloaded",
+}
+MODELS = {"1b": ("Llama-3.2-1B", 16), "8b": ("Llama-3.1-8B", 32)}
+COLUMNS = {
+    "tokens_per_s": "tokens/s",
+    "step_s": "step, s",
+    "floor_s": "floor, s",
+    "peak_gib": "peak, GiB",
+    "host_gib": "host, GiB",
+}
+
+
+def model_name(row: dict) -> str:
+    """The shape, and how it differs from the whole model."""
+    name, layers = MODELS.get(row["shape"], (row["shape"], None))
+    parts = [name]
+    if row.get("layers", layers) != layers:
+        parts.append(f"{row['layers']} layer" + ("s" if row["layers"] > 1 else ""))
+    if row.get("lora"):
+        parts.append(f"LoRA {row['lora']}")
+    return ", ".join(parts)
+
+
+def peer_name(row: dict) -> str:
+    """The peer, in the words of its calls."""
+    return PEERS.get(row["peer"], row["peer"])
+
+
+def count_name(tokens: int) -> str:
+    """720,896 as 704K, and a number that is no multiple of 1024 in thousands or millions."""
+    name = length_name(tokens)
+    if name != str(tokens):
+        return name
+    return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens:,}"
+
+
+def step_table(rows: list[dict]) -> str:
+    """A row a length."""
+    cells = []
+    for row in rows:
+        measured = [row.get(field) for field in COLUMNS]
+        if "error" in row:
+            reason = "out of memory" if "memory" in row["error"] else row["error"]
+            measured = [reason, *[None] * (len(COLUMNS) - 1)]
+        # Peers may stand from another run: each row says which it is of.
+        run = f"{row['commit']}, {row['date'][:10]}"
+        cells.append(
+            [
+                model_name(row),
+                peer_name(row),
+                row.get("ranks", 1),
+                count_name(row["tokens"]),
+                *measured,
+                run,
+            ]
+        )
+    return table(["model", "set up by", "GPUs", "tokens", *COLUMNS.values(), "run"], cells)
+
+
+def pairs(rows: list[dict]) -> list[dict]:
+    """A row a slope, with what fits by it."""
+    found: list[dict] = []
+    for row in rows:
+        if "between" in row:
+            found.append(dict(row))
+        elif "fits" in row and found and found[-1]["peer"] == row["peer"]:
+            found[-1] |= row
+    return found
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Memory a token and the longest sequence by it, beside the longest of a prepared model."""
+    ours: dict[str, int] = {}
+    for row in rows:
+        if row["peer"].startswith("ours") and "fits" in row:
+            ours[row["shape"]] = max(ours.get(row["shape"], 0), row["fits"])
+    cells = []
+    for row in rows:
+        a, b = map(int, row["between"].split("-"))
+        fits, most = row.get("fits"), ours.get(row["shape"])
+        is_other = fits and most and not row["peer"].startswith("ours")
+        cells.append(
+            [
+                model_name(row),
+                peer_name(row),
+                f"{count_name(a)} to {count_name(b)}",
+                row["slope_kib_per_token"],
+                row.get("floor_kib_per_token"),
+                None if fits is None else count_name(fits),
+                row.get("fits_host_gib"),
+                f"{number(most / fits)} times" if is_other else None,
+            ]
+        )
+    columns = ["model", "set up by", "between", "KiB a token", "floor", "GPU holds, tokens", "host then, GiB"]
+    return table([*columns, "a prepared model holds"], cells)
+
+
+def steps_text(result: Result) -> str:
+    """Speed, memory and what follows from it."""
+    rows = result.rows
+    parts = [
+        "Forward and backward, random weights, bf16, batch 1, no optimizer. The floor is the time of the "
+        "operations without recomputation at 989 TFLOP/s a GPU. Host memory is what a prepared model pins.",
+        step_table([row for row in rows if "tokens" in row and "times_one_gpu" not in row]),
+    ]
+    if memory := pairs(rows):
+        parts += [
+            "GPU memory a token beyond weights and gradients, by the peaks at two lengths; its floor is one "
+            "gradient, keys and values, and their fp32 gradients. What the GPU holds follows from the line "
+            "through both peaks, host memory given; the memory of `eager` grows faster than its line.",
+            memory_table(memory),
+        ]
+    if compared := [row for row in rows if "times_one_gpu" in row]:
+        lines = [
+            [
+                peer_name(r),
+                r["ranks"],
+                count_name(r["tokens"]),
+                r["times_one_gpu"],
+                r.get("activations_of_one_gpu"),
+            ]
+            for r in compared
+        ]
+        columns = [
+            "set up by",
+            "GPUs",
+            "tokens",
+            "times as fast as one",
+            "activations a GPU, of those of one",
+        ]
+        parts += ["Several GPUs beside one, in the same session:", table(columns, lines)]
+    for row in rows:
+        if "check" in row:
+            errors = ", ".join(
+                f"{name} {number(row[name])}" for name in row if name.startswith(("sdpa", "ours"))
+            )
+            parts.append(f"Relative errors of {row['check']} against fp32: {errors}.")
+    return "\n\n".join(parts)
+
+
+def draw_steps(result: Result, axes: list) -> None:
+    """Tokens a second and peak memory against the length, a line a peer of one model."""
+    rows = [row for row in result.rows if "step_s" in row]
+    settings = list(dict.fromkeys((model_name(row), row["peer"], row.get("ranks", 1)) for row in rows))
+    for axis, field, title in zip(
+        axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB"), strict=True
+    ):
+        for setting in settings:
+            mine = [r for r in rows if (model_name(r), r["peer"], r.get("ranks", 1)) == setting]
+            points = sorted((row["tokens"], row[field]) for row in mine if field in row)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label(settings, setting))
+        lengths = sorted({row["tokens"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [count_name(length) for length in lengths])
+        axis.set(xlabel="tokens", title=title, ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=6)
+
+
+def label(settings: list[tuple], setting: tuple) -> str:
+    """The peer, and the model and the GPUs where they differ between lines."""
+    model, peer, ranks = setting
+    parts = [PEERS.get(peer, peer).replace("`", "")]
+    if len({other[0] for other in settings}) > 1:
+        parts.append(model)
+    if len({other[2] for other in settings}) > 1:
+        parts.append(f"{ranks} GPU" + ("s" if ranks > 1 else ""))
+    return ", ".join(parts)

@@ -123,6 +123,19 @@ def test_a_cpu_counts_all_of_its_memory_and_other_devices_none():
     assert room.free_memory(torch.device("meta")) is None
 
 
+def test_a_cpu_counts_what_its_container_may_take(monkeypatch, tmp_path):
+    files = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr(room, "_LIMITS", files)
+    whole = room.free_memory(torch.device("cpu"))
+    for words, expected in (("max", whole), (str(1 << 62), whole), (str(5 << 20), 5 << 20)):
+        files[0].write_text(f"{words}\n")
+        assert room.free_memory(torch.device("cpu")) == expected
+    assert room.host_memory(torch.device("cuda")) == 4 << 20
+    files[0].unlink()
+    files[1].write_text("4096\n")
+    assert room.free_memory(torch.device("cpu")) == 4096
+
+
 def run_out(model, call_number):
     """Memory runs out in the last layer at one of its calls; returns the hook."""
     seen = []

@@ -37,6 +37,8 @@ def facts() -> dict:
     except ModuleNotFoundError:
         triton = None
     cuda = torch.cuda.is_available()
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = [] if ranks == "1" else ["torchrun", "--standalone", "--nproc-per-node", ranks]
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda,
@@ -45,7 +47,7 @@ def facts() -> dict:
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

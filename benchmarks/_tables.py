@@ -44,7 +44,8 @@ def command_line(command: str) -> str:
     name = Path(words[script]).name
     recipe = Path(__file__).parents[1] / "recipes" / name
     folder = "recipes" if recipe.exists() else "benchmarks"
-    return " ".join(["python", f"{folder}/{name}", *words[script + 1 :]])
+    launcher = words[:script] if words[0] == "torchrun" else ["python"]
+    return " ".join([*launcher, f"{folder}/{name}", *words[script + 1 :]])
 
 
 def conditions(rows: list[dict], short: bool = False) -> str:

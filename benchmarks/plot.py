@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from _several import draw_prefill, prefill_text
 from _steps import draw_steps, steps_text
 from _tables import FACTS, Result, conditions, length_name, load, table, values
 from _training import TRAINING
@@ -24,6 +25,10 @@ PEERS = {
     "eager-prepared": "`prepare_generation(cuda_graph=False)`",
     "sdpa": "transformers, `sdpa`",
     "sdpa-static": "transformers, `sdpa`, static cache",
+    "prepared-tp": "`prepare_generation`, weights and heads divided",
+    "eager-prepared-tp": "`prepare_generation(cuda_graph=False)`, weights and heads divided",
+    "sdpa-tp": 'transformers, `sdpa`, `tp_plan="auto"`',
+    "sdpa-device-map": 'transformers, `sdpa`, `device_map="auto"`',
 }
 COLOURS = {"prepared": "#1f6fb4", "eager-prepared": "#7fb0d8", "sdpa": "#d1622b", "sdpa-static": "#e8b18f"}
 DECODE_CASE = re.compile(r"(decode|sdpa)-(.+)-B(\d+)-S(\d+)")
@@ -64,6 +69,8 @@ def generation_text(result: Result) -> str:
         "peak, GiB",
         "run",
     ]
+    several = any(num_gpus(row) > 1 for row in result.rows)
+    columns += ["GPUs"] if several else []
     rows = []
     for row in result.rows:
         # Peers may stand from another run: each row says which it is of.
@@ -78,7 +85,7 @@ def generation_text(result: Result) -> str:
             measured = ["out of memory", "", row["floor_ms"], ""]
         else:
             measured = [row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]]
-        rows.append([*cells, *measured, run])
+        rows.append([*cells, *measured, run, *([num_gpus(row)] if several else [])])
     return "\n\n".join(
         [
             f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
@@ -86,7 +93,12 @@ def generation_text(result: Result) -> str:
             table(columns, rows),
             agreement(result.rows),
         ]
-    )
+    ).rstrip()
+
+
+def num_gpus(row: dict) -> int:
+    """GPUs that share a prompt: one a process, or all those of a single one."""
+    return row.get("ranks", row.get("gpus", 1))
 
 
 def model_shape(rows: list[dict]) -> str:
@@ -99,11 +111,14 @@ def agreement(rows: list[dict]) -> str:
     """How many runs gave the tokens of the first peer that ran the same prompt."""
     firsts, compared = set(), []
     for row in rows:
-        prompt = row["prompt"], *setting(row)
+        # Rows of one run share its date.
+        prompt = row["date"], row["prompt"], *setting(row)
         if prompt in firsts and "same_tokens_as_first_peer" in row:
             compared.append(row["same_tokens_as_first_peer"])
         if "error" not in row:
             firsts.add(prompt)
+    if not compared:
+        return ""
     return (
         f"Runs whose greedy tokens equal those of the first peer on the same prompt: {sum(compared)} of "
         f"{len(compared)}. In bf16 a tie between two logits may fall either way."
@@ -280,6 +295,8 @@ KINDS = {
     "generation": Kind(generation_text, draw_generation, 2, "floor_ms"),
     "decode_attention": Kind(decode_text, draw_decode, 1, "us"),
     "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2, "forward_ms"),
+    "two_gpus": Kind(generation_text, None, 1, "floor_ms"),
+    "tree_prefill": Kind(prefill_text, draw_prefill, 2, "tflop_a_rank"),
     "training": Kind(steps_text, draw_steps, 2, "step_s"),
     **{name: Kind(*kind, "loss") for name, kind in TRAINING.items()},
 }

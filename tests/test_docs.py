@@ -184,6 +184,36 @@ def write_results(root):
     shutil.copy(ROOT / "README.md", root)
 
 
+def test_plot_sets_the_ring_beside_ours(tmp_path):
+    write_results(tmp_path)
+    facts = {**FACTS, "command": "torchrun --nproc-per-node 2 bench_tree_prefill.py"}
+    shape = {"prompt": 65536, "ranks": 2, "layers": 32, "new_tokens": 10, "tflop_a_rank": 700.0}
+    measured = {"first_token_s": 2.0, "token_ms": 9.5, "peak_gib": 21.5, "extra_gib": 0.75}
+    measured |= {"prompt_received_mib": 2048.0, "token_received_kib": 260.0}
+    rows = [
+        {"peer": "tree", **shape, **measured, "total_s": 2.5},
+        {"peer": "ring", **shape, **measured, "total_s": 5.0},
+        {"peer": "ring", **shape, "prompt": 131072, "error": "CUDA out of memory"},
+    ]
+    results = tmp_path / "benchmarks/results"
+    (results / "tree_prefill.json").write_text(json.dumps([{**row, **facts} for row in rows]))
+    generation = {"peer": "sdpa-tp", "prompt": 8192, "batch": 1, "layers": 32, "ranks": 2, "floor_ms": 5.0}
+    generation |= {"first_token_s": 0.25, "token_ms": 6.5, "peak_gib": 9.5, **facts}
+    (results / "two_gpus_tp.json").write_text(json.dumps([generation]))
+    result = plot(tmp_path)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "docs/benchmarks/tree_prefill.md").read_text()
+    assert "| 64K | 2 | `prepare_generation` | 2 | 9.5 | 2.5 | 21.5 | 0.75 | 2,048 | 260 | 700 | 2 |" in page
+    assert "| 128K | 2 | ring attention | out of memory |" in page
+    assert "`torchrun --nproc-per-node 2 benchmarks/bench_tree_prefill.py`" in page
+    assert (tmp_path / "docs/images/tree_prefill.png").exists()
+    page = (tmp_path / "docs/benchmarks/two_gpus_tp.md").read_text()
+    assert (
+        '| transformers, `sdpa`, `tp_plan="auto"` | 0.25 | 6.5 | 5 | 9.5 | abc1234, 2026-01-02 | 2 |' in page
+    )
+    assert plot(tmp_path, "--check").returncode == 0
+
+
 def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     write_results(tmp_path)
     assert plot(tmp_path, "--check").returncode == 1

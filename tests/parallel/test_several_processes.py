@@ -1,11 +1,14 @@
 """One prompt over several processes: tokens and logits of one, shares of the cache, faults by name."""
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 
 from hf_longattn.cache.placement import Placement, Slices
 
@@ -108,3 +111,33 @@ def test_the_recipe_answers_alike_on_one_and_two_processes():
 @pytest.mark.slow
 def test_every_form_that_the_benchmark_times_is_exact():
     assert launch(3, "benchmarks/bench_tree_decode.py", "--check").startswith("errors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3], ids="P{}".format)
+def test_the_ring_that_prompts_are_timed_against_gives_the_tokens_of_one_process(size):
+    assert launch(size, "benchmarks/bench_tree_prefill.py", "--check").startswith("errors")
+
+
+@pytest.mark.slow
+def test_the_benchmark_walks_through_tensor_parallelism_with_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    options = ["--tiny", "--tp", "2", "--lengths", "300", "--peers", "sdpa,prepared", "--new-tokens", "6"]
+    launch(2, "benchmarks/bench_generation.py", *options, "--name", "walk")
+    rows = json.loads((tmp_path / "walk.json").read_text())
+    assert [row["peer"] for row in rows] == ["sdpa-tp", "prepared-tp"]
+    assert all(row["same_tokens_as_first_peer"] and row["ranks"] == row["tp"] == 2 for row in rows)
+    assert rows[0]["command"].startswith("torchrun --standalone --nproc-per-node 2 bench_generation.py")
+
+
+def test_a_device_map_divides_the_layers_in_halves(monkeypatch):
+    monkeypatch.syspath_prepend(str(CASES.parents[2] / "benchmarks"))
+    bench = importlib.import_module("bench_generation")
+    # accelerate leaves out devices that are not there.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**bench.SHAPE))
+    places = bench.balanced_map(model, {0: 80 << 30, 1: 80 << 30})
+    layers = [places[f"model.layers.{index}"] for index in range(32)]
+    assert layers == sorted(layers) and 12 < layers.count(0) < 18
+    assert places["model.embed_tokens"] == 0 and places["lm_head"] == 1

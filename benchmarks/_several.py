@@ -1,0 +1,71 @@
+"""The page of `bench_tree_prefill.py`: a prompt and tokens over several GPUs, ours and the ring's."""
+
+from _tables import Result, length_name, table, values
+
+FORMS = {
+    "tree": "`prepare_generation`",
+    "tree-eager": "`prepare_generation(cuda_graph=False)`",
+    "ring": "ring attention",
+}
+COLOURS = {"tree": "#1f6fb4", "tree-eager": "#7fb0d8", "ring": "#d1622b"}
+COLUMNS = {
+    "first_token_s": "first token, s",
+    "token_ms": "a token, ms",
+    "total_s": "all, s",
+    "peak_gib": "peak, GiB",
+    "extra_gib": "beyond weights and cache, GiB",
+    "prompt_received_mib": "received for the prompt, MiB",
+    "token_received_kib": "for a token, KiB",
+    "tflop_a_rank": "prompt, TFLOP a GPU",
+}
+
+
+def ring_of(result: Result, row: dict) -> dict:
+    """The ring's row of the same prompt on as many GPUs, empty where there is none."""
+    rings = result.where(peer="ring", prompt=row["prompt"], ranks=row["ranks"]).rows
+    return next((ring for ring in rings if "error" not in ring), {})
+
+
+def prefill_text(result: Result) -> str:
+    """Seconds for the prompt and the tokens, how many times those the ring takes, memory and bytes."""
+    lines = []
+    for row in result.rows:
+        name = FORMS.get(row["peer"], row["peer"])
+        head = [length_name(row["prompt"]), row["ranks"], name]
+        if "error" in row:
+            lines.append([*head, "out of memory", *[""] * (len(COLUMNS) - 1), ""])
+            continue
+        ring = ring_of(result, row).get("total_s")
+        ratio = ring / row["total_s"] if ring is not None else None
+        lines.append([*head, *(row.get(field) for field in COLUMNS), ratio])
+    layers = ", ".join(values(result.rows, "layers"))
+    tokens = ", ".join(values(result.rows, "new_tokens"))
+    return "\n\n".join(
+        [
+            f"A prompt and {tokens} tokens, greedy, batch 1, the shape of Llama-3.1-8B with {layers} layers, "
+            "random weights, bf16. The ring passes keys and values on in every layer, for the prompt and "
+            "for every token: its own key heads, K and V in one message that travels beside attention, a "
+            "zigzag share of the tokens, the same kernels. What is received is what one GPU gets from the "
+            "others. For a prompt that is queries and results here and keys and values in the ring: with "
+            "fewer key heads than query heads the ring moves less. Its step is not captured in a CUDA graph, "
+            "so `cuda_graph=False` is what to hold its time a token against where messages are short.",
+            table(["prompt", "GPUs", "form", *COLUMNS.values(), "ring / this"], lines),
+        ]
+    )
+
+
+def draw_prefill(result: Result, axes: list) -> None:
+    """Seconds in all, and time a token, against the prompt."""
+    for axis, field, title in zip(
+        axes, ("total_s", "token_ms"), ("prompt and tokens, s", "time a token, ms"), strict=True
+    ):
+        for peer in values(result.rows, "peer"):
+            points = sorted((r["prompt"], r[field]) for r in result.where(peer=peer).rows if field in r)
+            if points:
+                label = FORMS.get(peer, peer).replace("`", "")
+                axis.plot(*zip(*points, strict=True), marker="o", label=label, color=COLOURS.get(peer))
+        lengths = sorted({row["prompt"] for row in result.rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [length_name(length) for length in lengths])
+        axis.set(xlabel="prompt, tokens", title=title, ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=7)

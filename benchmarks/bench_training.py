@@ -22,10 +22,12 @@ lengths on the first of them before, in the same session. A row is saved as soon
     slope_kib_per_token     the same between the two longest lengths of a peer: what does not grow is left out
     floor_kib_per_token     of one layer's backward: a gradient, keys and values, and their fp32 gradients
     fits                    (bytes the GPU has free without a model - peak) / slope + longest length: how many
-                            tokens the GPU holds by the two measured peaks, host memory given; `fits_host_gib`
-                            is what the host would hold then, `fits_layers` of how many layers that is
+                            tokens the GPU holds by the two measured peaks, host memory given; by the floor
+                            where the slope is less. `fits_host_gib` is what the host would hold then,
+                            `fits_layers` of how many layers that is
 
-Between lengths up to 64K the slope counts gradients of keys of one attention call, which stop growing there.
+Between lengths up to 64K the slope counts gradients of keys of one attention call, which stop growing there;
+at lengths at which the loss is the highest point, its two hidden states a token alone.
 Before anything is timed, loss and gradients of a prepared model are compared with plain sdpa at 4K tokens,
 against fp32. Peers: `ours` (layer inputs kept where they fit), `ours-gpu`, `ours-offload`, `ours-lean`
 (offload, attention recomputed), `ours-liger` (Liger's norm, rope and MLP inside), `sdpa` (checkpointing),
@@ -68,6 +70,7 @@ from _report import Report
 import hf_longattn
 from hf_longattn.cache.pinned import locked_bytes
 from hf_longattn.instance import unwrap
+from hf_longattn.training.groups import host_share
 
 CUDA = torch.cuda.is_available()
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -276,13 +279,14 @@ def memory_rows(add, model, measured, peer, arguments):
     """The slope and what follows from it, where two lengths ran."""
     if len(measured) < 2 or not max(measured.items())[1].peak:
         return
-    row, slope = slope_row(measured, floor_bytes(model))
+    floor = floor_bytes(model)
+    row, slope = slope_row(measured, floor)
     add(**row)
     # What "auto" keeps on the GPU goes to the host before the GPU is full: no line through two lengths.
-    if slope <= 0 or OURS.get(peer, {"offload": False}).get("offload", "auto") == "auto":
+    if OURS.get(peer, {"offload": False}).get("offload", "auto") == "auto":
         return
     layers, full = decoder_layers(model), SHAPES[arguments.shape]["num_hidden_layers"]
-    row = fits_row(measured, slope, usable_bytes(), full - len(layers), held_bytes(layers[0]))
+    row = fits_row(measured, max(slope, floor), usable_bytes(), full - len(layers), held_bytes(layers[0]))
     row |= {"fits_layers": full}
     if peer in OURS:
         row |= {"fits_host_gib": host_at(measured, row["fits"], len(layers), full)}
@@ -382,6 +386,8 @@ def main():
         if RANK == 0:
             report.add(check=f"gradients at {SHORT} tokens", **errors)
     run = run_alone if arguments.alone else run_peer
+    if RANK == 0 and CUDA:
+        print(f"  {host_share() / GIB:.0f} GiB of the host for each process", flush=True)
     for peer, lengths in wanted(arguments):
         if "liger" in peer and importlib.util.find_spec("liger_kernel") is None:
             print(f"{peer}: left out, liger-kernel is not installed", flush=True)

@@ -60,6 +60,18 @@ def test_what_fits_follows_from_two_peaks(bench):
     assert bench.host_at(measured, 1000, 2, 8) * bench.GIB == 16_000
 
 
+def test_a_long_step_says_how_far_it_is(bench, capsys):
+    model, ids = bench.build(OPTIONS), torch.arange(48)[None]
+    firsts = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    with bench.Progress(model, 7.0, every=0.01) as progress:
+        bench.step(model, ids)
+        assert progress.done == len(firsts) == 2
+        assert all(weight._post_accumulate_grad_hooks for weight in firsts)
+        progress.ended.wait(0.5)
+    assert "of about 7: backward of 2 of 2 layers issued" in capsys.readouterr().out
+    assert not any(weight._post_accumulate_grad_hooks for weight in firsts)
+
+
 def test_the_page_says_what_the_rows_say(bench):
     steps, tables = importlib.import_module("_steps"), importlib.import_module("_tables")
     facts = {"commit": "abc", "date": "2026-01-02T03:04:05"}

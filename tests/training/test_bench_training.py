@@ -60,6 +60,40 @@ def test_what_fits_follows_from_two_peaks(bench):
     assert bench.host_at(measured, 1000, 2, 8) * bench.GIB == 16_000
 
 
+class Rows(list):
+    def add(self, **row):
+        self.append(row)
+
+    def time_left(self):
+        return 100.0
+
+
+def test_peaks_become_rows(bench, monkeypatch):
+    options = SimpleNamespace(**{**vars(OPTIONS), "layers": 1, "lora": 0, "repeats": 0})
+    held = bench.held_bytes(bench.build(options))
+
+    def measure(model, length, *rest):
+        if length > 512:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return bench.Measured(0.5, held + 5000 + 600 * length, 256 * length, held)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    # Of the layer that is not there, the GPU holds weights and gradients too.
+    layer = bench.held_bytes(bench.build(options).model.layers[0])
+    monkeypatch.setattr(bench, "usable_bytes", lambda: held + layer + 5000 + 600 * 12345)
+    rows = Rows()
+    bench.run_peer(rows, "ours-lean", [128, 512, 1024], options)
+    kinds = [("tokens", 128), ("tokens", 512), ("error", "CUDA out of memory. Tried to allocate")]
+    assert all(row[name] == value for row, (name, value) in zip(rows, kinds, strict=False))
+    assert rows[1]["kib_per_token"] == pytest.approx((5000 + 600 * 512) / 512 / 1024)
+    assert rows[3]["slope_kib_per_token"] == 600 / 1024 and rows[3]["floor_kib_per_token"] == 512 / 1024
+    assert (rows[4]["fits"], rows[4]["fits_layers"]) == (12345, 2)
+    assert rows[4]["fits_host_gib"] * bench.GIB == pytest.approx(2 * 256 * 12345)
+    rows = Rows()
+    bench.run_peer(rows, "ours", [128, 512], options)
+    assert "fits" not in rows[-1] and rows[-1]["between"] == "128-512"
+
+
 def test_a_long_step_says_how_far_it_is(bench, capsys):
     model, ids = bench.build(OPTIONS), torch.arange(48)[None]
     firsts = [layer.self_attn.q_proj.weight for layer in model.model.layers]

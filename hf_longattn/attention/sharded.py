@@ -16,7 +16,7 @@ from hf_longattn.attention.exact import MAX_DECODE_QUERIES, Options, unsupported
 from hf_longattn.cache.placement import Slices
 from hf_longattn.cache.sharded import Shard, ShardedLayer, ShardedSlidingLayer
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
-from hf_longattn.kernels.blockwise_attention.sdpa import prefix_pieces
+from hf_longattn.kernels.blockwise_attention.sdpa import key_tile, prefix_pieces
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_over_first
@@ -188,7 +188,8 @@ class _Run:
         # Of the 2P pieces of the run, this rank holds two, of which the second slices of ranks before it see
         # both and their first slices none. The slices of ranks behind it lie between its two.
         seen = past + 2 * half * piece if ranks.start < rank else past + piece
-        parts = [self._attend_dense(queries, columns) for columns in prefix_pieces(seen, piece)]
+        pieces = prefix_pieces(seen, piece, key_tile(queries, self.key))
+        parts = [self._attend_dense(queries, columns) for columns in pieces]
         if not parts:
             return self._nothing(queries)
         return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])

@@ -150,6 +150,27 @@ def test_lengths(T, S, K, impl, dtype):
     check(make_inputs(T, S, K=K, dtype=DTYPES[dtype]), impl, mask=KeyRange(causal=True))
 
 
+@half_dtypes
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "cut from more heads"])
+@pytest.mark.parametrize("offset", [4095, 4096, 4097, 4160, 4223, 4224, 4225, 9001])
+@pytest.mark.parametrize("T", [1023, 1024, 1100])
+def test_keys_before_the_diagonal_that_fill_no_tile(T, offset, layout, dtype):
+    tensors = make_inputs(T, T + offset, K=128, B=1, dtype=DTYPES[dtype])
+    if layout != "heads first":
+        heads = 8 if layout == "tokens first" else 12
+        query = torch.empty(1, T, heads, 128, device="cuda", dtype=DTYPES[dtype]).transpose(1, 2)
+        tensors[0] = query[:, :8].copy_(tensors[0])
+    mask = KeyRange(causal=True)
+    exact = blockwise_attention(*(x.double() for x in tensors), mask=mask, impl="reference")
+    visible = torch.ones(T, T + offset, dtype=torch.bool, device="cuda").tril(offset)
+    key, value = (x.repeat_interleave(4, dim=1) for x in tensors[1:])
+    plain = F.scaled_dot_product_attention(tensors[0], key, value, attn_mask=visible)
+    (bound,) = errors([plain], exact[:1])
+    eps = torch.finfo(DTYPES[dtype]).eps
+    for error in errors(blockwise_attention(*tensors, mask=mask, impl="sdpa"), exact):
+        assert error <= 1.5 * (bound + eps)
+
+
 def test_default_takes_torch_for_dense_and_triton_for_the_rest():
     tensors = make_inputs(500, K=128)
     dense, window = KeyRange(causal=True), KeyRange(causal=True, lower=positions(500) - 99)

@@ -1,10 +1,11 @@
 """Blockwise attention by torch's own kernels, the ATen operators that hand out the log-sum-exp.
 
 On CUDA they cover dense attention: full in one call, causal with T = S in one call, causal with T < S as a
-full prefix (in a few pieces) and a square diagonal, merged by their lse. On the CPU a block of queries and
-the keys it may see make one call with a mask tile, so any mask goes. A sink enters afterwards: with l' =
-log(exp l + exp sink) the output shrinks by exp(l - l'). The backward of every part runs with the lse and
-output of the whole row, which makes its probabilities the global ones, and its gradients add up.
+full prefix (in a few pieces, long ones of whole tiles of keys) and a square diagonal, merged by their lse. On
+the CPU a block of queries and the keys it may see make one call with a mask tile, so any mask goes. A sink
+enters afterwards: with l' = log(exp l + exp sink) the output shrinks by exp(l - l'). The backward of every
+part runs with the lse and output of the whole row, which makes its probabilities the global ones, and its
+gradients add up.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
 _ATEN = torch.ops.aten
 # Rows of a mask tile on the CPU: enough to feed two cores, 32 MB of mask at 32 K keys in fp32.
 _CPU_ROWS = 256
+# Keys in a tile of cuDNN. Where the last tile is not full, it checks the bounds of all of them, which takes a
+# tenth longer. The keys that do not fill a tile are then a part of their own: one more pass over queries and
+# outputs, as long as that tenth of some 3000 keys, and launches that only many queries outweigh.
+_KEY_TILE = 128
+_LONG_PREFIX, _MANY_QUERIES = 4096, 1024
 
 
 def missing(query: Tensor, key: Tensor, value: Tensor, terms: Terms, needs_bias_grad: bool) -> str | None:
@@ -55,7 +61,7 @@ class _Part(NamedTuple):
     visible: Tensor | None = None
 
 
-def _parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
+def _parts(query: Tensor, key: Tensor, terms: Terms, tile: int = 1) -> Iterator[_Part]:
     num_queries, num_keys = query.shape[2], key.shape[2]
     if terms.bias is not None or not terms.mask.is_dense:
         yield from _masked_parts(query, key, terms)
@@ -63,34 +69,53 @@ def _parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
         yield _Part(slice(0, num_queries), slice(0, num_keys))
     else:
         prefix = max(0, num_keys - num_queries)
-        for columns in prefix_pieces(prefix, num_queries):
+        for columns in prefix_pieces(prefix, num_queries, tile):
             yield _Part(slice(0, num_queries), columns)
         yield _Part(
             slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
         )
 
 
-def prefix_pieces(prefix: int, unit: int) -> Iterator[slice]:
+def key_tile(query: Tensor, key: Tensor) -> int:
+    """Keys of which a full call should have a whole number: a tile of cuDNN's where that serves it, or 1.
+
+    Args:
+        query: (B, H, T, K).
+        key: (B, G, S, K).
+    """
+    return _KEY_TILE if query.device.type == "cuda" and _uses_cudnn(query, key) else 1
+
+
+def prefix_pieces(prefix: int, unit: int, tile: int = 1) -> Iterator[slice]:
     """The keys before the diagonal, cut so that a prompt read in chunks meets few different shapes.
 
     cuDNN builds a plan for every shape it has not seen, some 50 ms each. Behind k chunks of `unit` queries
-    lie k times `unit` keys: the binary digits of k give pieces whose lengths come back at every chunk.
+    lie k times `unit` keys: the binary digits of k give pieces whose lengths come back at every chunk. What
+    lies before the first chunk (an earlier turn, or a chunk of which padding is a part) comes first: the keys
+    that fill no tile, which a kernel without plans serves, and the rest, the same at every chunk.
 
     Args:
         prefix: keys before the diagonal.
         unit: keys that every chunk adds.
+        tile: from `key_tile`; a long prefix is cut into multiples of it, but for its first piece.
 
     Returns:
         the pieces, which cover the prefix.
     """
-    if unit == 0 or prefix % unit:
-        yield from [slice(0, prefix)] if prefix else []
-        return
-    chunks, start = prefix // unit, 0
-    for digit in reversed(range(chunks.bit_length())):
-        if chunks >> digit & 1:
-            yield slice(start, start + (unit << digit))
-            start += unit << digit
+    tiled = tile > 1 and prefix >= _LONG_PREFIX and unit >= _MANY_QUERIES
+    ragged = prefix % tile if tiled else 0
+    # Most lengths that are no multiple of a tile are those of a prompt's last chunk, and do not come back.
+    if unit and (prefix % unit == 0 or (tiled and unit % tile == 0)):
+        length = unit // tile * tile if tiled else unit
+        chunks, rest = divmod(prefix - ragged, length)
+    else:
+        length, chunks, rest = 0, 0, prefix - ragged
+    digits = [digit for digit in reversed(range(chunks.bit_length())) if chunks >> digit & 1]
+    start = 0
+    for size in (ragged, rest, *(length << digit for digit in digits)):
+        if size:
+            yield slice(start, start + size)
+            start += size
 
 
 def _masked_parts(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Part]:
@@ -168,7 +193,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
     """
     results: tuple[Tensor, Tensor] | None = None
     whole: list[tuple[Tensor, Tensor]] = []
-    for part in _parts(query, key, terms):
+    for part in _parts(query, key, terms, key_tile(query, key)):
         q, (k, v) = query[:, :, part.rows], _slots(key, value, part)
         if query.device.type == "cpu":
             rows = _attend_cpu(q, k, v, part, _mask_tile(part, terms, query.dtype), terms.scale)

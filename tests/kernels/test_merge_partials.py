@@ -129,6 +129,17 @@ def test_parts_that_lie_apart(number, dtype):
 
 
 @interpreted
+def test_triton_joins_many_parts_over_the_first_in_turns():
+    outputs, lse = make_parts(18, 1, 2, 5, 32)
+    want = merge_partials(outputs, lse, impl="reference")
+    parts = [part.clone() for part in outputs]
+    got = merge_over_first(parts, [part.clone() for part in lse])
+    assert got[0].data_ptr() == parts[0].data_ptr()
+    for part, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
+@interpreted
 def test_triton_sink_is_one_more_part():
     from hf_longattn.kernels.merge_partials.triton import merge_forward
 

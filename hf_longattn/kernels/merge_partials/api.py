@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_longattn.kernels.dispatch import check_impl, triton_runs_on
 from hf_longattn.kernels.merge_partials.reference import merge_backward, merge_reference
 
-# The kernel for parts that lie apart is compiled for each number of them.
+# The kernel for parts that lie apart is compiled for each number of them; more are joined in turns.
 _MOST_APART = 8
 
 
@@ -82,7 +82,10 @@ def merge_over_first(outputs: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, 
     """
     if len(outputs) == 1:
         return outputs[0], lse[0]
-    apart = len(outputs) <= _MOST_APART and triton_runs_on(outputs[0].device)
+    if len(outputs) > _MOST_APART:
+        output, total = merge_over_first(outputs[:_MOST_APART], lse[:_MOST_APART])
+        return merge_over_first([output, *outputs[_MOST_APART:]], [total, *lse[_MOST_APART:]])
+    apart = triton_runs_on(outputs[0].device)
     alike = all(_alike(x, like) for kind in (outputs, lse) for x in kind for like in kind[:1])
     if not apart or not alike or lse[0].dtype != torch.float32 or lse[0].shape != outputs[0].shape[:3]:
         return merge_partials(torch.stack(outputs), torch.stack(lse))

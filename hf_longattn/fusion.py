@@ -88,7 +88,7 @@ def fused_layer(layer: Any, hidden: Tensor) -> Iterator[None]:
         layer: a decoder layer; where it is not on a GPU, nothing happens.
         hidden: what it is given.
     """
-    if not _runs_on(hidden.device):
+    if not runs_on(hidden.device):
         yield
         return
     changes = Setup(layer)
@@ -112,14 +112,28 @@ def fused_norm(module: nn.Module, forward: Callable[..., Any], hidden: Tensor) -
         hidden: what it is given.
     """
     is_own = getattr(forward, "__func__", None) is type(module).forward
-    if not is_own or not _runs_on(hidden.device) or (key := _norm_key(module)) is None:
+    if not is_own or not runs_on(hidden.device) or (key := _norm_key(module)) is None:
         return forward
     with _LOCK:
         replacement = _maker(key, module, _fused_norm)
     return forward if replacement is None else functools.partial(_run, replacement(module), forward)
 
 
-def _runs_on(device: torch.device) -> bool:
+def is_fused(module: nn.Module) -> bool:
+    """Whether the forward of a module is one of our kernels for now.
+
+    Args:
+        module: any module.
+    """
+    return getattr(vars(module).get("forward"), "func", None) is _run
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether our kernels run where a layer is.
+
+    Args:
+        device: of its states.
+    """
     # Triton launches on the current device, which is not that of every layer of a model spread over several.
     return device.type == "cuda" and has_triton() and device.index in (None, torch.cuda.current_device())
 

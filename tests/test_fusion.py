@@ -256,7 +256,7 @@ def test_a_prompt_is_fused_on_a_gpu_alone():
 def test_a_layer_is_fused_on_the_current_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(fusion, "has_triton", lambda: True)
-    found = {str(d): fusion._runs_on(d) for d in map(torch.device, ("cpu", "cuda", "cuda:0", "cuda:1"))}
+    found = {str(d): fusion.runs_on(d) for d in map(torch.device, ("cpu", "cuda", "cuda:0", "cuda:1"))}
     assert found == {"cpu": False, "cuda": True, "cuda:0": False, "cuda:1": True}
     model = tiny.build("llama")
     with fusion.fused_layer(model.model.layers[0], torch.zeros(1, 1, 64)):

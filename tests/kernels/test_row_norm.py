@@ -9,7 +9,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from hf_longattn.kernels.row_norm import add_row_norm, row_norm
+from hf_longattn.kernels.row_norm import add_row_norm, gated_row_norm, row_norm
 
 KINDS = ["rms", "rms_wide", "rms_plus_one", "layer"]
 # Short rows that share a program among many, a width that fills no block, one row, none.
@@ -58,6 +58,22 @@ def check(impl, dtype, shape, kind, device="cpu"):
             assert (result.double() - exact).norm() <= 1.5 * allowed
 
 
+def check_gated(impl, dtype, shape, kind, sigmoid, device="cpu"):
+    states, _, weight, _ = inputs(shape, dtype, kind, device)
+    # Rows that are not next to one another, as those of a slice.
+    gate = (torch.randn(*shape[:-1], 2 * shape[-1], device=device) * 4).to(dtype)[..., : shape[-1]]
+    factor = gate.sigmoid() if sigmoid else gate
+    wide = gate.double().sigmoid() if sigmoid else gate.double()
+    for scale in (weight, None):
+        result = gated_row_norm(states, gate, scale, eps=EPS, kind=kind, sigmoid=sigmoid, impl=impl)
+        ones = torch.full_like(weight, float(kind != "rms_plus_one"))
+        exact = definition(states, ones if scale is None else scale, torch.zeros_like(weight), kind) * wide
+        own = factor * row_norm(states, scale, eps=EPS, kind=kind, impl="reference")
+        assert result.dtype == own.dtype == dtype
+        allowed = (own.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+        assert (result.double() - exact).norm() <= 1.5 * allowed
+
+
 def gradients(function, tensors, grad):
     """Gradients of the first of three tensors (or of all that are there) that want one."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors if x is not None]
@@ -94,6 +110,19 @@ def test_reference(shape, dtype, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigmoid", [True, False], ids=["sigmoid", "plain"])
+def test_gated_reference(kind, sigmoid):
+    for shape in SHAPES:
+        check_gated("reference", torch.bfloat16, shape, kind, sigmoid)
+
+
+def test_gradients_of_a_gated_norm():
+    states, gate, weight = (torch.randn(3, 8).double().requires_grad_() for _ in range(3))
+    leaves = [states, gate, weight[0].detach().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda *x: gated_row_norm(*x, eps=EPS, sigmoid=True), leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_reference_gives_the_bits_of_the_modules(kind):
     states, _, weight, bias = inputs((5, 64), torch.bfloat16, kind)
     with torch.no_grad():
@@ -109,6 +138,7 @@ def test_kernel_under_the_interpreter(kind):
         for shape in SHAPES:
             for dtype in (torch.float32, torch.float16):
                 check("triton", dtype, shape, kind)
+                check_gated("triton", dtype, shape, kind, shape[0] == 2)
                 # The interpreter takes a second for the many programs of the third.
                 if shape[1] < 2000 or kind == "layer":
                     check_gradients("triton", dtype, shape, kind)
@@ -154,6 +184,8 @@ def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernel_on_a_gpu(shape, dtype, kind):
     check("triton", dtype, shape, kind, "cuda")
+    check_gated("triton", dtype, shape, kind, True, "cuda")
+    check_gated("triton", dtype, shape, kind, False, "cuda")
     check_gradients("triton", dtype, shape, kind, "cuda")
 
 
@@ -188,5 +220,7 @@ def test_what_does_not_fit_is_refused():
         row_norm(states, weight[:4], eps=EPS)
     with pytest.raises(ValueError, match="`residual`"):
         add_row_norm(states, states[:1], weight, eps=EPS)
+    with pytest.raises(ValueError, match="`gate`"):
+        gated_row_norm(states, states[:1], weight, eps=EPS)
     with pytest.raises(ValueError, match="`impl"):
         row_norm(states, weight, eps=EPS, impl="fast")

@@ -1,14 +1,18 @@
 """MiniMax with its lightning layers replaced: equal to the original without a cache, in every strategy."""
 
 import copy
+import functools
 
 import pytest
 import tiny
 import torch
 import transformers as tf
-from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention, MiniMaxRMSNorm
 
 import hf_longattn
+from hf_longattn import fusion
+from hf_longattn.kernels.row_norm import gated_row_norm
+from hf_longattn.modeling.lightning import minimax
 from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache, minimax_slopes
 
 # fp32 sums in another order through four layers of experts; measured: at most 2e-6.
@@ -60,6 +64,36 @@ def test_logits_equal_the_original(order, length):
     expected = logits(build(order), ids, use_cache=False)
     assert tiny.relative_error(logits(prepared(order), ids, use_cache=False), expected) <= BOUND
     assert tiny.relative_error(logits(prepared(order), ids, use_cache=True), expected) <= BOUND
+
+
+def test_norm_and_gate_are_one_launch_unless_somebody_could_tell(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return gated_row_norm(*args, **kwargs)
+
+    monkeypatch.setattr(minimax, "runs_on", lambda device: True)
+    monkeypatch.setattr(minimax, "gated_row_norm", counted)
+    ids, model = tiny.tokens(2, 20), prepared()
+    expected = logits(build(), ids, use_cache=False)
+    assert tiny.relative_error(logits(model, ids, use_cache=False), expected) <= BOUND and len(calls) == 3
+    norms = [m for m in model.modules() if isinstance(m, MiniMaxRMSNorm)]
+    for norm in norms:
+        # What replaces norms for the time of a prompt computes the same.
+        norm.forward = functools.partial(fusion._run, norm.forward, norm.forward)
+    assert torch.equal(logits(model, ids, use_cache=False), logits(model, ids, use_cache=False))
+    assert len(calls) == 9
+    for norm in norms:
+        norm.forward = torch.zeros_like
+    assert not logits(model, ids, use_cache=False).any() and len(calls) == 9
+    for norm in norms:
+        del norm.forward
+    handles = [norm.register_forward_hook(lambda *args: None) for norm in norms]
+    assert tiny.relative_error(logits(model, ids, use_cache=False), expected) <= BOUND and len(calls) == 9
+    for handle in handles:
+        handle.remove()
+    assert model(ids, use_cache=False).logits.requires_grad and len(calls) == 9
 
 
 def test_gradients_equal_the_original():

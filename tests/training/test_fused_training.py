@@ -32,7 +32,7 @@ FUSED = {
 def called(monkeypatch):
     """As on a GPU; the names of what was called, with whether a gradient was wanted."""
     found = []
-    monkeypatch.setattr(fusion, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fusion, "runs_on", lambda device: True)
     for name in FUSED["llama"]:
         real = getattr(fusion, name)
         impl = {"impl": "triton"} if os.environ.get("TRITON_INTERPRET") == "1" else {}

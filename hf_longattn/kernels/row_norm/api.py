@@ -101,6 +101,51 @@ def add_row_norm(
     return norm_forward(states, residual, weight, bias, eps, kind)
 
 
+def gated_row_norm(
+    states: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    sigmoid: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """gate * norm, or sigmoid(gate) * norm, of `row_norm`, in one launch; each factor is rounded first.
+
+    Args:
+        states: (..., D).
+        gate: (..., D), of the same shape and dtype, rows at any distance from one another.
+        weight: as in `row_norm`, like all that follow.
+        eps: added to the mean of squares.
+        kind: of norm.
+        sigmoid: whether the gate is the sigmoid of what is given.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        (..., D), in the dtype that norm and gate promote to. Where a gradient is wanted, the gate is a launch
+        of its own.
+
+    Raises:
+        ValueError: as `row_norm`, or a `gate` that is not like `states`.
+
+    Source: Qin et al., arXiv 2401.04658 (figure 3); MiniMax-01, arXiv 2501.08313 (section 2.2).
+    """
+    if gate.shape != states.shape or gate.dtype != states.dtype:
+        raise ValueError(
+            f"`gate` of gated_{_NAME} must be {tuple(states.shape)} in {states.dtype} like `states`, got "
+            f"{tuple(gate.shape)} in {gate.dtype}; expand or convert it."
+        )
+    by_kernel = _by_kernel(impl, kind, states, (weight, None, gate))
+    mixed = weight is not None and weight.dtype != states.dtype
+    if not by_kernel or mixed or _wants_gradient(states, weight, gate):
+        normed = row_norm(states, weight, eps=eps, kind=kind, impl=impl)
+        return (gate.sigmoid() if sigmoid else gate) * normed
+    from hf_longattn.kernels.row_norm.triton import norm_forward
+
+    return norm_forward(states, None, weight, None, eps, kind, gate, sigmoid)[1]
+
+
 def _by_kernel(impl: str, kind: str, states: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     dispatch.check_impl(_NAME, impl, states.device, ("auto", "triton", "reference"))
     weight, bias = others[:2]

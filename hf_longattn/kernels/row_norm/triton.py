@@ -2,6 +2,7 @@
 
     s = x + residual, rounded          m = mean(s) of a layer norm, else 0
     r = 1 / sqrt(mean((s - m)^2) + eps)          n = (s - m) r          y = n w + b, rounded as the kind says
+    y <- y sigmoid(g) or y g of a gated norm, each factor rounded first
 
     g = dy w        dx = r (g - n mean(g n) - mean(g) of a layer norm)        dw = sum dy n        db = sum dy
 
@@ -35,8 +36,9 @@ def _scaled(x, weight, kind: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, x_strides, residual_strides,
-    num_rows, eps, D: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, gate_ptr, sum_ptr, y_ptr,
+    x_strides, residual_strides, gate_strides, num_rows, eps,
+    D: tl.constexpr, KIND: tl.constexpr, SIGMOID: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(OVERLAP)
@@ -51,6 +53,9 @@ def _norm_kernel(
         weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
+    if gate_ptr is not None:
+        gate_at = rows[:, None] * gate_strides[0] + cols[None, :]
+        gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual_at = rows[:, None] * residual_strides[0] + cols[None, :]
         total = (x + tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
@@ -64,16 +69,27 @@ def _norm_kernel(
         x = _scaled(x, weight, KIND, dtype)
     if bias_ptr is not None:
         x += bias[None, :]
+    if gate_ptr is not None:
+        if SIGMOID:
+            gate = (1.0 / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty).to(tl.float32)
+        x = x.to(y_ptr.dtype.element_ty).to(tl.float32) * gate
     tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def norm_forward(
-    states: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+    states: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    gate: Tensor | None = None,
+    sigmoid: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel; arguments as in `add_row_norm`. Without a residual the sum is `states`."""
+    """Launches the kernel; arguments as in `add_row_norm` and `gated_row_norm`. Without a residual the sum is
+    `states`."""
     D = states.shape[-1]
-    flat = [None if x is None else flat_rows(x) for x in (states, residual)]
-    x, other = flat[0], flat[1]
+    x, other, gate = (None if x is None else flat_rows(x) for x in (states, residual, gate))
     assert x is not None
     wide = kind == "rms" and weight is not None
     dtype = torch.promote_types(states.dtype, weight.dtype) if wide and weight is not None else states.dtype
@@ -84,8 +100,9 @@ def norm_forward(
         block_d = triton.next_power_of_2(D)
         block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
         _norm_kernel[(triton.cdiv(num_rows, block_r),)](
-            x, other, weight, bias, total, result, x.stride(), (0, 1) if other is None else other.stride(),
-            num_rows, eps, D=D, KIND=kind, BLOCK_R=block_r, BLOCK_D=block_d,
+            x, other, weight, bias, gate, total, result, x.stride(),
+            *((0, 1) if part is None else part.stride() for part in (other, gate)),
+            num_rows, eps, D=D, KIND=kind, SIGMOID=sigmoid, BLOCK_R=block_r, BLOCK_D=block_d,
             num_warps=min(max(block_r * block_d // 512, 1), 16), **overlap(x.device),
         )  # fmt: skip
     return states if total is None else total, result

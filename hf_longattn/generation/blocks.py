@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from hf_longattn.generation.setup import GenerationSetup
 
 _GRAPH_DEVICES = ("cuda",)
+# Those that know of keys whose number lies on the device.
+IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
 # Criteria that read the last token and the length: what they say of a copy on the CPU holds.
-_PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
 class BlockProgram:
@@ -207,7 +209,7 @@ class Spectator:
 
     def __init__(self, program: BlockProgram, criteria: StoppingCriteriaList, streamer: Any) -> None:
         self.program, self.criteria, self.streamer = program, criteria, streamer
-        self.plain = all(type(criterion) in _PLAIN_CRITERIA for criterion in criteria)
+        self.plain = all(type(criterion) in PLAIN_CRITERIA for criterion in criteria)
         # Their own copy, of the same shape, gets what is looked at: one transfer a program, in place of
         # several launches a token, and the prompt, which they do not read, is not waited for.
         shape, dtype = program.ids.shape, program.ids.dtype
@@ -349,11 +351,20 @@ def _read(
     if whole:
         # Nobody has to look again, which would wait for the device.
         model_kwargs |= {"attention_mask": None, "position_ids": None}
-    fast = has_triton() and model.device.type in _GRAPH_DEVICES and not torch.is_autocast_enabled()
-    with model.few_launches() if fast else contextlib.nullcontext():
+    with few_launches_of_prompt(model):
         model._prefill(input_ids, generation_config, model_kwargs)
         steps = generation_config.max_length - input_ids.shape[1]
         return model.decode_blocks(model_kwargs["past_key_values"], steps)
+
+
+def few_launches_of_prompt(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, a prompt takes fewer launches, where that is faster.
+
+    Args:
+        model: with `decode_blocks`.
+    """
+    fast = has_triton() and model.device.type in _GRAPH_DEVICES and not torch.is_autocast_enabled()
+    return model.few_launches() if fast else contextlib.nullcontext()
 
 
 @dataclass
@@ -391,7 +402,7 @@ class _Captures:
             return program, count
         steps = self.kept.steps_to(program)
         if steps is None:
-            _record(program, self.model, self.decoder)
+            record_steps(program, self.model, self.decoder)
         elif steps == 0:
             self.kept.program.take_over(program)
             program = self.kept.program
@@ -425,6 +436,19 @@ def _kept(generation_config: Any) -> tuple[str, ...]:
     return tuple(name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}"))
 
 
+def why_not_past(model: PreTrainedModel, decoder: GraphDecoder) -> str | None:
+    """Why steps may not pass the model's forward by, or None.
+
+    Args:
+        model: whose hooks and placement are looked at.
+        decoder: of this model; knows its forward.
+    """
+    reason = obstacle(model)
+    if reason is None and not decoder.owns_forward():
+        reason = "the model's forward was replaced, say for mixed precision or training"
+    return reason
+
+
 def _fits(
     model: PreTrainedModel,
     decoder: GraphDecoder,
@@ -438,11 +462,9 @@ def _fits(
         return False
     if generation_config.return_dict_in_generate and inside:
         return False
-    if model.config._attn_implementation not in ("tree_attention", "blockwise_attention"):
+    if model.config._attn_implementation not in IMPLEMENTATIONS:
         return False
-    reason = obstacle(model)
-    if reason is None and not decoder.owns_forward():
-        reason = "the model's forward was replaced, say for mixed precision or training"
+    reason = why_not_past(model, decoder)
     if reason is not None and decoder.required:
         decoder.refuse(reason)
     if reason is not None:
@@ -450,8 +472,14 @@ def _fits(
     return reason is None
 
 
-def _record(program: BlockProgram, model: PreTrainedModel, decoder: GraphDecoder) -> None:
-    """Captures the program's steps where a graph can hold them; says why where not."""
+def record_steps(program: Any, model: PreTrainedModel, decoder: GraphDecoder) -> None:
+    """Captures a program's steps where a graph can hold them; says why where not.
+
+    Args:
+        program: a `BlockProgram` or a `RowProgram`.
+        model: whose steps they are.
+        decoder: of this model; knows whether graphs can be captured.
+    """
     if program.ids.device.type not in _GRAPH_DEVICES or decoder.given_up:
         return
     reason = program.choice.obstacle()

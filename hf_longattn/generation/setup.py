@@ -16,6 +16,7 @@ from hf_longattn.cache.quantized import check_cache_dtype, read_cache_dtype
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
+from hf_longattn.generation.generate_batch import BatchGeneration
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.inputs import watch_inputs
 from hf_longattn.generation.kept import KeptProgram
@@ -167,6 +168,7 @@ def _replace_methods(
         decoder.stand_in = vars(model).get("forward")
         changes.set(model, "_kept_program", KeptProgram())
         changes.set(model, "_sample", functools.partial(sample, model, setup, decoder))
+        changes.set(model, "generate_batch", BatchGeneration(model, setup, decoder).generate_batch)
     elif group is None:
         run_ahead(model, changes)
     watch_inputs(model, changes)

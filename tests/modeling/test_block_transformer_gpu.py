@@ -248,3 +248,47 @@ def test_a_prompt_read_by_a_replay_in_bf16_is_as_exact_as_one_pass():
     exact = right.layers[-1].keys[:, :, :50]
     error = (plain.layers[-1].keys[:, :, :50].double() - exact).norm()
     assert (held.double() - exact).norm() <= 1.5 * error
+
+
+def batch_and_alone(rows, **options):
+    """Answers of `generate_batch` on `rows` rows, and those of each prompt alone."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    model, (ids, _) = hf_longattn.prepare_generation(make("sdpa").cuda(), cuda_graph=True), ragged()
+    lengths = [203, 60, 7, 130, 1, 64, 99, 12, 180, 33, 5, 150]
+    inputs = [((ids[place % 4, :length] + place) % 500).tolist() for place, length in enumerate(lengths)]
+    limits = [8 + 5 * (place % 4) for place in range(12)]
+    config = ContinuousBatchingConfig(max_requests_per_batch=rows)
+    torch.manual_seed(3)
+    results = model.generate_batch(
+        inputs, continuous_batching_config=config, max_new_tokens=limits, **options
+    )
+    alone = []
+    for prompt, limit in zip(inputs, limits, strict=True):
+        row = torch.tensor([prompt]).cuda()
+        mask = torch.ones_like(row)
+        tokens = model.generate(row, attention_mask=mask, pad_token_id=1, max_new_tokens=limit, **options)
+        alone.append(tokens[0, len(prompt) :].tolist())
+    return [result.generated_tokens for result in results.values()], alone
+
+
+@pytest.mark.parametrize("rows", [1, 5, None])
+@pytest.mark.parametrize("ends", [None, list(range(0, 500, 25))], ids=["full", "ends"])
+def test_rows_of_a_captured_batch_get_the_tokens_of_each_prompt_alone(rows, ends):
+    options = {"do_sample": False, "eos_token_id": ends, "repetition_penalty": 1.2}
+    batch, alone = batch_and_alone(rows, **options)
+    assert batch == alone
+    assert ends is None or any(len(answer) not in (8, 13, 18, 23) for answer in alone)
+
+
+def test_sampling_of_a_captured_batch_is_repeated_by_its_seed():
+    first, alone = batch_and_alone(5, **SAMPLED)
+    assert first == batch_and_alone(5, **SAMPLED)[0] != alone
+
+
+def test_captured_rows_draw_new_numbers_at_every_block():
+    answers, _ = batch_and_alone(5, **{**SAMPLED, "temperature": 100.0, "top_k": 0, "top_p": 1.0})
+    blocks = [
+        tuple(answer[place : place + 4]) for answer in answers for place in range(0, len(answer) - 3, 4)
+    ]
+    assert len(set(blocks)) == len(blocks)

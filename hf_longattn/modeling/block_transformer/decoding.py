@@ -19,132 +19,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, masking_utils
-from transformers.cache_utils import Cache, EncoderDecoderCache
-
-from hf_longattn.kernels.cache_write import cache_write
-from hf_longattn.kernels.key_range import KeyRange
-from hf_longattn.masking import LazyMask, Pattern
+from transformers.cache_utils import EncoderDecoderCache
 
 from .cache_block_transformer import BlockTransformerCache
-from .layout import prompt_offset
-from .steps import few_launches
-
-
-class HeldBlocks(Cache):
-    """The buffers of a `BlockTransformerCache` for some rows, written at places that lie on the device.
-
-    Args:
-        cache: with room for all blocks to come.
-        rows: the rows of the batch.
-    """
-
-    def __init__(self, cache: BlockTransformerCache, rows: slice) -> None:
-        super().__init__(layers=cache.layers)
-        self.buffers = [(layer._keys[rows], layer._values[rows]) for layer in cache.layers]
-        batch, _, self.room, _ = self.buffers[0][0].shape
-        device = self.buffers[0][0].device
-        self.each = cache.keys_per_block
-        self.rows = torch.arange(batch, device=device)[:, None]
-        # Rows that stand at one block write in one launch.
-        self.even = bool((cache.num_blocks[rows] == cache.num_blocks[rows.start]).all())
-        # (R, 1) and (R, n_e), where the block that is computed next goes.
-        places = cache.num_blocks[rows, None] * self.each
-        # A number needs no copy, which would wait for all that was launched before.
-        self.start = (
-            torch.full_like(places, int(places[0]), device=device) if self.even else places.to(device)
-        )
-        self.places = self.start + torch.arange(self.each, device=device)
-        self.key_mask = None  # (R, room) bool, False at blocks of pads alone; None: there are none
-        if cache.block_mask is not None and not bool(cache.block_mask[rows].all()):
-            held = cache.block_mask[rows].repeat_interleave(self.each, dim=1)
-            self.key_mask = torch.ones(batch, self.room, dtype=torch.bool, device=device)
-            self.key_mask[:, : held.shape[1]] = held
-
-    def mask(self) -> "HeldMask":
-        """What the queries of one new block see: all of it and all before it."""
-        return HeldMask(self.start + self.each, self.each, self.room, self.key_mask)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes (R, G, n_e, K) at `places`; returns the whole buffers."""
-        keys, values = self.buffers[layer_idx]
-        if self.even:
-            cache_write(keys, values, self.places[0], key_states, value_states)
-            return keys, values
-        keys.transpose(1, 2)[self.rows, self.places] = key_states.transpose(1, 2)
-        values.transpose(1, 2)[self.rows, self.places] = value_states.transpose(1, 2)
-        return keys, values
-
-    def advance(self) -> None:
-        """Goes on to the next block."""
-        self.start.add_(self.each)
-        self.places.add_(self.each)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions are given, and the mask says what is visible."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """All of the buffers, from their begin."""
-        return self.room, 0
-
-
-class FirstBlocks(Cache):
-    """The buffers of `HeldBlocks`, of which a prompt fills the begin.
-
-    Args:
-        held: what the steps go on with.
-    """
-
-    def __init__(self, held: HeldBlocks) -> None:
-        super().__init__(layers=held.layers)
-        self.buffers = held.buffers
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes (R, G, N, K) in front; returns what is written."""
-        keys, values = (buffer[:, :, : key_states.shape[2]] for buffer in self.buffers[layer_idx])
-        keys.copy_(key_states)
-        values.copy_(value_states)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: nothing stands before a prompt."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The blocks of the prompt, from the first."""
-        return query_length, 0
-
-
-class FirstMask(LazyMask):
-    """Causal order among the N blocks of R prompts, whose positions nobody has to search for documents."""
-
-    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
-        causal = masking_utils.causal_mask_function
-        super().__init__(rows, blocks, blocks, 0, 0, causal, None, device, Pattern())
-
-    def _build_range(self, pattern: Pattern) -> KeyRange:
-        return KeyRange(causal=True)
-
-
-class HeldMask(LazyMask):
-    """The first `lengths` (R, 1) keys of each row, but for those that `key_mask` (R, S) leaves out."""
-
-    def __init__(self, lengths: Tensor, q_length: int, kv_length: int, key_mask: Tensor | None) -> None:
-        def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return key < lengths[batch, 0]
-
-        sizes = (lengths.shape[0], q_length, kv_length, 0, 0)
-        super().__init__(*sizes, visible, key_mask, lengths.device, Pattern())
-        self.lengths = lengths
-
-    def _build_range(self, pattern: Pattern) -> KeyRange:
-        limits = KeyRange().narrowed(upper=self.lengths.expand(-1, self.q_length))
-        return limits if self.padding is None else limits.masked(self.padding)
+from .held import FirstBlocks, FirstMask, HeldBlocks
 
 
 class BlockGroup:
@@ -154,13 +32,16 @@ class BlockGroup:
         model: a `BlockTransformerModel`.
         cache: what the prompt left, with room for all blocks to come.
         rows: the rows.
+        held: their keys and values, where they begin and end one by one; None: they stay as they are.
     """
 
-    def __init__(self, model: Any, cache: BlockTransformerCache, rows: slice) -> None:
+    def __init__(
+        self, model: Any, cache: BlockTransformerCache, rows: slice, held: HeldBlocks | None = None
+    ) -> None:
         self.model, self.rows = model, rows
         self.length = cache.block_length
         self.slot = int(cache.num_slots[rows.start]) % self.length
-        self.held = HeldBlocks(cache, rows)
+        self.held = HeldBlocks(cache, rows) if held is None else held
         pending = cache.pending()
         tokens = pending.token_ids[rows, : self.slot]
         self.block_ids = cache.slot_ids.new_zeros((tokens.shape[0], self.length))
@@ -176,19 +57,25 @@ class BlockGroup:
         self.prefix = model.token_decoder.expand(self.context).clone()
         self.tokens = model.token_decoder.make_cache()
         # (R, D_tok), which predicts the token behind the prompt.
-        self.first = self._step(tokens)
+        self.first = self.step(tokens)
 
     def feed(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (R,); state (R, D_tok) that predicts the one after it."""
+        new = self.take(token_ids)
+        if self.slot == 0:
+            self.open_block()
+        return self.step(new)
+
+    def take(self, token_ids: Tensor) -> Tensor:
+        """Takes in the next token of each row, (R,); ids for `step`, (R, 1), (R, 0) at a new block."""
         self.block_ids[:, self.slot] = token_ids
         self.slot = (self.slot + 1) % self.length
-        new = token_ids[:, None]
-        if self.slot == 0:
-            self._close_block()
-            new = new[:, :0]
-        return self._step(new)
+        if self.slot:
+            return token_ids[:, None]
+        self._close_block()
+        return token_ids[:, None][:, :0]
 
-    def _step(self, token_ids: Tensor) -> Tensor:
+    def step(self, token_ids: Tensor) -> Tensor:
         """State that predicts the token behind these; zeros for rows that no block stands before."""
         state = self.model.token_decoder.step(self.prefix, token_ids, self.tokens, self._mask(self.slot))
         return state if self.valid is None else torch.where(self.valid, state, 0)
@@ -203,16 +90,15 @@ class BlockGroup:
             past_key_values=held,
             use_cache=False,
         )
-        self._open_block(outputs.last_hidden_state)
+        self.context.copy_(outputs.last_hidden_state)
         held.advance()
         for tensor in (self.attended, self.valid):
             if tensor is not None:
                 tensor.fill_(True)
 
-    def _open_block(self, context: Tensor) -> None:
-        """Begins the block behind (R, n_e, D), the context of the last one."""
-        self.context.copy_(context)
-        self.prefix.copy_(self.model.token_decoder.expand(context))
+    def open_block(self) -> None:
+        """Begins the block behind `context`, (R, n_e, D), that of the last one."""
+        self.prefix.copy_(self.model.token_decoder.expand(self.context))
         self.tokens.reset()
 
     def can_read(self, length: int) -> bool:
@@ -232,11 +118,12 @@ class BlockGroup:
             past_key_values=FirstBlocks(self.held),
             use_cache=False,
         )
-        self._open_block(outputs.last_hidden_state[:, -1:])
+        self.context.copy_(outputs.last_hidden_state[:, -1:])
+        self.open_block()
         self.held.start.fill_(blocks)
         self.held.places.fill_(blocks)
         self.block_ids[:, : self.slot] = rest
-        return self._step(rest)
+        return self.step(rest)
 
     def _mask(self, slot: int) -> Tensor | None:
         return None if self.attended is None else self.attended[:, :slot]
@@ -281,6 +168,38 @@ class BlockGroup:
         return [tensor for tensor in own if tensor is not None]
 
 
+def make_room(model: Any, cache: BlockTransformerCache, steps: int) -> None:
+    """Makes room for the blocks that `steps` more tokens a row fill, where there are none yet as well.
+
+    Args:
+        model: a `BlockTransformerForCausalLM`.
+        cache: that has begun.
+        steps: tokens.
+    """
+    blocks = int((cache.num_slots.max() + steps) // cache.block_length)
+    if cache.context is None:
+        # No row has a block yet: there is nothing to start from, and rows predict nothing until then.
+        config, weight = model.config, model.lm_head.weight
+        cache.context = weight.new_zeros((cache.batch_size, config.n_embedding_tokens, config.hidden_size))
+        heads, width = key_shape(model)
+        for layer in cache.layers:
+            states = weight.new_zeros((cache.batch_size, heads, 0, width))
+            layer.lazy_initialization(states, states)
+    for layer in cache.layers:
+        layer.reserve(cache.batch_size, blocks * cache.keys_per_block)
+
+
+def key_shape(model: Any) -> tuple[int, int]:
+    """(G, K): key heads of a layer of the block decoder, and their width.
+
+    Args:
+        model: a `BlockTransformerForCausalLM`.
+    """
+    block = model.model.block_decoder.config
+    heads = getattr(block, "num_key_value_heads", block.num_attention_heads)
+    return heads, getattr(block, "head_dim", None) or block.hidden_size // block.num_attention_heads
+
+
 class BlockDecoding:
     """Decodes a batch from what the prompt left in the cache, whose rows it may sort until `close`.
 
@@ -307,27 +226,10 @@ class BlockDecoding:
             undo.callback(self.close)
             if not self.sorted:
                 cache.batch_select_indices(self.order)
-            self._make_room(steps)
+            make_room(model, cache, steps)
             self.groups = [BlockGroup(model.model, cache, each) for each in rows]
             # Nothing has failed: the rows stay sorted.
             undo.pop_all()
-
-    def _make_room(self, steps: int) -> None:
-        cache = self.cache
-        blocks = int((cache.num_slots.max() + steps) // self.block_length)
-        if cache.context is None:
-            # No row has a block yet: there is nothing to start from, and rows predict nothing until then.
-            config, weight = self.model.config, self.model.lm_head.weight
-            shape = (cache.batch_size, config.n_embedding_tokens, config.hidden_size)
-            cache.context = weight.new_zeros(shape)
-            block = self.model.model.block_decoder.config
-            for layer in cache.layers:
-                heads = getattr(block, "num_key_value_heads", block.num_attention_heads)
-                width = getattr(block, "head_dim", None) or block.hidden_size // block.num_attention_heads
-                states = weight.new_zeros((cache.batch_size, heads, 0, width))
-                layer.lazy_initialization(states, states)
-        for layer in cache.layers:
-            layer.reserve(cache.batch_size, blocks * cache.keys_per_block)
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (B,); logits (B, V) of the one after it."""
@@ -419,66 +321,4 @@ class BlockDecoding:
             self.sorted = True
 
 
-class BlockGenerationMixin(GenerationMixin):
-    """What `generate` needs to know of a Block Transformer."""
-
-    config: Any
-
-    def decode_blocks(self, cache: BlockTransformerCache, steps: int) -> BlockDecoding:
-        """Steps of one token a row that pass the model's forward by.
-
-        Args:
-            cache: holds the prompt.
-            steps: tokens a row to make room for.
-        """
-        return BlockDecoding(self, cache, steps)
-
-    def few_launches(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, prompts and steps take fewer launches; worth it for a prompt, and for steps to capture."""
-        return few_launches(self)
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        # `generate` takes the method of the class; a prepared instance has one of its own.
-        prepared = vars(self).get("_sample")
-        return super()._sample(*args, **kwargs) if prepared is None else prepared(*args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Makes the cache, and says how many pads fill the first block of each prompt."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "`cache_implementation` must be None or 'dynamic' for a Block Transformer, got "
-                f"{generation_config.cache_implementation!r}; it has a BlockTransformerCache of its own."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache:
-            # Beams copy the whole of a cache at every step: theirs stays as small as can be.
-            at_once = "_sample" in vars(self) and generation_config.num_beams == 1
-            kept = vars(self).get("_kept_program")
-            if not at_once and kept is not None:
-                kept.clear()
-            capacity = max_cache_length + 2 * self.config.block_length if at_once else 0
-            cache = model_kwargs["past_key_values"] = BlockTransformerCache(self.config, capacity)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        elif cache is not None:
-            cache._is_user_defined = True
-        mask = model_kwargs.get("attention_mask")
-        given = model_kwargs.get("block_offset") is not None
-        if mask is None or given or (cache is not None and cache.get_seq_length() > 0):
-            return
-        by_column = self.config.block_alignment == "columns"
-        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-
-__all__ = ["BlockDecoding", "BlockGenerationMixin"]
+__all__ = ["BlockDecoding", "BlockGroup", "key_shape", "make_room"]

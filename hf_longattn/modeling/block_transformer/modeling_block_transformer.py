@@ -30,7 +30,7 @@ from .blocks import (
 )
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
-from .decoding import BlockGenerationMixin
+from .generating import BlockGenerationMixin
 from .layout import BlockLayout, TokenWindow, column_mask, document_starts, lay_out, offset_pads
 
 

@@ -17,6 +17,7 @@ COLUMNS = {
     "prompt_received_mib": "received for the prompt, MiB",
     "token_received_kib": "for a token, KiB",
     "tflop_a_rank": "prompt, TFLOP a GPU",
+    "message_gb_per_s": "messages alone, GB/s",
 }
 
 

@@ -164,16 +164,14 @@ def ringed(model, ring):
     AttentionInterface.register(NAME, ring)
     changes = Setup(model)
     changes.use_attention(NAME)
-    with fused_prompt(model):
-        pieces = Setup(model)
-        for layer in model.model.layers:
-            pieces.set(layer.mlp, "forward", in_pieces(layer.mlp.forward))
-        try:
+    try:
+        with fused_prompt(model), contextlib.ExitStack() as pieces:
+            for layer in model.model.layers:
+                pieces.enter_context(patch.object(layer.mlp, "forward", in_pieces(layer.mlp.forward)))
             yield
-        finally:
-            pieces.undo()
-            changes.undo()
-            ring.forget()
+    finally:
+        changes.undo()
+        ring.forget()
 
 
 def in_pieces(forward):
@@ -267,7 +265,7 @@ def greedy(ids):
 
 
 def run_tree(model, mesh, ids, count, graph):
-    """(times, bytes received so far) at the start, the first token and the last one; and the tokens."""
+    """(times, bytes received so far) at the start, the first token and the last one; the tokens; no more."""
     hf_longattn.prepare_generation(model, device_mesh=mesh, cuda_graph=graph)
     call = greedy(ids)
     try:
@@ -282,11 +280,11 @@ def run_tree(model, mesh, ids, count, graph):
     finally:
         hf_longattn.restore(model)
     notes = list(zip(clock.times, clock.counts, strict=True)) or [(0.0, 0)] * 3
-    return [notes[0], notes[1], notes[-1]], tokens[:, ids.shape[1] :].tolist()
+    return [notes[0], notes[1], notes[-1]], tokens[:, ids.shape[1] :].tolist(), {}
 
 
 def run_ring(model, group, ids, count):
-    """As `run_tree`, for the ring."""
+    """As `run_tree`, for the ring; and the rate of its messages alone."""
     ring, notes = RingAttention(group), []
     with ringed(model, ring):
         with one_layer(model):
@@ -298,7 +296,23 @@ def run_ring(model, group, ids, count):
         group.gather(ids[0, :1])
         note()
         tokens = ring_tokens(model, ring, ids, count, note)
-    return notes, tokens
+        rate = message_rate(ring)
+    return notes, tokens, {"message_gb_per_s": rate}
+
+
+def message_rate(ring, rounds=8):
+    """GB a second that a rank receives while shares go round and nothing is attended."""
+    share, notes = ring.shares[0], []
+    note = note_in(notes, lambda: ring.received)
+    for _ in range(rounds + 1):
+        for _ in ring.visits(share):
+            pass
+        if not notes:
+            # The first round waits for the others.
+            note()
+    note()
+    (start, before), (end, after) = notes
+    return (after - before) / (end - start) / 1e9
 
 
 def step_bytes(peer, model, length, ranks):
@@ -322,9 +336,9 @@ def measure(peer, model, mesh, ids, count):
     """The fields of one row that are measured, and the tokens."""
     group, length = SequenceGroup.from_mesh(mesh), ids.shape[1]
     if peer == "ring":
-        notes, tokens = run_ring(model, group, ids, count)
+        notes, tokens, more = run_ring(model, group, ids, count)
     else:
-        notes, tokens = run_tree(model, mesh, ids, count, False if peer == "tree-eager" else "auto")
+        notes, tokens, more = run_tree(model, mesh, ids, count, False if peer == "tree-eager" else "auto")
     (start, _), (first, received), (end, _) = notes
     peak = peak_bytes()
     held = weight_bytes(model)[0] + state_bytes(model, length) / group.world_size
@@ -338,6 +352,7 @@ def measure(peer, model, mesh, ids, count):
         "prompt_received_mib": received / 2**20,
         # A replay receives without a word to the host: this follows from the shapes, see `check_tokens`.
         "token_received_kib": step_bytes(peer, model, length, group.world_size) / 2**10,
+        **more,
     }, tokens
 
 
@@ -409,7 +424,7 @@ def check_tokens(mesh, length=160, count=10):
     ids = torch.randint(0, 128, (1, length), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     wanted = model.generate(ids, max_new_tokens=count, **greedy(ids))[:, length:].tolist()
     found = {"ring": run_ring(model, group, ids, count), "tree": run_tree(model, mesh, ids, count, False)}
-    for peer, (notes, tokens) in found.items():
+    for peer, (notes, tokens, _) in found.items():
         assert tokens == wanted, f"{peer}: {tokens} in place of {wanted}"
         step = (notes[2][1] - notes[1][1]) / (count - 1)
         assert group.rank or step == step_bytes(peer, model, length, group.world_size), (

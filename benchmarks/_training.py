@@ -185,10 +185,10 @@ def panels(*parts: Callable) -> Callable[[Result, list], None]:
     return draw
 
 
-# Text, figure, and how many panels it has, by the name of the recipe.
+# Text, figure, how many panels it has, and a field of every row with a loss, by the name of the recipe.
 TRAINING = {
-    "linearize": (training_text, panels(draw_losses, draw_passkeys), 2),
-    "pretrain_lightning": (training_text, panels(draw_losses), 1),
-    "finetune_long": (position_text, panels(draw_positions), 1),
-    "uptrain_block_transformer": (training_text, panels(draw_losses, draw_pareto), 2),
+    "linearize": (training_text, panels(draw_losses, draw_passkeys), 2, "loss"),
+    "pretrain_lightning": (training_text, panels(draw_losses), 1, "loss"),
+    "finetune_long": (position_text, panels(draw_positions), 1, "after"),
+    "uptrain_block_transformer": (training_text, panels(draw_losses, draw_pareto), 2, "loss"),
 }

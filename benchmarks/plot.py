@@ -11,10 +11,12 @@ drawing it again.
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from _models import draw_models, models_text
 from _several import draw_prefill, prefill_text
 from _steps import draw_steps, steps_text
 from _tables import FACTS, Result, conditions, length_name, load, table, values
@@ -206,7 +208,9 @@ def new_figure(panels: int):
 
 def save(figure, path: Path, rows: list[dict], digest: str) -> None:
     """Writes the figure with its conditions below and its digest inside."""
-    figure.supxlabel(conditions(rows, short=True), fontsize=6, color="#555555")
+    # About 24 letters of this size are an inch wide.
+    text = textwrap.fill(conditions(rows, short=True), int(24 * figure.get_figwidth()))
+    figure.supxlabel(text, fontsize=6, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Description": digest, "Software": None})
 
 
@@ -298,7 +302,8 @@ KINDS = {
     "two_gpus": Kind(generation_text, None, 1, "floor_ms"),
     "tree_prefill": Kind(prefill_text, draw_prefill, 2, "tflop_a_rank"),
     "training": Kind(steps_text, draw_steps, 2, "step_s"),
-    **{name: Kind(*kind, "loss") for name, kind in TRAINING.items()},
+    "lightning_models": Kind(models_text, draw_models, 2, "peer"),
+    **{name: Kind(*kind) for name, kind in TRAINING.items()},
 }
 
 

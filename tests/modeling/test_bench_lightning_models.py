@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,36 @@ def test_what_is_wrong_is_refused(bench):
         bench.refuse("it", 2e-6, 1e-6, torch.float32)
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench.refuse("it", float("nan"), 1e-6, torch.float32)
+
+
+def test_the_page_says_what_was_measured(tmp_path):
+    facts = {"gpu": "A GPU", "torch": "2.11.0", "commit": "abc1234", "date": "2026-01-02T00:00:00"}
+    facts |= {"command": "bench_lightning_models.py"}
+    layer = {"section": "minimax", "tokens": 131072, "floor_ms": 100.0}
+    step = {"section": "training", "shape": "400m", "floor_s": 0.25}
+    token = {"section": "generate", "peer": "lightning", "prompt": 1024, "batch": 1, "new": 48}
+    rows = [
+        {"section": "minimax", "check": "torch.float32", "error_prepared": 2.5e-7},
+        {**layer, "peer": "prepared", "ms": 128.0, "peak_gib": 20.0},
+        {**step, "peer": "sdpa", "length": 65536, "batch": 1, "error": "OutOfMemoryError: CUDA"},
+        {**step, "peer": "lightning", "length": 1024, "batch": 64, "tokens_per_s": 1000.0, "step_s": 0.5},
+        {**step, "peer": "lightning", "length": 65536, "batch": 1, "tokens_per_s": 980.0, "step_s": 0.5},
+        {**token, "token_ms": 6.5, "floor_token_ms": 5.0, "tokens_per_s": 100.0},
+    ]
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "lightning_models.json").write_text(json.dumps([{**row, **facts} for row in rows]))
+    shutil.copy(FOLDER.parent / "README.md", tmp_path)
+    command = [sys.executable, str(FOLDER / "plot.py"), "--root", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "docs/benchmarks/lightning_models.md").read_text()
+    assert "| prepared | 128K | 128 | 100 | 20 |" in page
+    assert "| 400m | sdpa | 64K | 1 | out of memory |" in page
+    assert "| 400m | lightning | 1K | 64 | 1,000 | 0.5 | 0.25 |  | 1 |" in page
+    assert "| 400m | lightning | 64K | 1 | 980 | 0.5 | 0.25 |  | 0.98 |" in page
+    assert "| lightning | 1K | 1 | 48 |  | 6.5 | 5 |  | 100 |  |" in page
+    assert (tmp_path / "docs/images/lightning_models.png").exists()
 
 
 @pytest.mark.slow

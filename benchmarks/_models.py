@@ -1,0 +1,105 @@
+"""Page and figure of bench_lightning_models.py.
+
+section "minimax"     a layer's attention block: `ms` of a peer
+section "training"    `tokens_per_s` of a shape, a peer and a length
+section "generate"    `token_ms` and tokens a second of a peer, a prompt and a batch
+rows with `check`     errors before anything was timed
+"""
+
+from _tables import Result, length_name, table, values
+
+TITLES = {
+    "minimax": "The attention block of a lightning layer at the sizes of MiniMax-Text-01, one prompt. "
+    "`projections` are its three matrix products alone; the floor adds queries, keys, values, outputs and "
+    "gates, each moved once.",
+    "training": "Forward and backward of Llama shapes with random weights, 64K tokens a step, or one row "
+    "where it is longer. `lightning` and `softmax` are one model behind `prepare_training`, with lightning "
+    "and with exact attention; `sdpa` is that model under transformers with gradient checkpointing. The last "
+    "column is the speed over that of `lightning` at the shortest length.",
+    "generate": "`generate()` of new tokens behind a prompt, random weights, bf16, greedy: "
+    "`LightningForCausalLM` behind `prepare_generation`, and Llama of as many weights under transformers "
+    "with `sdpa` and a dynamic cache, with 32 key heads (`softmax`) and 8 (`softmax-gqa`).",
+}
+COLUMNS = {
+    "minimax": {
+        "peer": "peer", "tokens": "tokens", "ms": "ms", "floor_ms": "floor, ms", "peak_gib": "peak, GiB",
+    },
+    "training": {
+        "shape": "weights", "peer": "peer", "length": "length", "batch": "rows", "tokens_per_s": "tokens/s",
+        "step_s": "step, s", "floor_s": "floor, s", "peak_gib": "peak, GiB", "over": "over `lightning`",
+    },
+    "generate": {
+        "peer": "peer", "prompt": "prompt", "batch": "rows", "new": "new", "first_token_s": "first token, s",
+        "token_ms": "a token, ms", "floor_token_ms": "floor, ms", "step_tokens_per_s": "tokens/s, steps",
+        "tokens_per_s": "tokens/s, whole", "peak_gib": "peak, GiB",
+    },
+}  # fmt: skip
+LENGTHS = ("tokens", "length", "prompt")
+
+
+def timed(result: Result, section: str) -> list[dict]:
+    """The rows of a section but for its checks."""
+    return [row for row in result.where(section=section).rows if "peer" in row]
+
+
+def with_ratio(rows: list[dict]) -> list[dict]:
+    """The rows of training, each with its speed over that of its shape's lightning at the shortest length."""
+    ours = [row for row in rows if row["peer"] == "lightning" and "tokens_per_s" in row]
+    first = {row["shape"]: row["tokens_per_s"] for row in sorted(ours, key=lambda row: -row["length"])}
+    return [
+        row | {"over": row["tokens_per_s"] / first[row["shape"]]}
+        if "tokens_per_s" in row and row["shape"] in first
+        else row
+        for row in rows
+    ]
+
+
+def cells(row: dict, fields: list[str]) -> list:
+    """A row of a table; what went wrong stands in the place of the first number."""
+    shown = [length_name(row[f]) if f in LENGTHS else row.get(f) for f in fields]
+    if "error" in row:
+        missing = next(i for i, field in enumerate(fields) if field not in row)
+        memory = "out of memory" in row["error"] or "OutOfMemory" in row["error"]
+        shown[missing] = "out of memory" if memory else row["error"]
+    return shown
+
+
+def models_text(result: Result) -> str:
+    """A table a section, and the errors of the checks."""
+    parts = []
+    for section, title in TITLES.items():
+        rows = timed(result, section)
+        if rows:
+            fields = list(COLUMNS[section])
+            lines = [cells(row, fields) for row in (with_ratio(rows) if section == "training" else rows)]
+            parts += [title, table(list(COLUMNS[section].values()), lines)]
+    checks = [row for row in result.rows if "check" in row]
+    fields = ["section", "check", "error_prepared", "error_plain", "error_transformers", "compared"]
+    if checks:
+        parts.append("Before anything was timed: relative errors against fp64, and tokens that agreed.")
+        parts.append(table(fields, [[row.get(field) for field in fields] for row in checks]))
+    return "\n\n".join(parts)
+
+
+def draw_models(result: Result, axes: list) -> None:
+    """Tokens a second of training by length, and milliseconds a token of `generate()` by prompt."""
+    rows = timed(result, "training")
+    for shape in values(rows, "shape"):
+        for peer in values(rows, "peer"):
+            mine = [row for row in rows if (row["shape"], row["peer"]) == (shape, peer)]
+            draw_line(axes[0], mine, "length", "tokens_per_s", f"{shape}, {peer}")
+    axes[0].set(xlabel="length, tokens", title="training, tokens/s", ylim=(0, None))
+    rows = [row for row in timed(result, "generate") if row["batch"] == 1]
+    for peer in values(rows, "peer"):
+        draw_line(axes[1], [row for row in rows if row["peer"] == peer], "prompt", "token_ms", peer)
+    axes[1].set(xlabel="prompt, tokens", title="`generate()`, one row, ms a token", ylim=(0, None))
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=6)
+
+
+def draw_line(axis, rows: list[dict], across: str, field: str, label: str) -> None:
+    """One field against a length, where it was measured."""
+    points = sorted((row[across], row[field]) for row in rows if field in row)
+    if points:
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.set_xscale("log", base=2)

@@ -36,6 +36,8 @@ from hf_longattn.modeling.lightning import LightningConfig
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
+# What may go wrong in one row or section, and leaves the others alone.
+FAILURES = (RuntimeError, ValueError, TypeError, TritonError)
 SECTIONS = ("minimax", "training", "generate", "training-3b")
 # Width, intermediate width, layers, heads, vocabulary.
 SHAPES = {
@@ -121,7 +123,7 @@ def attempt(report, row, expected, function, *arguments):
     try:
         report.add(**row, **function(*arguments))
         return True
-    except (RuntimeError, ValueError, TypeError, TritonError) as error:
+    except FAILURES as error:
         # The other rows are worth their time all the same.
         report.add(**row, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
         return not isinstance(error, torch.OutOfMemoryError)
@@ -394,8 +396,8 @@ def run_generate(report, card, tiny):
             if needed > room:
                 report.add(**row, error=f"weights and cache take {needed / GIB:.0f} GiB")
                 continue
-            # The prompt twice at half the rate, and steps that wait for the host.
-            expected = 4 * first + new * max(2 * each, 0.03 if CUDA else 0.0)
+            # The prompt at half the rate, and steps that wait for the host.
+            expected = 2 * first + new * max(2 * each, 0.03 if CUDA else 0.0)
             attempt(report, row, expected, measure_answer, model, prompt, batch, new)
         model = None
 
@@ -411,12 +413,24 @@ def main():
     arguments = parser.parse_args()
     report = Report(arguments.name, arguments.deadline)
     card = NOMINAL if arguments.check else rates()
-    for section in arguments.sections.split(","):
+    wrong = [name for name in arguments.sections.split(",") if not run(name, report, card, arguments.check)]
+    if wrong:
+        raise SystemExit(f"not measured: {', '.join(wrong)}")
+
+
+def run(section, report, card, tiny):
+    """Runs one section; whether its results were right, so that it was timed."""
+    try:
         if section.startswith("training"):
-            run_training(report, card, arguments.check, section)
+            run_training(report, card, tiny, section)
         else:
             with torch.no_grad():
-                {"minimax": run_minimax, "generate": run_generate}[section](report, card, arguments.check)
+                {"minimax": run_minimax, "generate": run_generate}[section](report, card, tiny)
+        return True
+    except (SystemExit, *FAILURES) as error:
+        report.add(section=section, error=f"{type(error).__name__}: {error}"[:300])
+        return False
+    finally:
         free()
 
 

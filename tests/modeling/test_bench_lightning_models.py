@@ -57,6 +57,17 @@ def test_what_is_wrong_is_refused(bench):
         bench.refuse("it", float("nan"), 1e-6, torch.float32)
 
 
+def test_a_section_that_fails_leaves_the_others_alone(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench, "distance", lambda *args: float("nan"))
+    monkeypatch.setattr(bench, "run_generate", lambda report, card, tiny: report.add(section="generate"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--check", "--sections", "minimax,training,generate"])
+    with pytest.raises(SystemExit, match="not measured: minimax, training"):
+        bench.main()
+    rows = json.loads((tmp_path / "lightning_models.json").read_text())
+    assert ["error" in row for row in rows] == [True, True, False] and "nothing is timed" in rows[0]["error"]
+
+
 def test_the_page_says_what_was_measured(tmp_path):
     facts = {"gpu": "A GPU", "torch": "2.11.0", "commit": "abc1234", "date": "2026-01-02T00:00:00"}
     facts |= {"command": "bench_lightning_models.py"}

@@ -118,13 +118,14 @@ class LightningAttention(nn.Module):
         Returns:
             (B, T, D), and the attention weights of a softmax layer where its implementation returns them.
         """
-        q, k, v, gate = self.qkvu_proj(hidden_states).chunk(4, dim=-1)
+        qk, vu = self.qkvu_proj(hidden_states).chunk(2, dim=-1)
+        # Of queries and keys at once.
+        qk = self.act(qk) if self.is_lightning else qk
+        (q, k), (v, gate) = qk.chunk(2, dim=-1), vu.chunk(2, dim=-1)
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (q, k, v))
-        if self.is_lightning:
-            q, k = self.act(q), self.act(k)
-            if hasattr(self, "lrpe"):
-                q, k = self.lrpe(q, position_ids), self.lrpe(k, position_ids)
-        else:
+        if hasattr(self, "lrpe"):
+            q, k = self.lrpe(q, position_ids), self.lrpe(k, position_ids)
+        if not self.is_lightning:
             assert position_embeddings is not None
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:

@@ -196,6 +196,17 @@ def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatc
     assert set(calls) == {(2, 0), (1, 2), (1, 3), (1, 4)}
 
 
+@pytest.mark.parametrize("decoder", ["gpt_neox", "llama"])
+def test_captured_steps_look_the_positions_in_a_block_up(decoder, recorded):
+    model = make(decoder_type=decoder)
+    plain, fast = both(model, *prompts(9, 9), **GREEDY)
+    assert torch.equal(fast, plain)
+    cosines = sum(call[0] is torch.ops.aten.cos.default for call in recorded[0].calls)
+    # One of the block decoder, whose positions grow; a llama computes those of its four steps as well.
+    assert cosines == (1 if decoder == "gpt_neox" else 5)
+    assert not any("rotary" in str(vars(module).get("forward")) for module in model.modules())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("parallel", [True, False])
 def test_layers_with_parallel_branches_are_joined_by_one_launch(parallel, monkeypatch):

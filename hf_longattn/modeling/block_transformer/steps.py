@@ -3,11 +3,13 @@
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
 layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
-the next layer. What a call asks beyond that runs as the module's own forward.
+the next layer. Inside a block, positions are few and the same in every block: their rotary embedding is
+looked up. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -19,6 +21,9 @@ from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_key_attention import few_key_attention
 from hf_longattn.kernels.residual_norms import residual_norms
+
+# What a graph reads as long as it reads the layer, so that it lives as long.
+_ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -32,7 +37,10 @@ def few_launches(model: Any) -> Iterator[None]:
     for module in model.model.token_decoder.modules():
         if type(module) is GPTNeoXAttention and "forward" not in vars(module):
             changes.set(module, "forward", functools.partial(_attend, module, module.forward))
-    for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
+    token_decoder = model.model.token_decoder.decoder
+    if type(token_decoder) is GPTNeoXModel and token_decoder.rotary_emb.rope_type == "default":
+        _look_rotations_up(changes, token_decoder)
+    for decoder in (model.model.block_decoder, token_decoder):
         if type(decoder) is GPTNeoXModel and _has_parallel_branches(decoder):
             _join_layers(changes, decoder)
     try:
@@ -73,6 +81,38 @@ def _attend(
     )
     layer.advanced(length)
     return module.dense(output.flatten(2)), None
+
+
+def _look_rotations_up(changes: Setup, decoder: Any) -> None:
+    """Has the decoder take cosines and sines of the positions in a block from a table."""
+    rotate, run, found = decoder.rotary_emb.forward, decoder.forward, []
+
+    def look_up(states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return found.pop() if found else rotate(states, position_ids)
+
+    def forward(**keywords: Any) -> Any:
+        cache: Any = keywords.get("past_key_values")
+        inputs: Any = keywords.get("inputs_embeds")
+        layer = None if cache is None else cache.layers[0]
+        found.clear()
+        if not isinstance(layer, PreallocatedLayer) or keywords.get("position_ids") is not None:
+            return run(**keywords)
+        places = slice(layer.end, layer.end + inputs.shape[1])
+        positions, *table = _rotations(layer, inputs, rotate)
+        found.append(tuple(each[:, places] for each in table))
+        return run(**keywords, position_ids=positions[:, places])
+
+    changes.set(decoder.rotary_emb, "forward", look_up)
+    changes.set(decoder, "forward", forward)
+
+
+def _rotations(layer: PreallocatedLayer, states: Tensor, rotate: Callable[..., Any]) -> tuple[Tensor, ...]:
+    """Positions (1, S), cosines and sines (1, S, R) of all slots of a layer."""
+    made = _ROTATIONS.get(layer)
+    if made is None or (made[1].dtype, made[1].device) != (states.dtype, states.device):
+        positions = torch.arange(layer.capacity, device=states.device)[None]
+        made = _ROTATIONS[layer] = (positions, *rotate(states, positions))
+    return made
 
 
 def _is_plain(module: Any, layer: PreallocatedLayer, attention_mask: Any) -> bool:

@@ -22,6 +22,8 @@ from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
 # Bytes of weights that are read to time a shape: several times the cache of any GPU.
 _TIMED_BYTES = 512 * 2**20
 _DTYPES = (torch.bfloat16, torch.float16)
+# What the first linear layer of a feed-forward layer is called.
+_FIRST = ("gate_proj", "dense_h_to_4h")
 Call = Callable[[], Any]
 
 
@@ -73,6 +75,7 @@ class Products:
         for fits, key_of, make in (
             (_is_plain, _linear_key, _few_rows),
             (_is_gated, _gated_key, _gated_few_rows),
+            (_is_activated, _activated_key, _activated_few_rows),
         ):
             groups: dict[Any, list[Any]] = defaultdict(list)
             for module in filter(fits, model.modules()):
@@ -95,7 +98,7 @@ class Products:
         weights = list(group[0].parameters())
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         timed = group[: max(_TIMED_BYTES // max(size, 1), 1)]
-        states = _probe(rows, getattr(group[0], "gate_proj", group[0]).weight)
+        states = _probe(rows, _first(group[0]).weight)
         probes = [states, *_large(group[0], states)]
         if not all(agree(make(group[0])(probe), group[0](probe)) for probe in probes):
             return False
@@ -111,10 +114,15 @@ def _probe(rows: int, weight: Tensor) -> Tensor:
 
 def _large(module: Any, states: Tensor) -> list[Tensor]:
     """States at which a gated layer shows whether it cuts large values off, at 7 or 10."""
-    if isinstance(module, nn.Linear):
+    if not hasattr(module, "gate_proj"):
         return []
     gate, up = (part(states).abs().max() for part in (module.gate_proj, module.up_proj))
     return [states * (100 / torch.minimum(gate, up).clamp(min=1e-3))]
+
+
+def _first(module: Any) -> Any:
+    """The linear layer that reads the states."""
+    return next((part for name, part in module.named_children() if name in _FIRST), module)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -137,12 +145,28 @@ def _is_gated(module: Any) -> bool:
     return known and plain and gate.weight.dtype in _DTYPES and gate.weight.shape == up.weight.shape
 
 
+def _is_activated(module: Any) -> bool:
+    """A feed-forward layer of one activation, with the names that it has in GPT-NeoX."""
+    parts = [getattr(module, name, None) for name in ("dense_h_to_4h", "dense_4h_to_h")]
+    if not all(type(part) is nn.Linear for part in parts) or "forward" in vars(module):
+        return False
+    activation: Any = getattr(module, "act", None)
+    exact = type(activation).__name__ == "GELUActivation" and activation.act is nn.functional.gelu
+    weight = parts[0].weight  # pyright: ignore[reportOptionalMemberAccess]
+    return exact and type(weight) is nn.Parameter and weight.dtype in _DTYPES
+
+
 def _linear_key(module: Any) -> tuple[Any, ...]:
     return (module.weight.shape, module.weight.dtype, module.bias is None)
 
 
 def _gated_key(module: Any) -> tuple[Any, ...]:
     weight = module.gate_proj.weight
+    return type(module), weight.shape, weight.dtype, plain_settings(module)
+
+
+def _activated_key(module: Any) -> tuple[Any, ...]:
+    weight = module.dense_h_to_4h.weight
     return type(module), weight.shape, weight.dtype, plain_settings(module)
 
 
@@ -154,3 +178,9 @@ def _few_rows(module: Any) -> Callable[[Tensor], Tensor]:
 def _gated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
     gate, up = module.gate_proj.weight, module.up_proj.weight
     return lambda states: module.down_proj(few_row_gated_linear(states, gate, up, settled_weight=True))
+
+
+def _activated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
+    first = module.dense_h_to_4h
+    options: dict[str, Any] = {"activation": "gelu", "settled_weight": True}
+    return lambda states: module.dense_4h_to_h(few_row_linear(states, first.weight, first.bias, **options))

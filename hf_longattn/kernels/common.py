@@ -84,6 +84,18 @@ def offset(index, strides):
     return total
 
 
+@triton.jit
+def activated(gate, KIND: tl.constexpr):
+    """SiLU, GELU ("gelu") or its form with tanh ("gelu_tanh") of fp32 numbers."""
+    if KIND == "gelu":
+        return 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        # sqrt(8 / pi)
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        return gate / (1.0 + tl.exp(-slope))
+    return gate / (1.0 + tl.exp(-gate))
+
+
 def flat_rows(x: Tensor) -> Tensor:
     """(rows, D) of a tensor (..., D), elements of a row next to each other: copied where they are not."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])

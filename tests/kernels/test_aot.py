@@ -358,7 +358,7 @@ def _blockwise(
     )  # fmt: skip
 
 
-def _few_row_linear(rows, columns, gated, dtype="bf16", settled=False):
+def _few_row_linear(rows, columns, gated, dtype="bf16", settled=False, activation=None):
     """`few_row_linear` on the widths of an 8B model."""
     from hf_longattn.kernels.few_row_linear.triton import choose, tiles_ahead
 
@@ -371,13 +371,14 @@ def _few_row_linear(rows, columns, gated, dtype="bf16", settled=False):
     constexprs = {
         "K": 4096, "ROWS": 1 if rows == 1 else 16, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "PRECISION": "ieee" if full else "tf32", "bias_ptr": None, "OVERLAP": True,
-        "AHEAD": tiles_ahead(config, rows, columns, 4096) if settled else 0,
+        "AHEAD": tiles_ahead(config, rows, columns, 4096) if settled else 0, "ACTIVATION": activation,
     }  # fmt: skip
     if not gated:
         constexprs |= {"up_ptr": None, "up_stride": None}
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     return Case(
-        f"few_row_linear-M{rows}-N{columns}-{dtype}" + "-gated" * gated + "-settled" * settled,
+        f"few_row_linear-M{rows}-N{columns}-{dtype}" + "-gated" * gated + "-settled" * settled
+        + f"-{activation}" * (activation is not None),
         "hf_longattn.kernels.few_row_linear.triton:_few_rows_kernel",
         signature, constexprs, config.num_warps, config.num_stages,
     )  # fmt: skip
@@ -425,6 +426,7 @@ CASES: list[Case] = [
     _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),
     _few_row_linear(1, 4096, gated=False, settled=True),
+    _few_row_linear(1, 8192, gated=False, settled=True, activation="gelu"),
     _few_row_linear(1, 14336, gated=True, settled=True),
     *(_few_row_linear(rows, 14336, gated=True) for rows in (1, 8)),
     _few_row_linear(8, 14336, gated=True, dtype="fp32"),

@@ -1,5 +1,6 @@
 """Linear maps of a few rows against fp64: one row and many, odd sizes, biases, gates, interpreted too."""
 
+import functools
 import os
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
+from hf_longattn.kernels.few_row_linear.reference import ACTIVATIONS
 
 SHAPES = [(1, 70, 96), (1, 33, 1040), (2, 16, 520), (5, 65, 256), (16, 48, 130)]
 IDS = [f"M{m}-N{n}-K{k}" for m, n, k in SHAPES]
@@ -31,11 +33,14 @@ def check(impl, dtype, shape, device="cpu"):
         (few_row_linear, (states, weight, bias), x @ w.T + b),
         (few_row_gated_linear, (states, weight, up), torch.nn.functional.silu(x @ w.T) * (x @ u.T)),
     ]
+    for name, function in ACTIVATIONS.items():
+        operator = functools.partial(few_row_linear, activation=name)
+        cases.append((operator, (states, weight, bias), function(x @ w.T + b)))
     for function, arguments, exact in cases:
         standard = function(*arguments, impl="reference").double()
         result = function(*arguments, impl=impl)
         allowed = (standard - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-        assert (result.double() - exact).norm() <= 1.5 * allowed, function.__name__
+        assert (result.double() - exact).norm() <= 1.5 * allowed, function
         assert result.dtype == dtype and result.shape == exact.shape
         batched = function(arguments[0][:, None], *arguments[1:], impl=impl)
         assert torch.equal(batched[:, 0], result)
@@ -106,6 +111,8 @@ def test_what_does_not_fit_is_refused():
         few_row_linear(states, weight.half())
     with pytest.raises(ValueError, match="`bias` must be"):
         few_row_linear(states, weight, bias[:3])
+    with pytest.raises(ValueError, match="`activation` of few_row_linear must be"):
+        few_row_linear(states, weight, activation="relu")
     with pytest.raises(ValueError, match="`up` must be"):
         few_row_gated_linear(states, weight, up[:3])
     with pytest.raises(ValueError, match="`impl`"):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.few_row_linear.reference import gated_linear, linear
+from hf_longattn.kernels.few_row_linear.reference import ACTIVATIONS, gated_linear, linear
 
 MAX_ROWS = 16
 _IMPLS = ("auto", "triton", "reference")
@@ -16,19 +16,21 @@ def few_row_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str | None = None,
     settled_weight: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """A linear map of at most 16 rows, as in a decoding step, where reading the weight is all the cost.
 
-        y = x W^T + b                  bytes: N K of the weight, once
+        y = act(x W^T + b)             bytes: N K of the weight, once
 
-    Sums are fp32 and rounded once. The Triton kernel is forward only.
+    Sums are fp32 and rounded once, and once more behind an activation. The Triton kernel is forward only.
 
     Args:
         states: (..., K), at most 16 rows for "triton"; bf16, fp16 or fp32 there.
         weight: (N, K), rows contiguous, of the same dtype and device.
         bias: (N,) or None.
+        activation: "silu", "gelu", "gelu_tanh", or None for the linear map alone.
         settled_weight: a promise that no kernel which may still be running writes to `weight`. With it,
             "triton" may read the weight for a single row while the kernels in front of it end, back to the
             last one that is not of this package. Parameters in a captured step keep it: nothing there writes
@@ -44,11 +46,16 @@ def few_row_linear(
     _check("few_row_linear", states, weight, impl)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` must be ({weight.shape[0]},), got {tuple(bias.shape)}.")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"`activation` of few_row_linear must be None or one of {', '.join(ACTIVATIONS)}, got "
+            f"{activation!r}."
+        )
     if _takes_triton(states, (weight, bias), impl):
         from hf_longattn.kernels.few_row_linear.triton import launch
 
-        return launch(states, weight, None, bias, settled_weight)
-    return linear(states, weight, bias)
+        return launch(states, weight, None, bias, settled_weight, activation)
+    return linear(states, weight, bias, activation)
 
 
 def few_row_gated_linear(

@@ -1,21 +1,27 @@
 """Linear maps in plain torch: the definition of correct."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
-def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b.
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """act(x W^T + b).
 
     Args:
         states: (..., K).
         weight: (N, K).
         bias: (N,) or None.
+        activation: a key of `ACTIVATIONS`, or None.
 
     Returns:
         (..., N).
     """
-    return F.linear(states, weight, bias)
+    product = F.linear(states, weight, bias)
+    return product if activation is None else ACTIVATIONS[activation](product)
 
 
 def gated_linear(states: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A weight matrix read once for a few rows: every byte of it passes once, and nothing else costs.
 
-    y[m, n] = sum_k x[m, k] W[n, k]  (+ bias[n])            or  silu(x G^T) * (x U^T)
+    y[m, n] = act(sum_k x[m, k] W[n, k]  (+ bias[n]))       or  silu(x G^T) * (x U^T)
 
 One program makes BLOCK_N columns of y and walks along k. One row is multiplied and summed elementwise, which
 keeps many loads in flight without shared memory; two rows or more go through the tensor cores, padded to 16,
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import let_next_begin, overlap, wait_for_previous
+from hf_longattn.kernels.common import activated, let_next_begin, overlap, wait_for_previous
 
 
 class Config(NamedTuple):
@@ -85,7 +85,7 @@ def _add_product(acc, w, x, ROWS: tl.constexpr, PRECISION: tl.constexpr):
 def _few_rows_kernel(
     x_ptr, w_ptr, up_ptr, bias_ptr, y_ptr, x_stride, w_stride, up_stride, M, N, K: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(OVERLAP)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -121,6 +121,9 @@ def _few_rows_kernel(
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        # Rounded as a product that is stored.
+        acc = activated(acc.to(y_ptr.dtype.element_ty).to(tl.float32), ACTIVATION)
     pointers = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
@@ -133,7 +136,12 @@ def tiles_ahead(config: Config, rows: int, columns: int, width: int) -> int:
 
 
 def launch(
-    states: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None, settled_weight: bool
+    states: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    settled_weight: bool,
+    activation: str | None = None,
 ) -> Tensor:
     """Launches the kernel; arguments as in `few_row_linear`, and `up` as in `few_row_gated_linear`."""
     x = states.reshape(-1, states.shape[-1])
@@ -146,7 +154,7 @@ def launch(
     _few_rows_kernel[(triton.cdiv(N, config.block_n),)](
         x, weight, up, bias, y, x.stride(0), weight.stride(0), None if up is None else up.stride(0), M, N, K,
         ROWS=1 if M == 1 else 16, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        AHEAD=ahead, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **early,
+        AHEAD=ahead, ACTIVATION=activation, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **early,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y.view(*states.shape[:-1], N)

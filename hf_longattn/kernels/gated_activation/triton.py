@@ -14,20 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import flat_rows, overlap, wait_for_previous
+from hf_longattn.kernels.common import activated, flat_rows, overlap, wait_for_previous
 
 _BLOCK = 2048
-
-
-@triton.jit
-def _activated(gate, KIND: tl.constexpr):
-    if KIND == "gelu":
-        return 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    if KIND == "gelu_tanh":
-        # sqrt(8 / pi)
-        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        return gate / (1.0 + tl.exp(-slope))
-    return gate / (1.0 + tl.exp(-gate))
 
 
 @triton.jit
@@ -59,7 +48,7 @@ def _gate_kernel(
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + row * gate_strides[0] + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_strides[0] + cols, mask=mask, other=0.0).to(tl.float32)
-    active = _activated(gate, KIND).to(dtype).to(tl.float32)
+    active = activated(gate, KIND).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * D + cols, (active * up).to(dtype), mask=mask)
 
 

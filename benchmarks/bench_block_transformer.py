@@ -3,6 +3,7 @@
     python benchmarks/bench_block_transformer.py --cases 2048/128:256,512,1024 --deadline 280
     python benchmarks/bench_block_transformer.py --cases 128/2048:512,1024 --peers block --deadline 280
     python benchmarks/bench_block_transformer.py --cases 2048/128:1 128/2048:1 --deadline 120
+    python benchmarks/bench_block_transformer.py --queue 2048/128:256 --requests 1024 --deadline 200
     python benchmarks/bench_block_transformer.py --check        correctness alone, tiny shapes; CPU too
 
 A case is prompt/new tokens and batches. Weights are random, in the shapes of the released Block
@@ -12,15 +13,22 @@ of them a later one saves (`capture_s`), those of the second one, of one token (
 memory, and `floor_s`: for the prompt and for each step the larger of bytes over the copy rate and operations
 over the rate of a large matrix product, both measured in the same run, block steps and token steps one after
 the other. Before anything is timed, every peer must give the tokens of the plain model in fp32.
+
+`--queue` times many requests on so many rows: prompts of a quarter of the length to all of it, and as many
+new tokens, drawn uniformly. "block-queue" is one call of `generate_batch`, "block-batches" calls of `generate`
+with as many prompts as rows, sorted by length and padded, until the longest answer of each batch. Both count
+the tokens that were asked for; nothing ends early.
 """
 
 import argparse
+import functools
 import gc
 import time
 
 import torch
 from _report import Report
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hf_longattn
 from hf_longattn.modeling.block_transformer import BlockTransformerConfig, BlockTransformerForCausalLM
@@ -105,7 +113,79 @@ def check():
             if not all(torch.equal(result, results[0]) for result in results):
                 raise SystemExit(f"{kind} {options}: a prepared model gives other tokens; nothing is timed")
             compared += sum(result[:, 22:].numel() for result in results[1:])
+        if kind == "block":
+            compared += check_queue(model)
     return compared
+
+
+def check_queue(model):
+    """Requests on three rows get the tokens that they get alone; returns how many tokens."""
+    requests = draw_requests(997, 9, 24, 16)
+    hf_longattn.prepare_generation(model)
+    queue = answer_queue(model, *requests, 3)
+    alone = [answer_batches(model, [prompt], [new], 1)[0] for prompt, new in zip(*requests, strict=True)]
+    hf_longattn.restore(model)
+    if queue != alone:
+        raise SystemExit("generate_batch gives other tokens than each prompt alone; nothing is timed")
+    return sum(map(len, queue))
+
+
+def draw_requests(vocab_size, count, longest, most):
+    """Prompts of `longest` / 4 to `longest` tokens, and how many new tokens each asks for."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator).tolist()
+
+    inputs = [draw(1, vocab_size, length) for length in draw(longest // 4, longest + 1, count)]
+    return inputs, draw(most // 4, most + 1, count)
+
+
+def answer_queue(model, inputs, limits, rows):
+    """`generate_batch` on so many rows; the new tokens of every request."""
+    config = ContinuousBatchingConfig(max_requests_per_batch=rows)
+    options = {"do_sample": False, "max_new_tokens": limits, "continuous_batching_config": config}
+    return [result.generated_tokens for result in model.generate_batch(inputs, **options).values()]
+
+
+def answer_batches(model, inputs, limits, rows):
+    """`generate` on batches of prompts sorted by length, padded; the new tokens of every request."""
+    order = sorted(range(len(inputs)), key=lambda number: len(inputs[number]))
+    answers = {}
+    for first in range(0, len(order), rows):
+        part = order[first : first + rows]
+        length, new = (max(values) for values in ([len(inputs[n]) for n in part], [limits[n] for n in part]))
+        ids = torch.tensor([[0] * (length - len(inputs[n])) + inputs[n] for n in part], device=DEVICE)
+        mask = torch.tensor([[0] * (length - len(inputs[n])) + [1] * len(inputs[n]) for n in part])
+        options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": new}
+        tokens = model.generate(ids, attention_mask=mask.to(DEVICE), **options)[:, length:].tolist()
+        answers |= {n: tokens[row][: limits[n]] for row, n in enumerate(part)}
+    return [answers[number] for number in range(len(inputs))]
+
+
+def time_queue(report, cases, count, card, dtype, tiny):
+    """Two rows a case: the requests in a queue, and in batches one after the other."""
+    changes = {"vocab_size": 997, "max_position_embeddings": 256} if tiny else {}
+    model = build("block-tiny" if tiny else "block-1.2b", dtype, **changes)
+    hf_longattn.prepare_generation(model)
+    for prompt, new, batches in cases:
+        inputs, limits = draw_requests(model.config.vocab_size, count, prompt, new)
+        wanted = {"prompt_tokens": sum(map(len, inputs)), "new_tokens": sum(limits)}
+        for batch in batches:
+            for peer, ask in (("block-queue", answer_queue), ("block-batches", answer_batches)):
+                row = {"peer": peer, "shape": "block-1.2b", "prompt": prompt, "new": new, "batch": batch}
+                row |= {"requests": count, **wanted, **card}
+                if report.time_left() < 20:
+                    report.add(**row, error="deadline")
+                    continue
+                # What the first call compiles, the others find.
+                seconds_of(functools.partial(ask, model, inputs[:batch], [9] * batch, batch))
+                free()
+                total = seconds_of(functools.partial(ask, model, inputs, limits, batch))
+                if CUDA:
+                    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                report.add(**row, total_s=total, tokens_per_s=sum(limits) / total)
+                free()
 
 
 def rates():
@@ -231,6 +311,10 @@ def main():
     )
     parser.add_argument("--check", action="store_true", help="correctness alone, and rows of tiny shapes")
     parser.add_argument("--cases", nargs="+", default=["2048/128:256,512,1024", "128/2048:512,1024"])
+    parser.add_argument(
+        "--queue", nargs="+", default=[], help="cases of many requests, in the place of --cases"
+    )
+    parser.add_argument("--requests", type=int, default=1024, help="of each case of --queue")
     parser.add_argument("--peers", default=DEFAULT_PEERS, help=f"of {', '.join(PEERS)}")
     parser.add_argument("--name", default="block_transformer")
     parser.add_argument("--deadline", type=float, default=280, help="seconds after which no case is begun")
@@ -239,6 +323,12 @@ def main():
     print("tokens compared", check(), flush=True)
     cases = [(14, 9, [2])] if arguments.check else [read_case(case) for case in arguments.cases]
     card, dtype = (NOMINAL, torch.float32) if arguments.check else (rates(), torch.bfloat16)
+    if arguments.queue or arguments.check:
+        queue = [(24, 16, [3])] if arguments.check else [read_case(case) for case in arguments.queue]
+        count = 9 if arguments.check else arguments.requests
+        time_queue(report, queue, count, card, dtype, arguments.check)
+    if arguments.queue:
+        return
     for peer in list(PEERS) if arguments.check else arguments.peers.split(","):
         time_peer(report, peer, cases, card, dtype, arguments.check)
         free()

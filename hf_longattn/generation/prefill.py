@@ -35,6 +35,7 @@ GPU_CHUNK_TOKENS = 8192
 _CPU_CHUNK_TOKENS = 512
 # Processes that share a chunk make it longer, up to this many times: its queries meet on every one of them.
 MOST_CHUNKS = 4
+_TILE = 128
 # Inputs that cannot be cut with the token ids: embeddings, and all that a picture or a sound comes with.
 _WHOLE = ("inputs_embeds", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
@@ -155,7 +156,9 @@ def pick_chunk(rows: int, device: torch.device, ranks: int = 1) -> int:
         ranks: that share a chunk.
     """
     tokens = _CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS
-    return max(tokens // rows, 64) * min(ranks, MOST_CHUNKS)
+    chunk = max(tokens // rows, 64) * min(ranks, MOST_CHUNKS)
+    # Each rank takes two of 2P pieces, which are whole tiles of a kernel wherever a chunk is that long.
+    return chunk // (2 * ranks * _TILE) * (2 * ranks * _TILE) or chunk
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Reading a prompt together: each rank carries its slices of the tokens through the model.
 
-The forward of the model is replaced by one that cuts what can be cut. The last tokens, whose logits are
-wanted, and a remainder that does not divide by 2P go through every rank alike, as decoded tokens do: so the
-logits are the same bits on every rank, and nothing needs to be sent afterwards.
+The forward of the model is replaced by one that cuts what can be cut. The last slice of a run is rank 0's,
+who sends the logits of the last tokens to the others. A remainder that does not divide by 2P goes through
+every rank alike, as decoded tokens do. Either way the logits are the same bits on every rank.
 """
 
 import functools
@@ -59,16 +59,30 @@ class ShardedForward:
         if positions is None:
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         mask = kwargs.get("attention_mask")
+        wanted = (_kept(kwargs) or 0) if count == ids.shape[1] else 0
         shared = {
             **kwargs,
             "input_ids": slices.take(ids, 1),
             "position_ids": slices.take(positions, positions.ndim - 1),
             "attention_mask": None if mask is None else mask[:, : past + count],
-            # The logits of these tokens are not wanted; 0 would mean all.
-            "logits_to_keep": 1,
+            # 0 would mean all of them.
+            "logits_to_keep": max(wanted, 1),
         }
         with cache.computing(slices, mask):
-            return self.run(**shared)
+            output = self.run(**shared)
+        if wanted:
+            # The last tokens of this rank's slices are those of the run on rank 0 alone.
+            output.logits = cache.group.broadcast(output.logits.contiguous())
+        return output
+
+
+def _kept(kwargs: dict[str, Any]) -> int | None:
+    """How many of the last logits a forward is asked for, None for all or a selection of them."""
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor) and keep.numel() == 0:
+        # An empty selection: none is wanted.
+        return 0
+    return keep if isinstance(keep, int) and keep > 0 else None
 
 
 def shared_tokens(kwargs: dict[str, Any]) -> int:
@@ -80,21 +94,20 @@ def shared_tokens(kwargs: dict[str, Any]) -> int:
     Returns:
         a multiple of 2P, 0 where every rank computes all.
     """
-    ids, cache, keep = (kwargs.get(name) for name in ("input_ids", "past_key_values", "logits_to_keep"))
-    if isinstance(keep, Tensor) and keep.numel() == 0:
-        # An empty selection of logits: none is wanted.
-        keep = 0
-    elif not isinstance(keep, int) or keep < 1:
+    ids, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+    keep = _kept(kwargs)
+    if keep is None or ids is None or not isinstance(cache, ShardedCache) or cache.group.world_size == 1:
         return 0
-    if not isinstance(cache, ShardedCache) or ids is None:
-        return 0
-    mask = kwargs.get("attention_mask")
     unknown = any(value is not None for name, value in kwargs.items() if name not in _KNOWN)
     if unknown or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         return 0
-    pieces = 2 * cache.group.world_size
-    count = max(ids.shape[1] - keep, 0) // pieces * pieces
+    length, pieces = ids.shape[1], 2 * cache.group.world_size
+    # Logits that are sent have no gradient, and their output has names.
+    sendable = not torch.is_grad_enabled() and kwargs.get("return_dict") is not False
+    if length % pieces == 0 and (keep == 0 or (sendable and keep <= length // pieces)):
+        return length
+    count = max(length - keep, 0) // pieces * pieces
     # A token alone counts as decoded, and so as no padding (`create_recurrent_attention_mask` of transformers
     # 5.17); a prompt goes on behind this one, which may be padding.
-    alone = keep == 0 and mask is not None and ids.shape[1] - count == 1
+    alone = keep == 0 and mask is not None and length - count == 1
     return max(count - pieces, 0) if alone else count

@@ -4,6 +4,7 @@ Every expectation is computed once, in one process without this package's shardi
 """
 
 import functools
+import itertools
 import sys
 import tempfile
 import time
@@ -108,7 +109,36 @@ def lengths(rank, size, mesh):
             assert_same(f"{family}-T{length}", output, expected(family, length=length))
 
 
-LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40, 64)
+LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40, 64)
+
+
+def last_tokens(rank, size, mesh):
+    """The last logits of a prompt that is shared whole are those of rank 0."""
+    model, plain = prepare("llama", mesh), tiny.build("llama")
+    group = SequenceGroup(mesh.get_group("cp") if size > 1 else None, timeout=TIMEOUT)
+    sent, steps = [], []
+    model.model.norm.register_forward_hook(lambda *args: steps.append(1))
+    broadcast = SequenceGroup.broadcast
+    counted = patch.object(SequenceGroup, "broadcast", lambda *args: (sent.append(1), broadcast(*args))[1])
+    lengths = (*range(1, 2 * size + 2), 4 * size, 6 * size + 1)
+    for length, keep, side in itertools.product(lengths, (1, 2), (None, "left", "right")):
+        ids, mask = tiny.tokens(2, length), torch.ones(2, length, dtype=torch.long)
+        if side is not None:
+            mask = tiny.padding([length, max(length - 2, 1)], length, side)
+        call = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": keep}
+        call["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), counted:
+            got = model(**call, past_key_values=ShardedCache(model.config, group)).logits
+            want = plain(**call).logits
+        real = mask[:, -keep:].bool()
+        assert tiny.relative_error(got[real], want[real]) <= BOUND, (length, keep, side)
+        whole = size > 1 and length % (2 * size) == 0 and keep <= length // (2 * size)
+        assert len(sent) == whole and len(steps) == (
+            1 if whole or size == 1 or length < 2 * size + keep else 2
+        )
+        everyone = group.gather(got)
+        assert torch.equal(everyone, got.expand_as(everyone)), f"T{length}: bits differ"
+        sent.clear(), steps.clear()
 
 
 def turns(rank, size, mesh):

@@ -17,6 +17,7 @@ RUN_CASES = CASES.with_name("run_cases.py")
 FAST = [
     "models",
     "lengths",
+    "last_tokens",
     "turns",
     "memory",
     "operations",

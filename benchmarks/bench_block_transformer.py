@@ -15,9 +15,9 @@ over the rate of a large matrix product, both measured in the same run, block st
 the other. Before anything is timed, every peer must give the tokens of the plain model in fp32.
 
 `--queue` times many requests on so many rows: prompts of a quarter of the length to all of it, and as many
-new tokens, drawn uniformly. "block-queue" is one call of `generate_batch`, "block-batches" calls of `generate`
-with as many prompts as rows, sorted by length and padded, until the longest answer of each batch. Both count
-the tokens that were asked for; nothing ends early.
+new tokens, drawn uniformly. "block-queue" is one call of `generate_batch`, "block-batches" are calls of
+`generate` with as many prompts as rows, sorted by length and padded, until the longest answer of each batch.
+Both count the tokens that were asked for; nothing ends early.
 """
 
 import argparse

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_longattn.instance import every_module
+
 # An activated LoRA counts its tokens from the end of what a module is given.
 _COUNTS_TOKENS = "alora_offsets"
 
@@ -39,6 +41,9 @@ def check_adapters(model: nn.Module, chunked_loss: bool) -> None:
 
 def counts_tokens(module: nn.Module) -> str | None:
     """The name of a part of `module` that counts tokens from the end of its input, or None."""
+    # Asked before every prompt: names take longer than the rest.
+    if not any(part._forward_pre_hooks for part in every_module(module)):
+        return None
     for name, part in module.named_modules():
         for hook in part._forward_pre_hooks.values():
             offsets = (getattr(hook, "keywords", None) or {}).get(_COUNTS_TOKENS) or ()

@@ -57,11 +57,13 @@ def fused(model: Any, rows: int = 0, products: _Products | None = None) -> Itera
     # A probe may fail, say for memory: what was replaced before it is put back, too.
     try:
         with _LOCK:
-            _replace_modules(changes, model, _norm_key, _fused_norm)
-            _replace_rotations(changes, model, next(model.parameters()))
+            # A prompt waits for this: the modules are walked through once.
+            modules = every_module(model)
+            _replace_modules(changes, modules, _norm_key, _fused_norm)
+            _replace_rotations(changes, modules, next(model.parameters()))
             if products is not None:
                 products.replace(changes, model, rows, _close)
-            _replace_modules(changes, model, _gated_key, _fused_gate)
+            _replace_modules(changes, modules, _gated_key, _fused_gate)
         yield
     finally:
         with _LOCK:
@@ -94,9 +96,10 @@ def fused_layer(layer: Any, hidden: Tensor) -> Iterator[None]:
     changes = Setup(layer)
     try:
         with _LOCK:
-            _replace_modules(changes, layer, _norm_key, _fused_norm)
-            _replace_modules(changes, layer, _gated_key, _fused_gate)
-            _replace_rotations(changes, layer, hidden)
+            modules = every_module(layer)
+            _replace_modules(changes, modules, _norm_key, _fused_norm)
+            _replace_modules(changes, modules, _gated_key, _fused_gate)
+            _replace_rotations(changes, modules, hidden)
         yield
     finally:
         with _LOCK:
@@ -140,16 +143,18 @@ def runs_on(device: torch.device) -> bool:
 
 def _replace_modules(
     changes: Setup,
-    model: Any,
+    modules: list[nn.Module],
     key_of: Callable[[Any], Any],
     make: Callable[[Any], _Maker | None],
 ) -> None:
     """Replaces every module with a key, by what `make` finds for the first of each key."""
-    for module in every_module(model):
+    for module in modules:
+        # Asked first: most modules have none.
+        if (key := key_of(module)) is None:
+            continue
         # A forward that somebody else put there does more than the class says; one that is compiled is fused.
         is_own = "forward" not in vars(module) and module._compiled_call_impl is None
-        key = key_of(module) if is_own and not module._forward_hooks else None
-        if key is not None and (replacement := _maker(key, module, make)) is not None:
+        if is_own and not module._forward_hooks and (replacement := _maker(key, module, make)) is not None:
             changes.set(module, "forward", functools.partial(_run, replacement(module), module.forward))
 
 
@@ -177,10 +182,10 @@ def _run(
 def _norm_key(module: Any) -> Any:
     if not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
         return None
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 1:
+    weight = module._parameters.get("weight")
+    if weight is None or not _is_whole(weight) or weight.ndim != 1:
         return None
-    if not _is_whole(weight) or not isinstance(_eps(module), float) or module._modules:
+    if not isinstance(_eps(module), float) or module._modules:
         return None
     return weight.device, weight.shape, weight.dtype, *_code(module)
 
@@ -196,7 +201,9 @@ def _is_whole(weight: Tensor) -> bool:
 
 
 def _eps(module: Any) -> Any:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    # A name that a module lacks is slow to ask it for.
+    name = "variance_epsilon" if "variance_epsilon" in vars(module) else "eps"
+    return getattr(module, name, None)
 
 
 def _twin(module: Any, tensors: dict[str, Tensor], parts: dict[str, nn.Module]) -> Any:
@@ -270,21 +277,33 @@ def _gated_key(module: Any) -> Any:
 
     What its linear layers are, with adapters or quantised, is their own matter: they are called as ever.
     """
-    # Asked first: most modules have none.
-    parts = _linear_parts(module) if "down_proj" in module._modules else {}
-    if "down_proj" not in parts or _activation_of(module) is None:
+    if "down_proj" not in module._modules:
+        return None
+    parts, activation = _linear_parts(module), _activation_of(module)
+    if "down_proj" not in parts or activation is None:
         return None
     if ("gate_up_proj" in parts) == ("gate_proj" in parts) or ("gate_proj" in parts) != ("up_proj" in parts):
         return None
-    weight = next(parts["down_proj"].parameters(), None)
+    weight = next(_held(parts["down_proj"], "_parameters"), None)
     others = {name: part for name, part in module._modules.items() if name not in parts and part is not None}
     # A norm in between, or anything else that learns.
-    learns = any(True for part in others.values() for _ in (*part.parameters(), *part.buffers()))
+    tables = ("_parameters", "_buffers")
+    learns = any(True for part in others.values() for table in tables for _ in _held(part, table))
     if weight is None or weight.device.type == "meta" or learns:
         return None
-    widths = tuple((name, part.in_features, part.out_features) for name, part in parts.items())
-    kin = tuple((name, type(part), plain_settings(part)) for name, part in others.items())
-    return weight.device, weight.dtype, widths, kin, repr(_activation_of(module)), *_code(module)
+    widths = tuple([(name, part.in_features, part.out_features) for name, part in parts.items()])
+    kin = tuple([(name, type(part), plain_settings(part)) for name, part in others.items()])
+    # An activation without parts is told from others by its class and settings.
+    is_kin = any(part is activation and not part._modules for part in others.values())
+    name = None if is_kin else repr(activation)
+    return weight.device, weight.dtype, widths, kin, name, *_code(module)
+
+
+def _held(module: nn.Module, table: str) -> Iterator[Tensor]:
+    """`module.parameters()`, or its buffers, without their names, which take longer."""
+    for part in every_module(module) if module._modules else (module,):
+        if own := vars(part)[table]:
+            yield from [value for value in own.values() if value is not None]
 
 
 def _linear_parts(module: Any) -> dict[str, Any]:
@@ -360,8 +379,8 @@ def _nearest(makers: list[Any], module: Any, probe: Tensor) -> _Maker | None:
     return agree[distances.index(min(distances))][0] if agree else None
 
 
-def _replace_rotations(changes: Setup, model: Any, like: Tensor) -> None:
-    for name in {type(module).__module__ for module in every_module(model)}:
+def _replace_rotations(changes: Setup, modules: list[nn.Module], like: Tensor) -> None:
+    for name in {type(module).__module__ for module in modules}:
         source = sys.modules.get(name)
         original = vars(source).get(_ROTARY) if source is not None else None
         # Another thread may be running a model of this kind: one replacement is enough for both.

@@ -58,7 +58,8 @@ def plain_settings(module: nn.Module) -> tuple[Any, ...]:
         module: any module.
     """
     values = vars(module).items()
-    return tuple([pair for pair in values if pair[0] not in _TABLES and isinstance(pair[1], PLAIN)])
+    # `isinstance` would ask a config for its `__class__`, and a config takes its time to look that up.
+    return tuple([pair for pair in values if pair[0] not in _TABLES and issubclass(type(pair[1]), PLAIN)])
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -77,7 +78,7 @@ def every_module(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-@dataclass
+@dataclass(slots=True)
 class _Change:
     owner: Any
     name: str
@@ -127,7 +128,11 @@ class Setup:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
         self._owners.add(id(owner))
-        setattr(owner, name, value)
+        if isinstance(owner, nn.Module) and isinstance(value, functools.partial):
+            # A module looks through its tables for a tensor or a part of that name, which this is not.
+            object.__setattr__(owner, name, value)
+        else:
+            setattr(owner, name, value)
 
     def undo(self) -> None:
         """Puts every attribute back, last change first; what others put on top of ours since stays."""

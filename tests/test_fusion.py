@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_longattn import fusion, prepare_generation, restore
 from hf_longattn.fusion import fused
 from hf_longattn.generation import linear, prefill
-from hf_longattn.instance import Setup
+from hf_longattn.instance import Setup, plain_settings
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,81 @@ def test_what_a_model_has_shown_is_not_asked_again(monkeypatch):
     monkeypatch.setattr(fusion, "_draw", None)
     with fused(model):
         assert all("forward" in vars(m) for m in model.modules() if type(m).__name__ == "LlamaRMSNorm")
+
+
+def _halve(model):
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda module, args, output: output / 2)
+
+
+def _adapt(model):
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = torch.nn.Sequential(mlp.down_proj, torch.nn.Linear(64, 64))
+
+
+def _swap(model):
+    model.model.layers[1].mlp = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
+
+
+def _nest(model):
+    # Of one class and without settings: what tells them apart lies inside.
+    model.model.layers[1].mlp.act_fn = torch.nn.Sequential(torch.nn.ReLU())
+
+
+class BufferLinear(torch.nn.Module):
+    """A linear layer whose weight is a buffer, as some quantised ones keep theirs."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("packed", 3 * linear.weight.detach())
+
+    def forward(self, states):
+        return states @ self.packed.T
+
+
+def _quantise(model):
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = BufferLinear(mlp.down_proj)
+
+
+CHANGES = {"hook": (_halve, 3), "adapter": (_adapt, 2), "module": (_swap, 2), "activation": (_nest, 2),
+           "quantised": (_quantise, 2), "dtype": (torch.nn.Module.double, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_two_prompts_is_seen(name):
+    change, gates = CHANGES[name]
+    model, ids = tiny.build("llama"), tiny.tokens(2, 5)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU())
+    with torch.no_grad():
+        with fused(model):
+            before = model(input_ids=ids).logits
+            assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
+        change(model)
+        expected = model(input_ids=ids).logits
+        with fused(model):
+            result = model(input_ids=ids).logits
+            assert sum("forward" in vars(layer.mlp) for layer in model.model.layers) == gates
+    assert result.dtype == expected.dtype and tiny.relative_error(result, expected) <= 2e-6
+    assert (tiny.relative_error(before, expected) > 1e-3) == (name != "dtype")
+
+
+def test_settings_are_read_without_asking_a_config():
+    asked = []
+
+    class Config:
+        def __getattribute__(self, name):
+            asked.append(name)
+            return super().__getattribute__(name)
+
+    module = torch.nn.ReLU()
+    module.config, module.eps, module.kind = Config(), 1e-6, "plain"
+    asked.clear()
+    assert {("training", True), ("inplace", False), ("eps", 1e-6), ("kind", "plain")} <= {
+        *plain_settings(module)
+    }
+    assert not asked
 
 
 def test_two_calls_at_once_leave_the_rotary_embedding_as_it_was():

@@ -366,7 +366,7 @@ class ShardedCache(LongContextCache):
     """A `LongContextCache` of which every rank holds its share.
 
     Every rank must do the same to its part, in the same order: it is what `generate` does when every process
-    calls it alike.
+    calls it alike. In a group of one the share is all: its layers are those of one process.
 
     Args:
         config: the model's config, or its text config.
@@ -378,9 +378,11 @@ class ShardedCache(LongContextCache):
     """
 
     def __init__(self, config: PreTrainedConfig, group: Any, capacity: int = 0) -> None:
-        super().__init__(config)
+        super().__init__(config, capacity if group.world_size == 1 else 0)
         self.group = group
         self.placement = Placement(group.rank, group.world_size)
+        if group.world_size == 1:
+            return
         self.layers: list[Any] = [
             self._sharded(index, layer, capacity) for index, layer in enumerate(self.layers)
         ]
@@ -400,7 +402,7 @@ class ShardedCache(LongContextCache):
     @property
     def is_computing(self) -> bool:
         """Whether a forward carries this rank's slices of a run."""
-        return self.layers[0].slices is not None
+        return self.group.world_size > 1 and self.layers[0].slices is not None
 
     @contextlib.contextmanager
     def computing(self, slices: Slices, mask: Tensor | None = None) -> Iterator[None]:

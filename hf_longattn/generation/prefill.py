@@ -83,8 +83,7 @@ def prefill(
     whole = mask is not None and mask.shape[1] == input_ids.shape[1]
     first = past if whole else 0
     total = input_ids.shape[1] - first
-    shared = isinstance(cache, ShardedCache)
-    ranks = cache.group.world_size if shared else 1
+    ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
     chunk = asked or pick_chunk(input_ids.shape[0], input_ids.device, ranks)
     if not asked and hasattr(model, "decode_blocks"):
         # The layers that read a prompt see one position a block of tokens.
@@ -109,7 +108,7 @@ def prefill(
                 is_first_iteration=is_first_iteration and start == 0,
                 **inputs,
             )
-            if shared and start + length < total and "logits_to_keep" in inputs:
+            if ranks > 1 and start + length < total and "logits_to_keep" in inputs:
                 # No logits are wanted here, so that every token can be shared.
                 inputs["logits_to_keep"] = input_ids.new_empty(0)
             outputs = causal_model(**inputs, return_dict=True)

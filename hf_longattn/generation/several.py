@@ -59,14 +59,15 @@ def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setu
         changes: where the changes are noted, to be undone.
     """
     original_generate: Any = model.generate
-    group = group.control
+    is_cut, group = group.world_size > 1, group.control
     original_criteria: Any = model._get_stopping_criteria
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
         with group.watch:
             check_same(group, _fields(model, args, kwargs), model.device)
-            _warn_of_whole_cache(kwargs.get("past_key_values"))
+            if is_cut:
+                _warn_of_whole_cache(kwargs.get("past_key_values"))
             if kwargs.get("streamer") is not None and group.rank > 0:
                 kwargs["streamer"] = _Silent()
             return original_generate(*args, **kwargs)

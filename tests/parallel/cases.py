@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.cache.sharded import ShardedCache, ShardedLayer
 from hf_longattn.generation import room
 from hf_longattn.generation.graph import device_lengths
@@ -397,6 +398,29 @@ def tensor_parallel(rank, size, mesh):
         )
 
 
+def tensor_parallel_alone(rank, size, mesh):
+    """All ranks in "tp": a chunk is one forward of all its tokens, on layers of one process."""
+    both = init_device_mesh("cpu", (1, size), mesh_dim_names=("cp", "tp"))
+    folder, want = even_vocabulary("llama")
+    model = tf.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="tree_attention", tp_plan="auto", device_mesh=both["tp"]
+    )
+    hf_longattn.prepare_generation(model, device_mesh=both, timeout=TIMEOUT, prefill_chunk_size=16)
+    ids, mask = batch_for("greedy")
+    shapes = []
+    handle = model.model.norm.register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
+    output = generate(model, ids, mask, do_sample=False)
+    handle.remove()
+    assert_same("llama", output, want)
+    assert shapes == [16, 7, *[1] * 8]
+    cache = output.past_key_values
+    assert isinstance(cache, ShardedCache) and {type(layer) for layer in cache.layers} == {PreallocatedLayer}
+    turn = torch.cat([output.sequences[:1], tiny.tokens(1, 13, seed=4)], 1)
+    first = generate(model, ids[:1], mask[:1], do_sample=False)
+    again = generate(model, turn, do_sample=False, past_key_values=first.past_key_values)
+    assert torch.equal(again.sequences, generate(model, turn, do_sample=False).sequences)
+
+
 @functools.cache
 def even_vocabulary(family):
     """(folder, expectation) of a model whose head divides among the ranks."""
@@ -571,6 +595,8 @@ def expect(topics):
             expected(family)
     if "tensor_parallel" in topics:
         even_vocabulary("llama"), even_vocabulary("qwen3")
+    if "tensor_parallel_alone" in topics:
+        even_vocabulary("llama")
     if "refusals" in topics or "wrapped" in topics:
         expected("llama", length=23)
     if "turns" in topics:

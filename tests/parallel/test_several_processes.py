@@ -43,6 +43,7 @@ def test_every_topic(sizes):
 @pytest.mark.slow
 def test_meshes_of_two_dimensions():
     run("4", "nodes", "tensor_parallel")
+    run("2", "tensor_parallel_alone")
 
 
 @pytest.mark.parametrize("sizes", ["2,3", pytest.param("1,4", marks=pytest.mark.slow)], ids="P{}".format)

@@ -55,7 +55,8 @@ def attend_rows(
         (B, H, T, V); zeros where a query lies in the padding.
     """
     B, H, T, _ = query.shape
-    output = query.new_empty(B, H, T, value.shape[3])
+    # Laid out as those of one row, and as the layer wants it next.
+    output = query.new_empty(B, T, H, value.shape[3]).transpose(1, 2)
     for row, first in enumerate(slots):
         # Queries of the padding see nothing.
         begin = min(max(first - (key.shape[2] - T), 0), T)

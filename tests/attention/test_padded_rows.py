@@ -37,6 +37,9 @@ def test_equal_to_the_mask_that_nobody_has_looked_at(first, sinks, monkeypatch):
         for known in (True, False)
     ]
     assert slots == [[min(n, LENGTH) for n in first]]
+    rows = padded_rows.attend_rows(query, key, value, slots[0], 0.3, options.sinks)
+    # What the layer takes next is this memory, not a copy.
+    assert rows.transpose(1, 2).is_contiguous() and torch.equal(rows.transpose(1, 2), results[0])
     assert tiny.relative_error(results[0], results[1]) <= 1e-13
 
 

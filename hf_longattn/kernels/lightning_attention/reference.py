@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_longattn.kernels.lightning_attention import rounding
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 
 CHUNK = 64
@@ -83,7 +84,7 @@ def quadratic(
 def recurrent(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token.
+    """The recurrence, token by token, its state rounded as `rounding.py` says.
 
     Args:
         query: (B, H, T, K).
@@ -104,9 +105,10 @@ def recurrent(
     forget = torch.expm1(-slopes.to(wide))[:, None, None]
     outputs = []
     for t in range(q.shape[2]):
-        # The increment is formed before it meets the state: a decay below half an ulp would otherwise be
-        # lost.
-        state = state + (k[:, :, t, :, None] * v[:, :, t, None, :] + state * forget)
+        # The change is formed before it meets the state: a decay below half an ulp would otherwise be lost.
+        key_t, value_t = k[:, :, t], v[:, :, t]
+        change = key_t[..., :, None] * value_t[..., None, :] + state * forget
+        state = rounding.add(state, change, key_t, value_t)
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], state))
     stacked = torch.stack(outputs, 2) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
     return (scale * stacked).to(dtype), state

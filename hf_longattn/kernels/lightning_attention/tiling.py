@@ -75,8 +75,9 @@ GLUON_TILINGS = {128: Tiling(64, 128, 8, 3, 1 + 4 + QUARTER_STATE, gluon=True)}
 GLUON_LENGTH, GLUON_PROGRAMS = 256, 96
 # Versions of Triton in which it compiles to what it should.
 GLUON_VERSIONS = ((3, 6), (3, 9))
-# Value columns a program and warps of a decoding step.
-STEP_TILINGS = {128: (64, 8), 256: (16, 4)}
+# Value columns a program and warps of a decoding step. 16 elements of the state a thread take 64 registers
+# with what rounds them, so that four programs share a multiprocessor.
+STEP_TILINGS = {128: (32, 8), 256: (16, 8)}
 
 
 def _by_dim(table: dict, key_dim: int) -> Any:

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_lightning_attention.py --sections check,shipped,peers --deadline 200
     python benchmarks/bench_lightning_attention.py --best --deadline 270
+    python benchmarks/bench_lightning_attention.py --sections steps --deadline 90
 
 Correctness against fp64 comes first, and a wrong kernel is not timed. `--best` searches the tilings of every
 case, the most important first; one row a case (`role` best) holds the fastest that keeps the error's target.
@@ -427,7 +428,7 @@ WIDE = tilings(
 GLUON = tuple(replace(GLUON_TILINGS[128], split=split) for split in (5, 13, 21, 7))
 NARROW = tilings((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 4), (64, 32, 4, 4))
 SHORT = tilings((64, 16, 4, 4), (64, 32, 4, 2), (128, 32, 8, 2), (64, 16, 4, 2), (64, 32, 8, 3))
-STEPS = ((16, 4), (64, 4), (64, 8), (128, 8), (32, 2), (16, 2))
+STEPS = ((64, 8), (64, 16), (16, 4), (16, 8), (32, 4), (128, 16))
 # The most important first: what a deadline cuts off matters least.
 GOALS = [
     Goal("forward", LONG, 5.95, (*GLUON, *WIDE), splits=(0, 3, 7)),
@@ -485,6 +486,13 @@ def section_best(rows):
                 rows.attempt({"section": "check"}, check_case, rows, (1, 4, 1000, dim), DTYPE, 4)
     if CUDA:
         section_peers(rows)
+
+
+def section_steps(rows):
+    """The search of the decoding steps alone."""
+    for goal in GOALS if CUDA else SMOKE_GOALS:
+        if goal.kind == "decode":
+            rows.attempt({"section": goal.kind, "case": name(goal.case)}, search, rows, goal, {})
 
 
 def main():

@@ -381,11 +381,9 @@ class ShardedCache(LongContextCache):
         super().__init__(config, capacity if group.world_size == 1 else 0)
         self.group = group
         self.placement = Placement(group.rank, group.world_size)
-        if group.world_size == 1:
-            return
-        self.layers: list[Any] = [
-            self._sharded(index, layer, capacity) for index, layer in enumerate(self.layers)
-        ]
+        shares = [self._sharded(index, layer, capacity) for index, layer in enumerate(self.layers)]
+        if group.world_size > 1:
+            self.layers: list[Any] = shares
 
     def _sharded(self, index: int, layer: Any, capacity: int) -> Any:
         if isinstance(layer, PreallocatedSlidingLayer):

@@ -6,6 +6,10 @@ takes back the one step too many; it serves Apple's GPUs only. Here it serves th
 whose results cannot tell: nothing random is drawn, nobody else's code runs once a token, and the cache can
 forget a token. Streamers get the same tokens in the same order, the first at once, the others a step later.
 
+Processes that share a prompt agree once a call, before the prompt: a step more on one of them would wait for
+the others for ever. What ends an answer is the same numbers on every rank, and so is the step at which the
+host reads it.
+
 The loop takes its method from the class of the model, and the check from its module, so no instance can have
 another one. While such calls are under way, the name in the module is a subclass that asks whose call it is:
 other models, in this thread or another, get what transformers' own class says.
@@ -34,6 +38,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.generation.graph import obstacle
 from hf_longattn.instance import Setup
+from hf_longattn.parallel.group import SequenceGroup
 
 _NAME = "DeferredStopCheck"
 _DEVICES = ("cuda",)
@@ -56,6 +61,12 @@ class _Call:
         # A streamer may end the call with an error; a cache that outlives it then holds what was streamed.
         safe = not (self.streamed and cache_is_returned)
         return plain and safe and device.type in _DEVICES and _forgets_a_token(cache)
+
+    def agree(self, group: SequenceGroup, device: torch.device) -> None:
+        """Has every rank know what all of them say: streamers and hooks may be those of one."""
+        said = torch.tensor([not (self.greedy and self.plain_criteria), self.streamed], device=device)
+        odd, self.streamed = group.gather(said).any(0).tolist()
+        self.greedy = self.plain_criteria = not odd
 
 
 _current: ContextVar[_Call | None] = ContextVar("hf_longattn_call", default=None)
@@ -147,12 +158,14 @@ def _patched() -> Iterator[None]:
                 setattr(utils, _NAME, now.chosen_by_call)
 
 
-def run_ahead(model: PreTrainedModel, changes: Setup) -> None:
+def run_ahead(model: PreTrainedModel, changes: Setup, group: SequenceGroup | None = None) -> None:
     """Lets greedy calls of `generate` of one model run ahead of the host.
 
     Args:
         model: the transformers model.
         changes: where the changes are noted, to be undone.
+        group: the ranks that make the same calls, inside the watch of which they are made; None for this
+            process alone.
     """
     original_generate: Any = model.generate
     original_processors: Any = model._get_logits_processor
@@ -180,6 +193,8 @@ def run_ahead(model: PreTrainedModel, changes: Setup) -> None:
         criteria = original_criteria(*args, **kwargs)
         if (call := _current.get()) is not None:
             call.plain_criteria = _is_plain(criteria)
+            if group is not None:
+                call.agree(group, model.device)
         return criteria
 
     changes.set(model, "generate", generate)

@@ -157,7 +157,6 @@ def _replace_methods(
     if group is not None:
         step = decoder.forward() if setup.cuda_graph else model.forward
         changes.set_forward(model, ShardedForward(model.forward, step).forward())
-        share_generation(model, group, changes)
     elif setup.cuda_graph:
         changes.set_forward(model, decoder.forward())
     prepare_cache = functools.partial(_prepare_cache, model, setup, group, original_cache)
@@ -169,8 +168,10 @@ def _replace_methods(
         changes.set(model, "_kept_program", KeptProgram())
         changes.set(model, "_sample", functools.partial(sample, model, setup, decoder))
         changes.set(model, "generate_batch", BatchGeneration(model, setup, decoder).generate_batch)
-    elif group is None:
-        run_ahead(model, changes)
+    else:
+        run_ahead(model, changes, None if group is None else group.control)
+    if group is not None:
+        share_generation(model, group, changes)
     watch_inputs(model, changes)
 
 

@@ -1,6 +1,7 @@
 """`generate()` of one prompt by several processes: the same call, the same tokens, one streamer."""
 
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
@@ -61,6 +62,7 @@ def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setu
     original_generate: Any = model.generate
     is_cut, group = group.world_size > 1, group.control
     original_criteria: Any = model._get_stopping_criteria
+    signature = inspect.signature(original_generate)
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -68,9 +70,10 @@ def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setu
             check_same(group, _fields(model, args, kwargs), model.device)
             if is_cut:
                 _warn_of_whole_cache(kwargs.get("past_key_values"))
-            if kwargs.get("streamer") is not None and group.rank > 0:
-                kwargs["streamer"] = _Silent()
-            return original_generate(*args, **kwargs)
+            call = signature.bind_partial(*args, **kwargs)
+            if call.arguments.get("streamer") is not None and group.rank > 0:
+                call.arguments["streamer"] = _Silent()
+            return original_generate(*call.args, **call.kwargs)
 
     def get_stopping_criteria(*args: Any, **kwargs: Any) -> StoppingCriteriaList:
         return GroupStopping(original_criteria(*args, **kwargs), group)

@@ -22,6 +22,8 @@ FAST = [
     "memory",
     "operations",
     "control",
+    "ahead",
+    "ahead_or_not",
     "clocks",
     "refusals",
     "reductions",
@@ -56,7 +58,10 @@ def test_an_operation_that_was_begun_names_the_rank_that_is_late():
     run("3", "late", cases=RUN_CASES)
 
 
-SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away", "runs_out")]
+SLOW = [
+    pytest.param(fault, marks=pytest.mark.slow)
+    for fault in ("hangs", "fails", "ends_ahead", "stays_away", "runs_out")
+]
 
 
 @pytest.mark.parametrize("fault", ["dies", *SLOW])

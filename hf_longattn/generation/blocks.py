@@ -13,11 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_longattn.fusion import fused
@@ -26,8 +21,15 @@ from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.kept import KeptProgram, same_place
 from hf_longattn.generation.linear import Products
-from hf_longattn.generation.prompts import fits_at_once, is_whole
-from hf_longattn.kernels.dispatch import has_triton, warn_slow
+from hf_longattn.generation.prompts import (
+    few_launches_of_prompt,
+    fits_at_once,
+    is_whole,
+    reading,
+    rows_at_once,
+)
+from hf_longattn.generation.spectator import Spectator
+from hf_longattn.kernels.dispatch import warn_slow
 
 if TYPE_CHECKING:
     from hf_longattn.generation.setup import GenerationSetup
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 _GRAPH_DEVICES = ("cuda",)
 # Those that know of keys whose number lies on the device.
 IMPLEMENTATIONS = ("tree_attention", "blockwise_attention")
-# Criteria that read the last token and the length: what they say of a copy on the CPU holds.
-PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
 class BlockProgram:
@@ -198,66 +198,6 @@ class BlockProgram:
             tensor.copy_(copy)
 
 
-class Spectator:
-    """Looks at new tokens one by one, in order: stopping criteria, pads of rows that ended, the streamer.
-
-    Args:
-        program: makes the tokens.
-        criteria: of this call.
-        streamer: of this call, or None.
-    """
-
-    def __init__(self, program: BlockProgram, criteria: StoppingCriteriaList, streamer: Any) -> None:
-        self.program, self.criteria, self.streamer = program, criteria, streamer
-        self.plain = all(type(criterion) in PLAIN_CRITERIA for criterion in criteria)
-        # Their own copy, of the same shape, gets what is looked at: one transfer a program, in place of
-        # several launches a token, and the prompt, which they do not read, is not waited for.
-        shape, dtype = program.ids.shape, program.ids.dtype
-        self.ids = torch.zeros(shape, dtype=dtype) if self.plain else program.ids
-        self.length = self.prompt = self.shown = program.length - 1
-        self.unfinished = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
-        self.copied: Tensor | None = None
-        self.arrived = torch.cuda.Event() if program.ids.is_cuda and self.plain else None
-
-    def look(self) -> None:
-        """Notes the tokens that there are; their way to the host begins, and nothing waits for it."""
-        first, self.shown = self.shown, self.program.length
-        if self.plain:
-            new = self.program.ids[:, first : self.shown].contiguous()
-            if self.arrived is None:
-                self.copied = new
-                return
-            self.copied = torch.empty(new.shape, dtype=new.dtype, pin_memory=True)
-            self.copied.copy_(new, non_blocking=True)
-            self.arrived.record()
-
-    def watch(self) -> bool:
-        """Whether any row goes on behind the tokens that `look` has noted."""
-        new = slice(self.length, self.shown)
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        if self.copied is not None:
-            self.ids[:, new] = self.copied
-        while self.length < new.stop:
-            self.length += 1
-            done = self.criteria(cast(Any, self.ids[:, : self.length]), self._scores())
-            self.unfinished &= ~done.to(self.unfinished.device)
-            if self.streamer is not None:
-                self.streamer.put(self.ids[:, self.length - 1].cpu())
-            if not bool(self.unfinished.any()):
-                return False
-            if not self.plain and self.program.choice.ends is not None:
-                rest = self.ids[:, self.length : new.stop]
-                rest.copy_(torch.where(self.unfinished[:, None], rest, self.program.choice.pad))
-        if not self.plain and self.program.choice.ends is not None:
-            self.program.end_rows(self.unfinished)
-        return True
-
-    def _scores(self) -> Any:
-        scores = self.program.kept.get("scores")
-        return None if scores is None else tuple(scores[: self.length - self.prompt])
-
-
 def sample(
     model: PreTrainedModel,
     setup: "GenerationSetup",
@@ -319,7 +259,8 @@ def _sample(
     with contextlib.ExitStack() as undo:
         program = captures.read_again(input_ids, choice, generation_config) if whole else None
         if program is None:
-            decoding = _read(model, input_ids, generation_config, model_kwargs, whole)
+            rows = captures.rows_at_once(input_ids, generation_config) if whole and not lasting else 0
+            decoding = _read(model, input_ids, generation_config, model_kwargs, whole, rows)
             if lasting:
                 undo.callback(decoding.close)
             room = generation_config.max_length - prompt + decoding.block_length
@@ -343,9 +284,21 @@ def _sample(
 
 
 def _read(
-    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], whole: bool
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    whole: bool,
+    at_once: int,
 ) -> Any:
-    """Reads a prompt; returns what decodes behind it."""
+    """Reads a prompt, `at_once` rows at a time where that is not 0; returns what decodes behind it."""
+    steps = generation_config.max_length - input_ids.shape[1]
+    cache = model_kwargs["past_key_values"]
+    if at_once:
+        with reading(model):
+            decoding = model.decode_prompts(cache, input_ids, steps, at_once)
+        if decoding is not None:
+            return decoding
     # The state that predicts the first token is that of the open block, which `decode_blocks` makes anew.
     model_kwargs = {**model_kwargs, "logits_to_keep": input_ids.new_empty(0)}
     if whole:
@@ -353,18 +306,7 @@ def _read(
         model_kwargs |= {"attention_mask": None, "position_ids": None}
     with few_launches_of_prompt(model):
         model._prefill(input_ids, generation_config, model_kwargs)
-        steps = generation_config.max_length - input_ids.shape[1]
-        return model.decode_blocks(model_kwargs["past_key_values"], steps)
-
-
-def few_launches_of_prompt(model: Any) -> contextlib.AbstractContextManager[None]:
-    """Inside, a prompt takes fewer launches, where that is faster.
-
-    Args:
-        model: with `decode_blocks`.
-    """
-    fast = has_triton() and model.device.type in _GRAPH_DEVICES and not torch.is_autocast_enabled()
-    return model.few_launches() if fast else contextlib.nullcontext()
+        return model.decode_blocks(cache, steps)
 
 
 @dataclass
@@ -384,9 +326,13 @@ class _Captures:
         if program is None or self.decoder.given_up or not self.kept.prompts.knows(length):
             return None
         room = generation_config.max_length - length + program.span
-        chunk = self.setup.prefill_chunk_size or generation_config.prefill_chunk_size
-        at_once = fits_at_once(input_ids, program.span, chunk) and not self.setup.progress
-        if not at_once or _kept(generation_config) or not program.can_read(input_ids, choice, room):
+        at_once = fits_at_once(input_ids, program.span, self._chunk(generation_config))
+        if (
+            not at_once
+            or self.setup.progress
+            or _kept(generation_config)
+            or not program.can_read(input_ids, choice, room)
+        ):
             return None
         try:
             self.kept.prompts.read(program, input_ids, choice, self.model)
@@ -394,6 +340,15 @@ class _Captures:
             self.decoder.give_up(reason_of(self.model, error))
             return None
         return program
+
+    def rows_at_once(self, input_ids: Tensor, generation_config: Any) -> int:
+        """Rows of prompts that are read together, each of them whole; 0 where they are read in chunks."""
+        span, chunk = self.model.config.block_length, self._chunk(generation_config)
+        plain = input_ids.device.type in _GRAPH_DEVICES and chunk is None and not self.setup.progress
+        return rows_at_once(input_ids, span) if plain and not fits_at_once(input_ids, span, chunk) else 0
+
+    def _chunk(self, generation_config: Any) -> int | None:
+        return self.setup.prefill_chunk_size or generation_config.prefill_chunk_size
 
     def find(self, program: BlockProgram, left: int) -> tuple[BlockProgram, int]:
         """The program to go on with, and how many of the `left` tokens it makes next."""

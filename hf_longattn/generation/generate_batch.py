@@ -24,19 +24,18 @@ from transformers.generation.configuration_utils import (
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from hf_longattn.fusion import fused_prompt
 from hf_longattn.generation.batching import RowProgram, Rows
 from hf_longattn.generation.blocks import (
     IMPLEMENTATIONS,
-    PLAIN_CRITERIA,
-    few_launches_of_prompt,
     record_steps,
     why_not_past,
 )
 from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS
+from hf_longattn.generation.prompts import reading
 from hf_longattn.generation.room import free_memory
+from hf_longattn.generation.spectator import PLAIN_CRITERIA
 
 if TYPE_CHECKING:
     from hf_longattn.generation.setup import GenerationSetup
@@ -145,7 +144,7 @@ class BatchGeneration:
         chunk = self.setup.prefill_chunk_size or config.prefill_chunk_size
         longest_first = sorted(requests, key=lambda request: -len(request.initial_tokens))
         with _progress(show, len(requests)) as ended:
-            read = functools.partial(_reading, model)
+            read = functools.partial(reading, model)
             blocks = positions if chunk is None else max(chunk // span, 1)
             behind = int(device.type == "cuda")
             Rows(program, longest_first, positions, blocks, read, ended, behind).run()
@@ -243,13 +242,6 @@ class BatchGeneration:
                 "for fewer tokens."
             )
         return min(most, int(share * free // size))
-
-
-@contextlib.contextmanager
-def _reading(model: Any) -> Iterator[None]:
-    """Inside, prompts are read with fused layers and few launches, where that is faster."""
-    with fused_prompt(model), few_launches_of_prompt(model):
-        yield
 
 
 @contextlib.contextmanager

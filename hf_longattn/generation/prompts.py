@@ -1,10 +1,13 @@
-"""Prompts that are read by a replay: the graphs that a kept program has beside that of its steps.
+"""How prompts of whole rows are read: by a replay, or some rows at a time.
 
 Reading a short prompt takes longer to launch than to run. A prompt of whole rows (no pads, nothing before it)
 that is as long as an earlier one does the same on the same buffers, first token included. So the second call
-with a prompt of some length captures that work, and later ones replay it.
+with a prompt of some length captures that work, and later ones replay it: graphs that a kept program has
+beside that of its steps. Where prompts are long together, some rows at a time are read from begin to end.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 from hf_longattn.fusion import fused_prompt
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS
+from hf_longattn.kernels.dispatch import has_triton
 
 if TYPE_CHECKING:
     from hf_longattn.generation.blocks import BlockProgram, TokenChoice
@@ -107,6 +111,40 @@ class PromptGraphs:
         with fused_prompt(model), cast(Any, model).few_launches():
             graph, _ = capture(rehearse, lambda: program.read(static), like=other)
         return graph, static
+
+
+def few_launches_of_prompt(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, a prompt takes fewer launches, where that is faster.
+
+    Args:
+        model: with `decode_blocks`.
+    """
+    fast = has_triton() and model.device.type == "cuda" and not torch.is_autocast_enabled()
+    return model.few_launches() if fast else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def reading(model: Any) -> Iterator[None]:
+    """Inside, prompts that pass the model's forward by are read with fused layers and few launches.
+
+    Args:
+        model: with `decode_blocks`.
+    """
+    with fused_prompt(model), few_launches_of_prompt(model):
+        yield
+
+
+def rows_at_once(input_ids: Tensor, span: int) -> int:
+    """How many whole prompts make as many blocks as keep products at full rate; 0 where one has more.
+
+    Dense attention over whole prompts is one call, on lengths that fill its tiles: chunks of many rows are
+    short.
+
+    Args:
+        input_ids: (B, T).
+        span: tokens of a block, L.
+    """
+    return GPU_CHUNK_TOKENS // max(input_ids.shape[1] // span, 1)
 
 
 def fits_at_once(input_ids: Tensor, span: int, chunk: int | None) -> bool:

@@ -196,6 +196,53 @@ def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatc
     assert set(calls) == {(2, 0), (1, 2), (1, 3), (1, 4)}
 
 
+@pytest.fixture
+def read_rows(monkeypatch):
+    """Prompts of more than eight blocks are read some rows at a time; lists the calls and what they say."""
+    calls, real = [], BlockTransformerForCausalLM.decode_prompts
+
+    def decode_prompts(self, cache, ids, steps, at_once):
+        result = real(self, cache, ids, steps, at_once)
+        calls.append((tuple(ids.shape), at_once, result is not None))
+        return result
+
+    monkeypatch.setattr(prompt_graphs, "GPU_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(BlockTransformerForCausalLM, "decode_prompts", decode_prompts)
+    return calls
+
+
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+@pytest.mark.parametrize("options", [GREEDY, DRAW], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("name", ["lookup", pytest.param("roberta", marks=pytest.mark.slow)])
+def test_many_whole_prompts_are_read_some_rows_at_a_time(name, options, read_rows):
+    long = {**options, "max_new_tokens": 15}
+    calls = [((14,) * 5, long), ((14,) * 5, options), ((16,) * 5, options), ((14,) * 5, long)]
+    # One row has more blocks, rows have pads, and rows that are read at once as ever.
+    others = [((40, 40), options), ((14, 11, 14, 9), options), ((9, 9), options)]
+    _, results = answers(calls + others, **EMBEDDERS[name])
+    assert all(torch.equal(*result) for result in results)
+    assert read_rows == [((5, 14), 2, True), ((5, 14), 2, True), ((5, 16), 2, True), ((5, 14), 2, True)]
+
+
+@pytest.mark.usefixtures("never_token_by_token", "recorded")
+def test_prompts_whose_cache_lasts_or_that_are_cut_in_chunks_are_read_by_the_forward(read_rows):
+    model, (ids, mask) = make(), prompts(*(14,) * 5)
+    expected = generate(model, ids, mask, **GREEDY)
+    hf_longattn.prepare_generation(model)
+    result = generate(model, ids, mask, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(result.sequences, expected)
+    assert result.past_key_values.get_seq_length() == expected.shape[1] - 1
+    hf_longattn.prepare_generation(model, prefill_chunk_size=8)
+    assert torch.equal(generate(model, ids, mask, **GREEDY), expected)
+    assert not read_rows
+    # Blocks of two vectors see each other, for which the forward has its mask.
+    model = make(n_embedding_tokens=2)
+    expected = generate(model, ids, mask, **GREEDY)
+    hf_longattn.prepare_generation(model)
+    assert torch.equal(generate(model, ids, mask, **GREEDY), expected)
+    assert read_rows == [((5, 14), 2, False)]
+
+
 @pytest.mark.parametrize("decoder", ["gpt_neox", "llama"])
 def test_captured_steps_look_the_positions_in_a_block_up(decoder, recorded):
     model = make(decoder_type=decoder)

@@ -106,24 +106,32 @@ class BlockGroup:
         plain = self.attended is None and self.valid is None and self.held.key_mask is None
         return plain and self.held.even and self.held.each == 1 and length >= self.length
 
-    def read(self, input_ids: Tensor) -> Tensor:
-        """Begins anew with prompts (R, T) without pads; state (R, D_tok) that predicts the token behind."""
+    def read(self, input_ids: Tensor, at_once: int | None = None) -> Tensor:
+        """Begins anew with prompts (R, T) without pads; state (R, D_tok) that predicts the token behind.
+
+        `at_once` rows go through the block decoder together, None: all.
+        """
         blocks, self.slot = divmod(input_ids.shape[1], self.length)
         whole, rest = input_ids.tensor_split([blocks * self.length], dim=1)
-        embeds = self.model.embedder(whole.reshape(-1, blocks, self.length), None).flatten(1, 2)
-        outputs = self.model.block_decoder(
-            inputs_embeds=embeds,
-            attention_mask=FirstMask(embeds.shape[0], blocks, embeds.device),
-            position_ids=torch.arange(blocks, device=embeds.device)[None],
-            past_key_values=FirstBlocks(self.held),
-            use_cache=False,
-        )
-        self.context.copy_(outputs.last_hidden_state[:, -1:])
+        count = len(whole)
+        for first in range(0, count, at_once or count):
+            self._read_rows(slice(first, first + (at_once or count)), whole, blocks)
         self.open_block()
         self.held.start.fill_(blocks)
         self.held.places.fill_(blocks)
         self.block_ids[:, : self.slot] = rest
         return self.step(rest)
+
+    def _read_rows(self, rows: slice, token_ids: Tensor, blocks: int) -> None:
+        embeds = self.model.embedder(token_ids[rows].reshape(-1, blocks, self.length), None).flatten(1, 2)
+        outputs = self.model.block_decoder(
+            inputs_embeds=embeds,
+            attention_mask=FirstMask(embeds.shape[0], blocks, embeds.device),
+            position_ids=torch.arange(blocks, device=embeds.device)[None],
+            past_key_values=FirstBlocks(self.held, rows),
+            use_cache=False,
+        )
+        self.context[rows] = outputs.last_hidden_state[:, -1:]
 
     def _mask(self, slot: int) -> Tensor | None:
         return None if self.attended is None else self.attended[:, :slot]
@@ -168,13 +176,14 @@ class BlockGroup:
         return [tensor for tensor in own if tensor is not None]
 
 
-def make_room(model: Any, cache: BlockTransformerCache, steps: int) -> None:
+def make_room(model: Any, cache: BlockTransformerCache, steps: int, written: int = 0) -> None:
     """Makes room for the blocks that `steps` more tokens a row fill, where there are none yet as well.
 
     Args:
         model: a `BlockTransformerForCausalLM`.
         cache: that has begun.
         steps: tokens.
+        written: blocks of every row that are about to be written.
     """
     blocks = int((cache.num_slots.max() + steps) // cache.block_length)
     if cache.context is None:
@@ -186,7 +195,7 @@ def make_room(model: Any, cache: BlockTransformerCache, steps: int) -> None:
             states = weight.new_zeros((cache.batch_size, heads, 0, width))
             layer.lazy_initialization(states, states)
     for layer in cache.layers:
-        layer.reserve(cache.batch_size, blocks * cache.keys_per_block)
+        layer.reserve(cache.batch_size, blocks * cache.keys_per_block, written * cache.keys_per_block)
 
 
 def key_shape(model: Any) -> tuple[int, int]:
@@ -249,6 +258,33 @@ class BlockDecoding:
             and slot == length % self.block_length
             and (self.groups[0].can_read(length))
         )
+
+    @classmethod
+    def of_prompts(
+        cls, model: Any, cache: BlockTransformerCache, input_ids: Tensor, steps: int, at_once: int
+    ) -> "BlockDecoding | None":
+        """Reads prompts (B, T) without pads, some rows at a time, into an empty cache that nobody else reads.
+
+        Args:
+            model: a `BlockTransformerForCausalLM`.
+            cache: empty; holds keys and values behind, and knows of no tokens.
+            input_ids: (B, T).
+            steps: tokens a row to make room for behind the prompt.
+            at_once: rows that are read together.
+
+        Returns:
+            what decodes behind the prompts; None where `BlockGroup.can_read` says no.
+        """
+        length = input_ids.shape[1]
+        blocks = length // cache.block_length
+        if blocks == 0 or cache.keys_per_block > 1:
+            return None
+        cache.start(input_ids[:, :0], None)
+        make_room(model, cache, length + steps, blocks)
+        cache.context_valid.fill_(True)
+        decoding = cls(model, cache, length + steps)
+        decoding.groups[0].first = decoding.groups[0].read(input_ids, at_once)
+        return decoding
 
     def read(self, input_ids: Tensor) -> Tensor:
         """Begins anew with prompts (B, T), without pads; logits (B, V) of the token behind them."""

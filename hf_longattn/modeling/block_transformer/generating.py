@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import GenerationMixin
 
 from .cache_block_transformer import BlockTransformerCache
@@ -25,6 +26,22 @@ class BlockGenerationMixin(GenerationMixin):
             steps: tokens a row to make room for.
         """
         return BlockDecoding(self, cache, steps)
+
+    def decode_prompts(
+        self, cache: BlockTransformerCache, input_ids: Tensor, steps: int, at_once: int
+    ) -> BlockDecoding | None:
+        """`decode_blocks` behind prompts that are read here, some rows at a time, each of them whole.
+
+        Args:
+            cache: empty, and read by nobody else.
+            input_ids: (B, T), without pads.
+            steps: tokens a row to make room for behind the prompt.
+            at_once: rows that are read together.
+
+        Returns:
+            as `decode_blocks`; None where the forward has to read them.
+        """
+        return BlockDecoding.of_prompts(self, cache, input_ids, steps, at_once)
 
     def decode_rows(self, rows: int, tokens: int) -> RowDecoding:
         """Steps of a block at a time for rows that begin and end one by one.

@@ -114,11 +114,11 @@ class FirstBlocks(Cache):
 
     Args:
         held: what the steps go on with.
-        rows: (R,) those that the prompts take; None: all.
+        rows: those that the prompts take, a slice or (R,).
         start: keys that lie in front of those that come.
     """
 
-    def __init__(self, held: HeldBlocks, rows: Tensor | None = None, start: int = 0) -> None:
+    def __init__(self, held: HeldBlocks, rows: Tensor | slice, start: int = 0) -> None:
         super().__init__(layers=held.layers)
         self.buffers, self.rows, self.start = held.buffers, rows, start
 
@@ -134,9 +134,9 @@ class FirstBlocks(Cache):
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         end = self.start + states.shape[2]
-        if self.rows is None:
-            buffer[:, :, self.start : end].copy_(states)
-            return buffer[:, :, :end]
+        if isinstance(self.rows, slice):
+            buffer[self.rows, :, self.start : end].copy_(states)
+            return buffer[self.rows, :, :end]
         buffer[:, :, self.start : end].index_copy_(0, self.rows, states)
         # What was written is at hand, unless there is more in front.
         return buffer[:, :, :end].index_select(0, self.rows) if self.start else states

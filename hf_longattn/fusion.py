@@ -34,6 +34,7 @@ _OTHER = (TypeError, RuntimeError, ValueError, IndexError, AttributeError)
 
 # What running the code of a class with some settings has shown, so that it is run once.
 _FOUND: dict[Any, Any] = {}
+_UNSEEN = object()
 # Two threads that replace the same function at once would put back each other's.
 _LOCK = threading.RLock()
 
@@ -159,10 +160,10 @@ def _replace_modules(
 
 
 def _maker(key: Any, module: Any, make: Callable[[Any], _Maker | None]) -> _Maker | None:
-    if key not in _FOUND:
+    if (found := _FOUND.get(key, _UNSEEN)) is _UNSEEN:
         with _as_it_is(key[0]):
-            _FOUND[key] = make(module)
-    return _FOUND[key]
+            found = _FOUND[key] = make(module)
+    return found
 
 
 @contextlib.contextmanager
@@ -309,12 +310,13 @@ def _held(module: nn.Module, table: str) -> Iterator[Tensor]:
 def _linear_parts(module: Any) -> dict[str, Any]:
     """The linear layers of a feed-forward layer, whatever adapts or quantises them."""
     # Experts keep several matrices in one parameter, which is no module.
-    found = {name: module._modules.get(name) for name in _PROJECTIONS}
-    return {name: part for name, part in found.items() if _is_linear(part)}
+    found = module._modules
+    return {name: found[name] for name in _PROJECTIONS if name in found and _is_linear(found[name])}
 
 
 def _is_linear(part: Any) -> bool:
-    return all(type(getattr(part, name, None)) is int for name in ("in_features", "out_features"))
+    widths = getattr(part, "in_features", None), getattr(part, "out_features", None)
+    return type(widths[0]) is type(widths[1]) is int
 
 
 def _activation_of(module: Any) -> Any:

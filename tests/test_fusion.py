@@ -1,6 +1,7 @@
 """Single kernels in place of norms and rotary embeddings: where proven, while capturing."""
 
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -503,6 +504,32 @@ def test_chunks_of_a_prompt_run_fused(monkeypatch):
     layers = len(model.model.layers)
     assert [shape[1] for shape in widths[-3 * layers :: layers]] == [8, 8, 5]
     assert not any("forward" in vars(layer.mlp) for layer in restore(model).model.layers)
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["prepared", "restored between"])
+def test_calls_of_generate_see_what_changed_since_the_last(restored, monkeypatch):
+    monkeypatch.setattr(prefill, "fused_prompt", fused)
+    model, plain, ids = tiny.build("llama"), tiny.build("llama"), tiny.tokens(2, 21)
+    plain.load_state_dict(model.state_dict())
+    prepare_generation(model, prefill_chunk_size=8)
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    seen = []
+    with torch.no_grad():
+        for change in (lambda model: None, _quantise, _halve, _swap):
+            if restored:
+                prepare_generation(restore(model), prefill_chunk_size=8)
+            change(model), change(plain)
+            # The same numbers in both.
+            plain.load_state_dict(model.state_dict())
+            scores, expected = (m.generate(ids, **options).scores[0] for m in (model, plain))
+            assert tiny.relative_error(scores, expected) <= 2e-6
+            seen.append(expected)
+    assert all(tiny.relative_error(one, other) > 1e-3 for one, other in itertools.pairwise(seen))
 
 
 def test_every_module_is_found_once_in_the_order_of_torch():

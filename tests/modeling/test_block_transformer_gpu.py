@@ -292,3 +292,25 @@ def test_captured_rows_draw_new_numbers_at_every_block():
         tuple(answer[place : place + 4]) for answer in answers for place in range(0, len(answer) - 3, 4)
     ]
     assert len(set(blocks)) == len(blocks)
+
+
+def test_prompts_that_are_read_some_rows_at_a_time_get_the_tokens_of_the_plain_model(monkeypatch):
+    from hf_longattn.generation import prompts
+
+    calls, real = [], BlockTransformerForCausalLM.decode_prompts
+    monkeypatch.setattr(
+        BlockTransformerForCausalLM,
+        "decode_prompts",
+        lambda self, *args: (calls.append(args[-1]), real(self, *args))[1],
+    )
+    # 25 blocks a row: four rows are too many, two are read together.
+    monkeypatch.setattr(prompts, "GPU_CHUNK_TOKENS", 60)
+    model, generator = make("sdpa").cuda(), torch.Generator().manual_seed(5)
+    ids, results = torch.randint(2, 500, (4, 102), generator=generator).cuda(), []
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
+    for prepare in (False, True, True):
+        if prepare and not calls:
+            hf_longattn.prepare_generation(model, cuda_graph=True)
+        results.append(model.generate(ids, max_new_tokens=23, **options))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert calls == [2, 2]

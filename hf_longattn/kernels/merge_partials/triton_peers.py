@@ -5,7 +5,7 @@ Every rank owns a board in memory that its peers map: flags, and a region a prog
     1. waits until every peer has read what its region held before,
     2. writes its rows of (output, lse) there,
     3. raises its `ready` flag on the board of every peer, and waits until all have raised theirs on its own,
-    4. reads the rows of all ranks in the order of the ranks, which makes the bits those of every other rank,
+    4. reads the rows of all ranks once, in the order of the ranks, which makes the bits those of every other,
     5. raises its `read` flag on the board of every peer.
 
 A flag goes from 0 to 1 by its sender and back by its receiver, so nothing counts calls and a CUDA graph may
@@ -49,6 +49,12 @@ def _flag(board, kind, rank, program, num_ranks, PROGRAMS: tl.constexpr, STOP: t
 
 
 @triton.jit
+def _region(board, start: tl.constexpr, dtype: tl.constexpr):
+    """Where a region of a board starts, which is at whole vectors: an address from memory says nothing."""
+    return tl.multiple_of((board + start).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
 def _take(flag, stop):
     """Waits for a flag and lowers it."""
     taken = tl.atomic_cas(flag, 1, 0, sem="acquire", scope="sys")
@@ -77,16 +83,16 @@ def _pull_merge_kernel(
     own = tl.load(boards_ptr + rank)
     stop = own.to(tl.pointer_type(tl.int32))
 
-    for peer in tl.static_range(RANKS):
-        if peer != rank:
-            _take(_flag(own, 1, peer, program, RANKS, PROGRAMS, STOP), stop)
     row_at = offset((place[0], place[1], place[2], 0), output_strides)
     output = tl.load(output_ptr + row_at[:, None] + offs_v[None, :] * output_strides[3], mask=mask, other=0.0)
     lse = tl.load(lse_ptr + offset(place, lse_strides), mask=mask_r, other=float("-inf"))
     # An empty part may hold anything.
     output = tl.where((lse == float("-inf"))[:, None], 0.0, output)
-    tl.store((own + regions).to(tl.pointer_type(dtype)) + at, output, mask=mask)
-    tl.store((own + lse_region).to(tl.pointer_type(tl.float32)) + rows, lse, mask=mask_r)
+    for peer in tl.static_range(RANKS):
+        if peer != rank:
+            _take(_flag(own, 1, peer, program, RANKS, PROGRAMS, STOP), stop)
+    tl.store(_region(own, regions, dtype) + at, output, mask=mask)
+    tl.store(_region(own, lse_region, tl.float32) + rows, lse, mask=mask_r)
     # Every thread has written before one of them says so.
     tl.debug_barrier()
     for peer in tl.static_range(RANKS):
@@ -101,19 +107,21 @@ def _pull_merge_kernel(
     tl.debug_barrier()
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    for peer in tl.static_range(RANKS):
-        found = (tl.load(boards_ptr + peer) + lse_region).to(tl.pointer_type(tl.float32)) + rows
-        peak = tl.maximum(peak, tl.load(found, mask=mask_r, other=float("-inf"), volatile=True))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros([ROWS], tl.float32)
     merged = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for peer in tl.static_range(RANKS):
+        # Nothing that is read depends on what was read before: one way to the peers and back for all of it.
         board = tl.load(boards_ptr + peer)
-        found = (board + lse_region).to(tl.pointer_type(tl.float32)) + rows
-        weight = tl.exp(tl.load(found, mask=mask_r, other=float("-inf"), volatile=True) - peak)
-        part = tl.load((board + regions).to(tl.pointer_type(dtype)) + at, mask=mask, other=0.0, volatile=True)
-        total += weight
-        merged += part.to(tl.float32) * weight[:, None]
+        found = _region(board, lse_region, tl.float32) + rows
+        lse = tl.load(found, mask=mask_r, other=float("-inf"), volatile=True)
+        part = tl.load(_region(board, regions, dtype) + at, mask=mask, other=0.0, volatile=True)
+        higher = tl.maximum(peak, lse)
+        # A row whose parts are all empty has no peak; any finite stand-in gives it weights of zero.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weight = tl.exp(peak - base), tl.exp(lse - base)
+        total = total * shrink + weight
+        merged = merged * shrink[:, None] + part.to(tl.float32) * weight[:, None]
+        peak = higher
     tl.debug_barrier()
     for peer in tl.static_range(RANKS):
         if peer != rank:
@@ -123,6 +131,7 @@ def _pull_merge_kernel(
             )
     merged = merged / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(merged_ptr + rows[:, None] * V + offs_v[None, :], merged.to(dtype), mask=mask)
+    # All parts empty: -inf + log 0.
     tl.store(merged_lse_ptr + rows, peak + tl.log(total), mask=mask_r)
 
 

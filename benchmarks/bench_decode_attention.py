@@ -40,6 +40,12 @@ EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 TUNED = [(128, 1, 2**16), (128, 1, 2**20), (128, 8, 2**16), (64, 1, 2**18), (256, 1, 2**17), (128, 8, 2**18)]
 # Many rows of few keys, as the blocks of a Block Transformer are: (head dim, heads, batch, room, keys seen).
 SHORT = [(128, 16, 512, 160, 96), (128, 16, 512, 608, 96), (128, 16, 512, 608, 512), (64, 12, 512, 608, 96)]
+CONFIGS = list(itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4, 5), (1, 2, 3)))
+# In 8 bits, eight warps of few rows take all registers of a multiprocessor.
+EIGHT_CONFIGS = [
+    (block_n, warps, stages, 8 // warps)
+    for block_n, warps, stages in itertools.product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4))
+]
 SHORT_CONFIGS = itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3), (1,))
 # (H, G, T, S, K, V), every head dim and number of rows that takes another path in the kernel.
 CHECKS = [
@@ -296,9 +302,7 @@ def tune_case(report, dim, B, S, kind):
         cache = in_8_bits(key, value, kind)
     del key, value
     num_bytes, best = sum(part.numel() * part.element_size() for part in cache.values()), None
-    for block_n, warps, stages, programs in itertools.product(
-        (32, 64, 128, 256), (4, 8), (2, 3, 4, 5), (1, 2, 3)
-    ):
+    for block_n, warps, stages, programs in EIGHT_CONFIGS if kind in EIGHT_BITS else CONFIGS:
         shared = block_n * dim * 2 * cache["key"].element_size() * (stages - 1)
         if report.time_left() < 3:
             return

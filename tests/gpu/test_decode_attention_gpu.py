@@ -4,7 +4,9 @@ import pytest
 import torch
 from test_decode_attention import (
     EIGHT_BITS,
+    FAR,
     MASKS,
+    assert_exact_at_far_scales,
     assert_exact_in_8_bits,
     dense,
     make_inputs,
@@ -83,6 +85,32 @@ def test_keys_in_8_bits(dims, num_queries, dtype, eight):
         mask = make_mask(kind, 2, num_queries, 900).to(inputs[0].device)
         sinks = torch.randn(8).cuda() if kind == "gaps" else None
         assert_exact_in_8_bits(inputs, eight, mask, None, sinks, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
+@pytest.mark.parametrize("kind", FAR)
+def test_scales_that_fp16_cannot_hold(kind, dtype):
+    assert_exact_at_far_scales(kind, dtype, "cuda")
+
+
+@pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
+def test_every_number_of_8_bits_is_itself(eight):
+    """One key with all the weight: the result is its value, exactly, in words and in single bytes."""
+    numbers = torch.arange(-128, 128, dtype=torch.int8, device="cuda").view(eight)
+    numbers = torch.where(numbers.float().isnan(), torch.zeros((), device="cuda"), numbers.float()).to(eight)
+    value, key = numbers.view(1, 1, 1, 256), torch.zeros(1, 1, 1, 256, device="cuda").to(eight)
+    query, scales = torch.ones(1, 1, 1, 256, device="cuda").half(), torch.ones(1, 1, 1, 2, device="cuda")
+    buffer = torch.zeros(1, 1, 1, 258, device="cuda").to(eight)
+    buffer[..., 1:257] = value
+    for states in (value, buffer[..., 1:257]):
+        output, _ = decode_attention(query, key, states, scales=scales, impl="triton")
+        assert torch.equal(output.float(), value.float())
+    one_hot = torch.eye(256, device="cuda").half().view(16, 16, 1, 256)
+    _, lse = decode_attention(
+        one_hot, value.expand(16, 16, 1, 256), value.expand(16, 16, 1, 256), scale=1.0,
+        scales=scales.expand(16, 16, 1, 2), impl="triton",
+    )  # fmt: skip
+    torch.testing.assert_close(lse.flatten(), value.float().flatten(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)

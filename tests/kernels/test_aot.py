@@ -165,10 +165,10 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None, 
     itemsize = 4 if dtype == "fp32" else 2
     rows = pick_rows(num_rows, itemsize)
     config = pick_config(head_dim, head_dim, itemsize, rows, 1 if keys else itemsize)
-    block = max(16, triton.next_power_of_2(head_dim))
+    block = max(32 if keys else 16, triton.next_power_of_2(head_dim))
+    read = "i16" if keys else dtype
     signature = {
-        "q_ptr": f"*{dtype}:16", "k_ptr": f"*{keys or dtype}:16", "v_ptr": f"*{keys or dtype}:16",
-        "scales_ptr": "*fp32:16", "scales_strides": ("i64:16",) * 2 + (2, 1), "o_ptr": f"*{out}:16",
+        "q_ptr": f"*{dtype}:16", "k_ptr": f"*{read}:16", "v_ptr": f"*{read}:16", "o_ptr": f"*{out}:16",
         "lse_ptr": "*fp32:16", "q_strides": ("i32:16",) * 3 + (1,), "k_strides": ("i64:16",) * 3 + (1,),
         "v_strides": ("i64:16",) * 3 + (1,), "lower_strides": ("i32", 1), "upper_strides": ("i32", 1),
         "key_mask_strides": ("i32", 1), "o_strides": ("i32:16",) * 4 + (1,),
@@ -176,24 +176,26 @@ def _decode_attention(dtype, head_dim, num_rows, masked, slow=False, keys=None, 
     }  # fmt: skip
     constexprs = {
         "GROUP": 4, "K": head_dim, "V": head_dim, "CAUSAL": masked, "GAPS": masked and num_rows > 16,
-        "ONE_QUERY": num_rows == 4, "PRECISION": config.precision, "BLOCK_R": rows, "BLOCK_K": block,
+        "ONE_QUERY": num_rows == 4, "BLOCK_R": rows, "BLOCK_K": block,
         "BLOCK_V": block, "BLOCK_N": config.block_n,
     }  # fmt: skip
     options = {"lower_ptr": "*i32:16", "upper_ptr": "*i32:16", "key_mask_ptr": "*u8:16", "cap": "fp32"}
     signature |= options if masked else {}
     constexprs |= {} if masked else dict.fromkeys(options)
-    if not keys:
-        constexprs["scales_ptr"] = None
-        signature["scales_strides"] = (0, 0, 0, 0)
-    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    if keys:
+        signature |= {"scales_ptr": "*fp32:16", "scales_strides": ("i64:16",) * 2 + (2, 1)}
+        constexprs |= {"NUMBERS": f"{keys} by ptx"}
     kind = f"{dtype}-{keys}" if keys else dtype
     variant = ("masked" if masked else "bare") + ("" if out == "fp32" else "-whole")
     id = f"decode_attention-K{head_dim}-R{rows}-{kind}-{variant}"
-    kernel = "hf_longattn.kernels.decode_attention.triton:_split_kernel"
+    kernel = "triton_eight:split_eight_kernel" if keys else "triton:_split_kernel"
+    kernel = f"hf_longattn.kernels.decode_attention.{kernel}"
     # All options at once cost a few bytes of registers at the size that streams fastest without them.
     spills = 16 if masked and block == 128 and rows == 16 and itemsize == 2 else 0
     # Exact fp32 takes no tensor core: products hold both operands in registers.
-    spills = 32 if masked and block == 256 and itemsize == 4 else spills
+    spills = (400 if keys else 32) if masked and block == 256 and itemsize == 4 else spills
+    # Many rows fill the registers, which the choice of bytes that may be NaN then passes.
+    spills = (320 if keys == "fp8" else 8) if masked and keys and rows > 16 else spills
     return Case(
         id, kernel, signature, constexprs, config.num_warps, config.num_stages, max_spills=spills, slow=slow
     )
@@ -465,17 +467,13 @@ CASES: list[Case] = [
     *(_decode_attention("bf16", dim, 4, masked=True, slow=True) for dim in (16, 48, 64, 80, 192, 256)),
     *(_decode_attention("bf16", dim, 64, masked=True, slow=True) for dim in (64, 128, 256)),
     *(_decode_attention("fp32", dim, 4, masked=True, slow=True) for dim in (64, 128, 256)),
-    _decode_attention("bf16", 128, 4, masked=True, keys="i8"),
-    _decode_attention("bf16", 128, 4, masked=True, keys="fp8e4nv"),
-    *(
-        # Two registers too many at head dim 64, next to a mask that is read a step ahead.
-        _decode_attention("bf16", dim, 4, masked=True, keys="i8", slow=True)._replace(
-            max_spills=8 * (dim == 64)
-        )
-        for dim in (48, 64, 256)
-    ),
-    *(_decode_attention("fp16", 128, rows, masked=True, keys="fp8e4nv", slow=True) for rows in (4, 64)),
-    _decode_attention("bf16", 128, 64, masked=True, keys="i8", slow=True),
+    _decode_attention("bf16", 128, 4, masked=True, keys="int8"),
+    _decode_attention("bf16", 128, 4, masked=True, keys="fp8"),
+    *(_decode_attention("bf16", 128, 4, masked=False, keys=keys) for keys in ("int8", "fp8")),
+    *(_decode_attention("bf16", dim, 4, masked=True, keys="int8", slow=True) for dim in (16, 48, 64, 256)),
+    *(_decode_attention("fp16", 128, rows, masked=True, keys="fp8", slow=True) for rows in (4, 20, 64)),
+    *(_decode_attention("bf16", dim, 64, masked=True, keys="int8", slow=True) for dim in (64, 128, 256)),
+    *(_decode_attention("fp32", dim, 4, masked=True, keys="int8", slow=True) for dim in (64, 128, 256)),
     _quantized_states("i8", 1),
     _quantized_states("fp8e4nv", 16),
     _cache_write("bf16", 128),
@@ -550,6 +548,25 @@ def test_lightning_step_shares_a_multiprocessor():
     kernel = getattr(importlib.import_module(module), name)
     used = compile_sm90(kernel, case.signature, case.constexprs, case.num_warps, case.num_stages)
     assert 4 * 32 * case.num_warps * used.registers <= 65536 or not triton.__version__.startswith(BUDGETS_OF)
+
+
+@pytest.mark.parametrize("keys", ["int8", "fp8"])
+def test_keys_in_8_bits_are_read_and_converted_two_at_a_time(keys):
+    from hf_longattn.kernels.decode_attention.triton import pick_config
+
+    case = _decode_attention("bf16", 128, 4, masked=False, keys=keys)
+    kernel = importlib.import_module("hf_longattn.kernels.decode_attention.triton_eight").split_eight_kernel
+    used = compile_sm90(kernel, case.signature, case.constexprs, case.num_warps, case.num_stages)
+    assert "cp.async.cg.shared.global" in used.ptx
+    assert re.search(r"ldmatrix\S*\.x4\.shared", used.ptx) and re.search(r"ldmatrix\S*\.trans", used.ptx)
+    assert not re.search(r"ld\.shared\S*\.[bsu]8\b|cvt\.bf16\.f16|cvt\.rn\.b?f16\.[su]", used.ptx)
+    # As many programs share a multiprocessor as the number of splits counts on; 1 KiB each is the system's.
+    programs = pick_config(128, 128, 2, 16, 1).programs_per_sm
+    assert programs * (used.shared + 1024) <= MAX_SHARED_BYTES + 1024
+    registers = -(-used.registers // 8) * 8
+    assert programs * 32 * case.num_warps * registers <= 65536 or not triton.__version__.startswith(
+        BUDGETS_OF
+    )
 
 
 def _bytes_read(ptx):

@@ -385,6 +385,65 @@ def test_triton_in_8_bits(kind, dtype, eight):
         assert_exact_in_8_bits(inputs, eight, mask, softcap, sinks, impl="triton", num_splits=2)
 
 
+@interpreted
+def test_triton_in_8_bits_reads_rows_that_are_no_words():
+    inputs = make_inputs(1, 2, 2, 1, 50, 17, 33, torch.float16)
+    query, key, value = inputs
+    assert_exact_in_8_bits(inputs, torch.int8, KeyRange(), impl="triton", num_splits=2)
+    key, value, scales = quantized_states(key, value, torch.int8)
+    buffers = [torch.full((1, 2, 50, width), 99, dtype=torch.int8) for width in (18, 40)]
+    buffers[0][..., 1:], buffers[1][..., 3:36] = key, value
+    want = decode_attention(query, key, value, scales=scales, impl="triton", num_splits=2)
+    views = buffers[0][..., 1:], buffers[1][..., 3:36]
+    token_major = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in views)
+    for cache in (views, token_major):
+        got = decode_attention(query, *cache, scales=scales, impl="triton", num_splits=2)
+        assert all(map(torch.equal, got, want))
+
+
+def far_scales(kind, dtype):
+    """Query, keys and values in int8, and scales that fp16 cannot hold; what is attended to is of size 1."""
+    query, key, value = make_inputs(1, 2, 1, 2, 96, 32, 32)
+    _, _, scales = eight = quantized_states(key, value, torch.int8, impl="reference")
+    far = 2.0**60 if dtype == torch.bfloat16 else 2.0**13
+    if kind == "small values":
+        scales[..., 1] *= 2.0**-9
+    elif kind == "large queries":
+        query[:, 0], scales[..., 0] = query[:, 0] * far, scales[..., 0] / far
+    elif kind == "zeros":
+        scales[:, :, ::3, 1] = 0.0
+    elif kind == "an unseen giant":
+        # A value far above all others, whose weight is further below theirs.
+        eight[0][:, :, 7], scales[:, :, 7, 1] = 127, 2.0**30
+        scales[:, :, 7, 0], query[..., 0] = 2.0, -query[..., 1:].abs().sum(-1) - 60.0
+    return query.to(dtype), *eight
+
+
+FAR = ["small values", "large queries", "zeros", "an unseen giant"]
+
+
+def assert_exact_at_far_scales(kind, dtype, device="cpu"):
+    """Weights and result are rounded to 16 bits once: eps / 2 of every term, and of the sum.
+
+    The reduced precision counts for all terms as if they had one sign; fp32 sums are far below it.
+    """
+    query, key, value, scales = (tensor.to(device) for tensor in far_scales(kind, dtype))
+    output, _ = decode_attention(query, key, value, scales=scales, impl="triton", num_splits=2)
+    keys, values = key.double() * scales[..., :1].double(), value.double() * scales[..., 1:].double()
+    weights = torch.softmax(query.double() @ keys.mT * query.shape[-1] ** -0.5, -1)
+    bound = torch.finfo(torch.float16).eps / 2 * (weights @ values.abs())
+    # The smallest numbers of the result's dtype are as far apart as this.
+    bound += torch.finfo(dtype).eps / 2 * (weights @ values).abs() + torch.finfo(dtype).smallest_normal / 1024
+    assert ((output.double() - weights @ values).abs() <= 1.5 * bound).all()
+    assert output.isfinite().all() and output.any()
+
+
+@interpreted
+@pytest.mark.parametrize("kind", FAR)
+def test_triton_scales_that_fp16_cannot_hold(kind):
+    assert_exact_at_far_scales(kind, torch.float16)
+
+
 @pytest.mark.skipif(interpreting(), reason="is that process")
 def test_kernel_in_the_interpreter():
     pytest.importorskip("triton")

@@ -13,9 +13,8 @@ joined by the kernel of `merge_partials`, where the sinks enter; one part withou
 and is rounded as it is stored. The work is bound by reading K and V once:
 everything else hides behind those loads. Tree Attention, arXiv 2408.04093; split keys as in Flash-Decoding.
 
-Keys and values in 8 bits become the dtype of the queries in registers, exactly. A key's scale multiplies its
-score in fp32; a value's scale multiplies its probability, which has the range for it in bf16 and fp32, and
-the value itself in fp16.
+Keys and values in 8 bits have a kernel of their own, in `triton_eight.py`; what both share is in
+`triton_parts.py`.
 """
 
 import functools
@@ -26,11 +25,19 @@ import triton
 import triton.language as tl
 
 from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.decode_attention.triton_eight import split_eight_kernel
+from hf_longattn.kernels.decode_attention.triton_parts import (
+    LN_2,
+    key_exists,
+    row_intervals,
+    soft_cap,
+    visible_keys,
+)
+from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials.triton import merge_forward
 
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
 _MAX_SPLITS = 128
 # Share of the slots that keeps the memory busy.
 _BUSY = 0.95
@@ -43,7 +50,6 @@ class DecodeConfig(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 1
-    precision: str = "ieee"
 
 
 # By head dim + value dim, each rounded up to a power of two. The first table keeps about 64 KiB a stage in
@@ -59,17 +65,18 @@ MANY_ROWS: dict[int, DecodeConfig] = {
     256: DecodeConfig(block_n=64, num_warps=8),
     512: DecodeConfig(block_n=32, num_warps=8),
 }
-# Keys and values in 8 bits, by the same two sums of head dims: half the bytes a key, so that more steps are
-# in flight.
+# Keys and values in 8 bits, by the same two sums of head dims: half the time a key, so that several programs
+# of few warps hide each other's reductions, which stop fewer warps each. They take all the registers of a
+# multiprocessor and keep 120 to 140 KiB in flight there.
 EIGHT_BITS_FEW_ROWS: dict[int, DecodeConfig] = {
-    128: DecodeConfig(block_n=128, num_warps=8, num_stages=4, programs_per_sm=2),
-    256: DecodeConfig(block_n=128, num_warps=8, num_stages=4),
-    512: DecodeConfig(block_n=64, num_warps=8, num_stages=4),
+    128: DecodeConfig(block_n=128, num_warps=2, programs_per_sm=4),
+    256: DecodeConfig(block_n=64, num_warps=2, programs_per_sm=4),
+    512: DecodeConfig(block_n=64, num_warps=4, programs_per_sm=2),
 }
 EIGHT_BITS_MANY_ROWS: dict[int, DecodeConfig] = {
-    128: DecodeConfig(block_n=64, num_stages=4, programs_per_sm=2),
-    256: DecodeConfig(block_n=64, num_warps=8, num_stages=4),
-    512: DecodeConfig(block_n=32, num_warps=8, num_stages=4),
+    128: DecodeConfig(block_n=64, num_warps=4, programs_per_sm=2),
+    256: DecodeConfig(block_n=64, num_warps=4, programs_per_sm=2),
+    512: DecodeConfig(block_n=32, num_warps=8),
 }
 # Many short caches at once, of head dims of 128: three programs share a multiprocessor, so that one's loads
 # hide behind another's; where one program has a step or two, nothing else hides them.
@@ -133,51 +140,13 @@ def _num_processors(device: torch.device) -> int:
     return 4
 
 
-@triton.jit
-def _soft_cap(score, cap):
-    """cap * tanh(score) in fp32. Near zero 1 - 2 / (exp(2x) + 1) cancels, so the series takes over."""
-    square = score * score
-    series = score * (
-        1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * 62.0 / 2835)))
-    )
-    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(score)) + 1.0)
-    tanh = tl.where(tl.abs(score) < 0.25, series, tl.where(score < 0.0, -magnitude, magnitude))
-    return cap * tanh
-
-
-@triton.jit
-def _row_interval(
-    lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL: tl.constexpr
-):
-    """[first, last) of the keys that each row sees, or of one query; empty for rows that do not exist."""
-    first = t * 0
-    last = S * mask_r
-    if CAUSAL:
-        last = tl.minimum(last, t + 1 + S - T)
-    if lower_ptr is not None:
-        lower = tl.load(lower_ptr + offset((batch, t), lower_strides), mask=mask_r, other=0)
-        first = tl.maximum(first, lower.to(tl.int32))
-    if upper_ptr is not None:
-        upper = tl.load(upper_ptr + offset((batch, t), upper_strides), mask=mask_r, other=0)
-        last = tl.minimum(last, upper.to(tl.int32))
-    return first, last
-
-
-@triton.jit
-def _key_exists(key_mask_ptr, key_mask_strides, batch, keys, end):
-    """Which of the keys exist: before `end`, and not padding."""
-    at = key_mask_ptr + offset((batch, keys), key_mask_strides)
-    return tl.load(at, mask=keys < end, other=0) != 0
-
-
 @triton.jit(do_not_specialize=["T", "S"])
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, scales_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, scales_strides, lower_strides, upper_strides, key_mask_strides,
-    o_strides, lse_strides,
+    q_ptr, k_ptr, v_ptr, lower_ptr, upper_ptr, key_mask_ptr, o_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, lower_strides, upper_strides, key_mask_strides, o_strides, lse_strides,
     scale, cap, T, S,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, GAPS: tl.constexpr,
-    ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_QUERY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_row_tiles = tl.cdiv(GROUP * T, BLOCK_R)
@@ -192,18 +161,9 @@ def _split_kernel(
     # On its way while the interval is read: nothing else hides either wait.
     at = offset((batch, head, t, 0), q_strides)[:, None] + offs_k[None, :] * q_strides[3]
     q = tl.load(q_ptr + at, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-    if ONE_QUERY:
-        # All rows see the same keys: two numbers, which no threads have to agree on.
-        first, end = _row_interval(
-            lower_ptr, upper_ptr, lower_strides, upper_strides, batch, 0, True, T, S, CAUSAL
-        )
-        begin = first
-    else:
-        first, last = _row_interval(
-            lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL
-        )
-        begin = tl.min(tl.where(first < last, first, S), 0)
-        end = tl.max(tl.where(first < last, last, 0), 0)
+    first, last, begin, end = row_intervals(
+        lower_ptr, upper_ptr, lower_strides, upper_strides, batch, t, mask_r, T, S, CAUSAL, ONE_QUERY
+    )
     split, step = tl.program_id(0), tl.num_programs(0) * BLOCK_N
     begin += split * BLOCK_N
     # Within a tile int32 is enough; the tile's own place is int64.
@@ -214,7 +174,7 @@ def _split_kernel(
     l = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if key_mask_ptr is not None:
-        next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, begin + offs_n, end)
+        next_real = key_exists(key_mask_ptr, key_mask_strides, batch, begin + offs_n, end)
     for n0 in range(begin, end, step):
         keys = n0 + offs_n
         # What is loaded waits for no mask: that of the next step comes while this one computes.
@@ -222,22 +182,13 @@ def _split_kernel(
         real = held
         if key_mask_ptr is not None:
             real = next_real
-            next_real = _key_exists(key_mask_ptr, key_mask_strides, batch, keys + step, end)
-        visible = real[None, :]
-        if not ONE_QUERY:
-            visible = visible & (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
-        if GAPS:
-            # Between two rows' intervals lie slots that nobody sees.
-            real = tl.max(visible.to(tl.int32), 0) > 0
+            next_real = key_exists(key_mask_ptr, key_mask_strides, batch, keys + step, end)
+        visible, real = visible_keys(real, keys, first, last, ONE_QUERY, GAPS)
         k_base = k_ptr + offset((batch, group, n0, 0), k_strides)
         k = tl.load(k_base + k_tile, mask=held[:, None] & mask_k[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
-        if scales_ptr is not None:
-            scales_base = scales_ptr + offset((batch, group, n0, 0), scales_strides)
-            k_scale = tl.load(scales_base + offs_n * scales_strides[2], mask=real, other=0.0)
-            score = score * k_scale[None, :]
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if cap is not None:
-            score = _soft_cap(score, cap)
+            score = soft_cap(score, cap)
         score = tl.where(visible, score, float("-inf"))
         peak = tl.maximum(m, tl.max(score, 1))
         # A row that has seen nothing yet has no peak; 0 keeps its differences defined.
@@ -250,15 +201,8 @@ def _split_kernel(
             # A slot that nobody sees may hold anything, and a probability of zero would let NaN through.
             v = tl.where(real[:, None], v, tl.zeros_like(v))
         l = l * shrink + tl.sum(p, 1)
-        if scales_ptr is not None:
-            v_base = scales_base + scales_strides[3]
-            v_scale = tl.load(v_base + offs_n * scales_strides[2], mask=real, other=0.0)
-            if q.dtype == tl.float16:
-                v = v.to(tl.float32) * v_scale[:, None]
-            else:
-                p = p * v_scale[None, :]
         # The probabilities are rounded to the dtype of the queries; sums stay fp32.
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = peak
 
     lse = tl.where(l == 0.0, float("-inf"), m * LN_2 + tl.log(tl.where(l == 0.0, 1.0, l)))
@@ -274,6 +218,20 @@ def _per_batch(tensor: torch.Tensor | None, batch: int) -> tuple[torch.Tensor | 
         return None, (0, 0)
     tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     return tensor, (tensor.stride(0) if tensor.shape[0] == batch else 0, tensor.stride(1))
+
+
+def _words(states: torch.Tensor) -> torch.Tensor:
+    """`states` in words of two neighbours, or in single bytes where its rows are not made of such words."""
+    places = (states.shape[3], *states.stride()[:3], states.storage_offset())
+    in_words = states.stride(3) == 1 and not any(place % 2 for place in places)
+    return states.view(torch.int16 if in_words else torch.int8)
+
+
+def _eight_bit_options(key: torch.Tensor, scales: torch.Tensor) -> dict[str, object]:
+    """What the kernel for keys in 8 bits takes beside the arguments of the other one."""
+    ptx = key.device.type == "cuda" and torch.version.hip is None and not interpreting()
+    numbers = ("int8" if key.dtype == torch.int8 else "fp8") + " by ptx" * ptx
+    return {"scales_ptr": scales, "scales_strides": scales.stride(), "NUMBERS": numbers}
 
 
 def decode_forward(
@@ -310,13 +268,19 @@ def decode_forward(
     upper, upper_strides = _per_batch(mask.upper, B)
     key_mask, key_mask_strides = _per_batch(mask.key_mask, B)
     gaps = T > 1 and lower is not None and (upper is not None or mask.causal)
-    _split_kernel[(num_splits, G * row_tiles, B)](
-        query, key, value, scales, lower, upper, key_mask, outputs, lse,
-        query.stride(), key.stride(), value.stride(), (0,) * 4 if scales is None else scales.stride(),
-        lower_strides, upper_strides, key_mask_strides, outputs.stride(), lse.stride(),
-        scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E if softcap else None, T, S,
-        GROUP=H // G, K=K, V=V, CAUSAL=mask.causal and T > 1, GAPS=gaps, ONE_QUERY=T == 1,
-        PRECISION=config.precision, BLOCK_R=block_r, BLOCK_K=_block_dim(K), BLOCK_V=_block_dim(V),
-        BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    kernel, least_block, options = _split_kernel, 16, {}
+    if scales is not None:
+        # The even columns are one product and the odd ones another, of no fewer than 16 columns each.
+        kernel, least_block, options = split_eight_kernel, 32, _eight_bit_options(key, scales)
+        key, value = _words(key), _words(value)
+    kernel[(num_splits, G * row_tiles, B)](
+        query, key, value, lower, upper, key_mask, outputs, lse,
+        query.stride(), key.stride(), value.stride(), lower_strides, upper_strides, key_mask_strides,
+        outputs.stride(), lse.stride(),
+        scale=scale / softcap if softcap else scale * LOG2_E, cap=softcap * LOG2_E if softcap else None,
+        T=T, S=S, GROUP=H // G, K=K, V=V, CAUSAL=mask.causal and T > 1, GAPS=gaps, ONE_QUERY=T == 1,
+        BLOCK_R=block_r, BLOCK_K=max(least_block, _block_dim(K)),
+        BLOCK_V=max(least_block, _block_dim(V)), BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages, **options,
     )  # fmt: skip
     return (outputs[0], lse[0]) if whole else merge_forward(outputs, lse, query.dtype, sinks)

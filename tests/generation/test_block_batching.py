@@ -93,10 +93,14 @@ def late(monkeypatch):
     monkeypatch.setattr(generate_batch, "Rows", Late)
 
 
-@pytest.mark.parametrize(
-    "captured", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["graph", "eager"]
-)
-@pytest.mark.parametrize("name", MODELS)
+def cases():
+    for name in MODELS:
+        fast = name in ("prefix", "columns", "roberta", "two-vectors")
+        yield pytest.param(name, True, marks=() if fast else pytest.mark.slow, id=f"{name}-graph")
+        yield pytest.param(name, False, marks=pytest.mark.slow, id=f"{name}-eager")
+
+
+@pytest.mark.parametrize(("name", "captured"), list(cases()))
 def test_every_prompt_gets_the_tokens_it_gets_alone(name, captured, request):
     graphs = request.getfixturevalue("recorded") if captured else []
     model, inputs = make(**MODELS[name]), prompts(*LENGTHS)
@@ -110,7 +114,7 @@ def test_every_prompt_gets_the_tokens_it_gets_alone(name, captured, request):
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("rows", [1, 2, 4, None])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2, None])
 @pytest.mark.parametrize("read", ["at_once", "late"])
 def test_rows_end_by_a_token_or_by_their_own_number_of_tokens(rows, read, request):
     if read == "late":

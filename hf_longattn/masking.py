@@ -74,6 +74,24 @@ def remember_runs(mask: Tensor, runs: Runs | None) -> None:
         _KNOWN_RUNS[mask] = runs
 
 
+def extend_runs(before: Tensor | None, after: Tensor | None) -> None:
+    """Carries what is known of a mask over to one that goes on behind it with ones.
+
+    Args:
+        before: (B, N), or None.
+        after: (B, more than N), not written to afterwards, or None.
+    """
+    runs = None if before is None else _KNOWN_RUNS.get(before)
+    if runs is not None and before is not None and after is not None and min(runs.end) == before.shape[1]:
+        _KNOWN_RUNS[after] = Runs(runs.first, [after.shape[1]] * len(runs.end))
+
+
+def is_known_full(mask: Tensor | None) -> bool:
+    """Whether a (B, N) mask is known to hide no token, without a look at it."""
+    runs = None if mask is None else _KNOWN_RUNS.get(mask)
+    return runs is not None and mask is not None and runs.fill(0, mask.shape[1])
+
+
 @dataclass
 class Pattern:
     """A mask function in words: every field narrows the interval of keys that a query sees."""

@@ -304,7 +304,8 @@ def _place(mask: LazyMask, layer: ShardedLayer, device: torch.device) -> KeyRang
         None if bound is None else torch.searchsorted(positions, bound.long(), out_int32=True)
         for bound in (limits.lower, limits.upper)
     )
-    # Slots that a graph is still to fill may lie past the mask: the upper bound hides them.
-    inside = positions.clamp(max=mask.kv_length - 1)
-    key_mask = None if limits.key_mask is None else limits.key_mask[:, inside]
+    key_mask = limits.key_mask
+    if key_mask is not None:
+        # Slots that a graph is still to fill may lie past the mask: the upper bound hides them.
+        key_mask = key_mask[:, positions.clamp(max=mask.kv_length - 1)]
     return KeyRange(lower=lower, upper=upper, key_mask=key_mask)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
@@ -23,7 +23,9 @@ from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.linear import Products
+from hf_longattn.instance import Setup
 from hf_longattn.kernels.dispatch import warn_slow
+from hf_longattn.masking import extend_runs, is_known_full
 
 logger = logging.getLogger("hf_longattn")
 
@@ -168,6 +170,7 @@ class GraphDecoder:
         )
 
     def _step(self, kwargs: dict[str, Any]) -> Any:
+        kwargs = without_full_mask(kwargs)
         cache: LongContextCache = kwargs["past_key_values"]
         count = kwargs["input_ids"].shape[1]
         graphs = self.graphs.setdefault(cache, CacheGraphs())
@@ -252,6 +255,36 @@ class GraphDecoder:
         """Drops the graphs of a cache: adapters or hooks may change between two calls of `generate`."""
         if isinstance(cache, LongContextCache):
             self.graphs.pop(cache, None)
+
+
+def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a step without a mask that is known to hide nothing.
+
+    Args:
+        kwargs: of a forward.
+    """
+    return {**kwargs, "attention_mask": None} if is_known_full(kwargs.get("attention_mask")) else kwargs
+
+
+def follow_masks(model: PreTrainedModel, changes: Setup) -> None:
+    """Has what is known of a prompt's mask stay known while transformers appends a one for every new token.
+
+    Args:
+        model: the transformers model; one that updates its inputs in a way of its own is left alone.
+        changes: where the changes are noted, to be undone.
+    """
+    original: Any = model._update_model_kwargs_for_generation
+    if getattr(original, "__func__", None) is not GenerationMixin._update_model_kwargs_for_generation:
+        return
+
+    @functools.wraps(original)
+    def update(outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        before = model_kwargs.get("attention_mask")
+        updated = original(outputs, model_kwargs, *args, **kwargs)
+        extend_runs(before, updated.get("attention_mask"))
+        return updated
+
+    changes.set(model, "_update_model_kwargs_for_generation", update)
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

@@ -96,6 +96,10 @@ def prefill(
             return outputs
         # A look at every chunk's mask would leave the GPU without work while the next chunk is prepared.
         runs = None if mask is None else look_for_runs(mask)
+        if mask is not None:
+            # The loop goes on with a tensor that nobody else holds: the caller may write to theirs later.
+            model_kwargs["attention_mask"] = mask[:]
+            remember_runs(model_kwargs["attention_mask"], runs)
         for start in range(0, total, chunk):
             length = min(chunk, total - start)
             inputs = _chunk_kwargs(model_kwargs, total - start - length)

@@ -17,7 +17,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.generate_batch import BatchGeneration
-from hf_longattn.generation.graph import GraphDecoder
+from hf_longattn.generation.graph import GraphDecoder, follow_masks
 from hf_longattn.generation.inputs import watch_inputs
 from hf_longattn.generation.kept import KeptProgram
 from hf_longattn.generation.offloading import check_setup, read_offload
@@ -159,6 +159,8 @@ def _replace_methods(
         changes.set_forward(model, ShardedForward(model.forward, step).forward())
     elif setup.cuda_graph:
         changes.set_forward(model, decoder.forward())
+    if setup.cuda_graph:
+        follow_masks(model, changes)
     prepare_cache = functools.partial(_prepare_cache, model, setup, group, original_cache)
     counted = functools.partial(room.prepare_cache, prepare_cache)
     changes.set(model, "_prepare_cache_for_generation", counted)

@@ -12,7 +12,7 @@ from transformers.utils import import_utils
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
-from hf_longattn.generation.graph import GraphDecoder, device_lengths, reason_of
+from hf_longattn.generation.graph import GraphDecoder, device_lengths, reason_of, without_full_mask
 from hf_longattn.kernels.dispatch import log_once
 
 FAMILIES = ["llama", "mistral-window", "gemma2", "gpt-oss", "gpt-neox", "llama4"]
@@ -55,6 +55,43 @@ def test_steps_by_the_clock_equal_ordinary_ones(family, side):
                 layer.advanced(count)
             assert tiny.relative_error(result, expected) <= 2e-5
             start = stop
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_mask_without_pads_is_known_to_the_end_of_the_answer(pads, monkeypatch):
+    ids, mask = tiny.tokens(1, 20), tiny.padding([20 - pads], 20, "left")
+    model = tiny.build("llama")
+    call = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
+    expected, masks = model.generate(ids, **call), []
+    hf_longattn.prepare_generation(model, prefill_chunk_size=8)
+    forward = model.forward
+
+    def looked_at(**kwargs):
+        if kwargs["input_ids"].shape[1] == 1:
+            masks.append(without_full_mask(kwargs)["attention_mask"])
+        return forward(**without_full_mask(kwargs))
+
+    monkeypatch.setattr(model, "forward", looked_at)
+    assert model.generate(ids, **call).tolist() == expected.tolist()
+    assert len(masks) == 5 and all((seen is None) == (pads == 0) for seen in masks)
+    masks.clear()
+    # What was known of a tensor that the caller has written to since is known no more.
+    mask[:, :5] = 0
+    model.generate(ids, **call)
+    model.generate(ids[:, -6:], **{**call, "attention_mask": mask[:, -6:]})
+    assert not any(seen is None for seen in masks)
+    hf_longattn.restore(model)
+    assert "_update_model_kwargs_for_generation" not in vars(model)
+
+
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_without_a_mask_on_a_gpu(family):
+    ids, model = tiny.tokens(2, 20).cuda(), tiny.build(family).cuda()
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 40}
+    expected = model.generate(ids, **call)
+    hf_longattn.prepare_generation(model, prefill_chunk_size=8)
+    assert model.generate(ids, **call).tolist() == expected.tolist()
 
 
 class WithoutLooking(TorchDispatchMode):

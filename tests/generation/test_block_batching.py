@@ -196,6 +196,21 @@ def test_prompts_wait_until_an_eighth_of_the_rows_is_free(monkeypatch):
     assert calls[0] == 16 and set(calls[1:]) <= {2, 3} and sum(calls) == 24
 
 
+def test_a_full_row_that_waits_for_a_prompt_stays_at_its_last_place():
+    model, inputs = make(), prompts(80, *[4] * 15, 3, 2)
+    limits = [1, *[60] * 15, 3, 9]
+    expected = [
+        alone(model, prompt, max_new_tokens=limit, do_sample=False)
+        for prompt, limit in zip(inputs, limits, strict=True)
+    ]
+    hf_longattn.prepare_generation(model)
+    seen, real = [], model.decode_rows
+    model.decode_rows = lambda *args: seen.append(real(*args)) or seen[-1]
+    assert answers(model, inputs, 16, max_new_tokens=limits, do_sample=False) == expected
+    held = seen[0].group.held
+    assert int(held.start.max()) < held.room
+
+
 def test_rows_that_nobody_uses_read_few_keys():
     model = hf_longattn.prepare_generation(make())
     seen, real = [], model.decode_rows

@@ -14,6 +14,7 @@ from hf_longattn.cache.placement import Placement, Slices
 
 CASES = Path(__file__).parent / "cases.py"
 RUN_CASES = CASES.with_name("run_cases.py")
+AHEAD_CASES = CASES.with_name("ahead_cases.py")
 FAST = [
     "models",
     "lengths",
@@ -22,8 +23,6 @@ FAST = [
     "memory",
     "operations",
     "control",
-    "ahead",
-    "ahead_or_not",
     "clocks",
     "refusals",
     "reductions",
@@ -42,6 +41,16 @@ def test_every_topic(sizes):
     run(sizes, *FAST)
 
 
+@pytest.mark.parametrize("sizes", ["2", pytest.param("1,3,4", marks=pytest.mark.slow)], ids="P{}".format)
+def test_ranks_run_ahead_together(sizes):
+    run(sizes, "ahead", "ahead_or_not", cases=AHEAD_CASES)
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_while_all_run_ahead_is_named():
+    run("3", "ends_ahead", cases=AHEAD_CASES)
+
+
 @pytest.mark.slow
 def test_meshes_of_two_dimensions():
     run("4", "nodes", "tensor_parallel")
@@ -58,10 +67,7 @@ def test_an_operation_that_was_begun_names_the_rank_that_is_late():
     run("3", "late", cases=RUN_CASES)
 
 
-SLOW = [
-    pytest.param(fault, marks=pytest.mark.slow)
-    for fault in ("hangs", "fails", "ends_ahead", "stays_away", "runs_out")
-]
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hangs", "fails", "stays_away", "runs_out")]
 
 
 @pytest.mark.parametrize("fault", ["dies", *SLOW])

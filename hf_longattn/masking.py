@@ -13,83 +13,21 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.mask_runs import Runs, known_runs
 
 MaskFunction = Callable[..., Any]
 
 # Above this many queries, one look at the mask (a device synchronisation) pays: dense attention is faster.
 _FEW_QUERIES = 16
-
-
-class Runs(NamedTuple):
-    """Where the tokens of each row lie that exist, all of a row together: `[first[b], end[b])`."""
-
-    first: list[int]
-    end: list[int]
-
-    def fill(self, begin: int, end: int) -> bool:
-        """Whether every row's tokens reach over the columns `[begin, end)`."""
-        return max(self.first) <= begin and end <= min(self.end)
-
-
-# What is known of masks that nobody writes to any more: who made them has looked.
-_KNOWN_RUNS = WeakIdKeyDictionary()
-
-
-def look_for_runs(mask: Tensor) -> Runs | None:
-    """Looks at a mask, once for all that is cut from it: one wait for the device.
-
-    Args:
-        mask: (B, N), nonzero where a token exists.
-
-    Returns:
-        the run of every row, or None where a row has gaps or no token at all.
-    """
-    exists = mask.bool()
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    first = exists.to(torch.uint8).argmax(-1)
-    end = torch.where(exists, columns + 1, 0).amax(-1)
-    rows = torch.stack([first, end, exists.sum(-1)]).tolist()
-    whole = all(0 < count == end - first for first, end, count in zip(*rows, strict=True))
-    return Runs(rows[0], rows[1]) if whole else None
-
-
-def remember_runs(mask: Tensor, runs: Runs | None) -> None:
-    """Spares `lazy_mask` a look at a mask.
-
-    Args:
-        mask: (B, N) bool, not written to afterwards.
-        runs: of the mask that `mask` holds the first columns of; None says nothing.
-    """
-    if runs is not None:
-        _KNOWN_RUNS[mask] = runs
-
-
-def extend_runs(before: Tensor | None, after: Tensor | None) -> None:
-    """Carries what is known of a mask over to one that goes on behind it with ones.
-
-    Args:
-        before: (B, N), or None.
-        after: (B, more than N), not written to afterwards, or None.
-    """
-    runs = None if before is None else _KNOWN_RUNS.get(before)
-    if runs is not None and before is not None and after is not None and min(runs.end) == before.shape[1]:
-        _KNOWN_RUNS[after] = Runs(runs.first, [after.shape[1]] * len(runs.end))
-
-
-def is_known_full(mask: Tensor | None) -> bool:
-    """Whether a (B, N) mask is known to hide no token, without a look at it."""
-    runs = None if mask is None else _KNOWN_RUNS.get(mask)
-    return runs is not None and mask is not None and runs.fill(0, mask.shape[1])
 
 
 @dataclass
@@ -465,7 +403,7 @@ def lazy_mask(
     q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)
     # Dynamo does not look into a weak dictionary.
     unknown = attention_mask is None or torch.compiler.is_compiling()
-    runs = None if unknown else _KNOWN_RUNS.get(attention_mask)
+    runs = None if unknown else known_runs(attention_mask)
     if runs is not None and isinstance(kv_offset, int) and runs.fill(kv_offset, kv_offset + kv_length):
         attention_mask = None
     padding = _local_padding(attention_mask, batch_size, kv_length, kv_offset)

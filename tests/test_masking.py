@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.mask_runs import look_for_runs, remember_runs
 from hf_longattn.masking import (
     LazyMask,
     document_bounds,
     lazy_mask,
-    look_for_runs,
     packed_bounds,
     recognise,
-    remember_runs,
 )
 
 BATCH = 2

@@ -25,7 +25,7 @@ from hf_longattn.generation.capture import capture
 from hf_longattn.generation.linear import Products
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.dispatch import warn_slow
-from hf_longattn.masking import extend_runs, is_known_full
+from hf_longattn.kernels.mask_runs import extend_runs, is_known_full
 
 logger = logging.getLogger("hf_longattn")
 

@@ -23,7 +23,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.fusion import fused_prompt
-from hf_longattn.masking import look_for_runs, remember_runs
+from hf_longattn.kernels.mask_runs import look_for_runs, remember_runs
 
 if TYPE_CHECKING:
     from hf_longattn.generation.graph import GraphDecoder

@@ -6,7 +6,8 @@ import torch
 
 from hf_longattn.attention import padded_rows
 from hf_longattn.attention.exact import Options, exact_attention
-from hf_longattn.masking import lazy_mask, look_for_runs, remember_runs
+from hf_longattn.kernels.mask_runs import look_for_runs, remember_runs
+from hf_longattn.masking import lazy_mask
 
 LENGTH, QUERIES = 50, 20
 

@@ -344,7 +344,10 @@ class _Captures:
     def rows_at_once(self, input_ids: Tensor, generation_config: Any) -> int:
         """Rows of prompts that are read together, each of them whole; 0 where they are read in chunks."""
         span, chunk = self.model.config.block_length, self._chunk(generation_config)
-        plain = input_ids.device.type in _GRAPH_DEVICES and chunk is None and not self.setup.progress
+        device = input_ids.device.type
+        plain = device in _GRAPH_DEVICES and chunk is None and not self.setup.progress
+        # Which dtypes keys and values have under autocast, the forward alone finds out.
+        plain = plain and not torch.is_autocast_enabled(device)
         return rows_at_once(input_ids, span) if plain and not fits_at_once(input_ids, span, chunk) else 0
 
     def _chunk(self, generation_config: Any) -> int | None:

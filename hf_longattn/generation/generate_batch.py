@@ -59,6 +59,7 @@ _REFUSED = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "token_healing": (None, False),
+    "stop_strings": (None, []),
 }
 
 
@@ -114,9 +115,9 @@ class BatchGeneration:
             TypeError: arguments that are not known, or prompts that are no lists of ids.
         """
         self._check(continuous_batching_config, persistent_manager)
-        if not inputs:
+        prompts = _read_prompts(inputs, self.model.config.vocab_size)
+        if not prompts:
             return {}
-        prompts = [_read_prompt(prompt) for prompt in inputs]
         limits = kwargs.pop("max_new_tokens", None)
         config = self._read_config(generation_config, kwargs)
         limits = _read_limits(config.max_new_tokens if limits is None else limits, len(prompts))
@@ -164,6 +165,11 @@ class BatchGeneration:
         reason = why_not_past(self.model, self.decoder)
         if reason is not None:
             raise ValueError(f"`generate_batch` does not call the model's forward, and {reason}.")
+        if torch.is_autocast_enabled(self.model.device.type):
+            raise ValueError(
+                "`generate_batch` keeps keys and values in the dtype of the model, and `torch.autocast` has "
+                "them made in another; call it outside, with the model in that dtype."
+            )
         for name in ("cache_dtype", "offload_layers"):
             value = getattr(self.setup, name)
             if value not in (None, 0, "auto"):
@@ -179,6 +185,7 @@ class BatchGeneration:
                     f"`continuous_batching_config.{field.name}` must be left out for a Block Transformer, "
                     f"got {value!r}; {' and '.join(f'`{name}`' for name in _HONOURED)} can be set."
                 )
+        _check_bounds(batching)
 
     def _read_config(self, given: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         """The configuration as `generate` completes it, refused where rows cannot honour it."""
@@ -256,7 +263,35 @@ def _progress(show: bool, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _read_prompt(prompt: Any) -> list[int]:
+def _check_bounds(batching: ContinuousBatchingConfig | None) -> None:
+    """Refuses a number of rows, or a share of the memory, that cannot be."""
+    if batching is None:
+        return
+    rows, share = batching.max_requests_per_batch, batching.max_memory_percent
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ValueError(
+            "`continuous_batching_config.max_requests_per_batch` must be a positive number or None, got "
+            f"{rows!r}."
+        )
+    if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
+        raise ValueError(
+            "`continuous_batching_config.max_memory_percent` must lie above 0 and be at most 1, got "
+            f"{share!r}."
+        )
+
+
+def _read_prompts(inputs: Any, vocab_size: int) -> list[list[int]]:
+    """Every prompt as a list of ids."""
+    if not isinstance(inputs, (list, tuple)):
+        # The rows of a tensor are of one length: who knows which of their tokens are pads.
+        raise TypeError(
+            f"`inputs` must be a list with the token ids of each prompt, got {type(inputs).__name__}; pass "
+            "`tokenizer(texts)['input_ids']`, without padding."
+        )
+    return [_read_prompt(prompt, vocab_size) for prompt in inputs]
+
+
+def _read_prompt(prompt: Any, vocab_size: int) -> list[int]:
     """A prompt as a list of ids."""
     ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     if not isinstance(ids, (list, tuple)) or not all(isinstance(each, int) for each in ids):
@@ -266,6 +301,11 @@ def _read_prompt(prompt: Any) -> list[int]:
         )
     if not ids:
         raise ValueError("`inputs` must hold at least one token a prompt, got an empty one.")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(
+            f"`inputs` must hold ids from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}."
+        )
     return list(ids)
 
 

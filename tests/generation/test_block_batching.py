@@ -272,6 +272,11 @@ REFUSED = {
     "MaxTimeCriteria": {"max_time": 1.0},
     "must be a positive number": {"max_new_tokens": None},
     "a list of 2 of them": {"max_new_tokens": [3]},
+    "stop_strings": {"stop_strings": "a"},
+    "max_requests_per_batch": {
+        "continuous_batching_config": ContinuousBatchingConfig(max_requests_per_batch=-1)
+    },
+    "max_memory_percent": {"continuous_batching_config": ContinuousBatchingConfig(max_memory_percent=1.5)},
 }
 
 
@@ -287,11 +292,22 @@ def test_models_and_prompts_that_do_not_fit_are_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="prepare_generation"):
         model.generate_batch(inputs, **GREEDY)
     hf_longattn.prepare_generation(model)
-    for wrong, error in (([[]], ValueError), (["text"], TypeError), ([[0.5]], TypeError)):
+    for wrong, error in (
+        ([[]], ValueError),
+        (["text"], TypeError),
+        ([[0.5]], TypeError),
+        # Nobody knows which tokens of equal rows are pads.
+        (torch.tensor([[3, 5], [4, PAD]]), TypeError),
+        # Behind whole blocks, -1 would say that the model chooses.
+        ([[1, 2, 3, 4, -1]], ValueError),
+        ([[1, 2, 3, 61]], ValueError),
+    ):
         with pytest.raises(error, match="`inputs`"):
             model.generate_batch(wrong, **GREEDY)
     with pytest.raises(TypeError, match="`attention_mask`"):
         model.generate_batch(inputs, attention_mask=None, **GREEDY)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        model.generate_batch(inputs, **GREEDY)
     monkeypatch.setattr(generate_batch, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="fewer tokens"):
         model.generate_batch(inputs, **GREEDY)

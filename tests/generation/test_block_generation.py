@@ -232,6 +232,11 @@ def test_prompts_whose_cache_lasts_or_that_are_cut_in_chunks_are_read_by_the_for
     result = generate(model, ids, mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(result.sequences, expected)
     assert result.past_key_values.get_seq_length() == expected.shape[1] - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        # Keys and values are of two dtypes.
+        own = generate(hf_longattn.restore(model), ids, mask, **GREEDY)
+        hf_longattn.prepare_generation(model, cuda_graph=False)
+        assert torch.equal(generate(model, ids, mask, **GREEDY), own)
     hf_longattn.prepare_generation(model, prefill_chunk_size=8)
     assert torch.equal(generate(model, ids, mask, **GREEDY), expected)
     assert not read_rows

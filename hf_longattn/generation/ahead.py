@@ -1,10 +1,11 @@
-"""Greedy decoding that queues the next step before the host has read whether the last one ended the answer.
+"""Decoding that queues the next step before the host has read whether the last one ended the answer.
 
 transformers' loop asks the device after every token whether any row goes on, and the GPU waits for the host
 to ask, to prepare the next step and to launch it. Its `DeferredStopCheck` reads the answer one step later and
 takes back the one step too many; it serves Apple's GPUs only. Here it serves the calls of a prepared model
-whose results cannot tell: nothing random is drawn, nobody else's code runs once a token, and the cache can
-forget a token. Streamers get the same tokens in the same order, the first at once, the others a step later.
+whose results cannot tell: nobody else's code runs once a token, the cache can forget a token, and so can the
+generator of random numbers. Streamers get the same tokens in the same order, the first at once, the others a
+step later.
 
 Processes that share a prompt agree once a call, before the prompt: a step more on one of them would wait for
 the others for ever. What ends an answer is the same numbers on every rank, and so is the step at which the
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import inspect
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ from hf_longattn.parallel.group import SequenceGroup
 
 _NAME = "DeferredStopCheck"
 _DEVICES = ("cuda",)
+# Whose code is known to do nothing else.
+_OWN = ("transformers.", "hf_longattn.")
 # Processors that call a function of the caller's, or the model.
 _CALLING = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
@@ -51,22 +55,26 @@ class _Call:
     """What one call of `generate` has said so far; it runs ahead once both lists are known to be plain."""
 
     streamed: bool
-    greedy: bool = False
+    # By a class of the caller's, which may draw random numbers too.
+    streamed_to_others: bool = False
+    sampled: bool = False
+    plain_processors: bool = False
     plain_criteria: bool = False
 
     def takes(self, device: torch.device, cache: Any, cache_is_returned: bool) -> bool:
         """Whether the host may read one step late, asked once: what a streamer generates is not this call."""
-        plain = self.greedy and self.plain_criteria
-        self.greedy = False
+        plain = self.plain_processors and self.plain_criteria
+        self.plain_processors = False
         # A streamer may end the call with an error; a cache that outlives it then holds what was streamed.
         safe = not (self.streamed and cache_is_returned)
         return plain and safe and device.type in _DEVICES and _forgets_a_token(cache)
 
     def agree(self, group: SequenceGroup, device: torch.device) -> None:
         """Has every rank know what all of them say: streamers and hooks may be those of one."""
-        said = torch.tensor([not (self.greedy and self.plain_criteria), self.streamed], device=device)
+        plain = self.plain_processors and self.plain_criteria
+        said = torch.tensor([not plain, self.streamed], device=device)
         odd, self.streamed = group.gather(said).any(0).tolist()
-        self.greedy = self.plain_criteria = not odd
+        self.plain_processors = self.plain_criteria = not odd
 
 
 _current: ContextVar[_Call | None] = ContextVar("hf_longattn_call", default=None)
@@ -99,8 +107,15 @@ def _chosen_by_call(base: Any) -> Any:
             recorded = cache_is_returned and not _forgets_a_token(cache)
             super().__init__(input_ids, max_length, cache, recorded, streamer)
             self.cache = cache if cache_is_returned else None
+            call, device = _current.get(), input_ids.device
+            draws = call is not None and call.sampled and device.type in _DEVICES
+            self.generator = _generator(device) if draws else None
+            # Behind the numbers of the last step but one, and of the last.
+            self.random_states = deque(maxlen=2)
 
         def __call__(self, unfinished_sequences: Any, tokens: Any, length: int) -> Any:
+            if self.generator is not None:
+                self.random_states.append(self.generator.get_state())
             streamer = self.streamer if self.is_first_step else None
             stopping = super().__call__(unfinished_sequences, tokens, length)
             if streamer is not None:
@@ -109,7 +124,22 @@ def _chosen_by_call(base: Any) -> Any:
                 self.streamer = _AllButFirst(streamer)
             return stopping
 
+        def finish(self) -> Any:
+            steps_to_undo = super().finish()
+            if steps_to_undo and self.generator is not None:
+                self.generator.set_state(self.random_states[0])
+            return steps_to_undo
+
     return DeferredStopCheck
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """What the tokens of a model on a device are drawn from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ]
+    return torch.default_generator
 
 
 class _AllButFirst(BaseStreamer):
@@ -159,7 +189,7 @@ def _patched() -> Iterator[None]:
 
 
 def run_ahead(model: PreTrainedModel, changes: Setup, group: SequenceGroup | None = None) -> None:
-    """Lets greedy calls of `generate` of one model run ahead of the host.
+    """Lets greedy and sampled calls of `generate` of one model run ahead of the host.
 
     Args:
         model: the transformers model.
@@ -175,7 +205,10 @@ def run_ahead(model: PreTrainedModel, changes: Setup, group: SequenceGroup | Non
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        token = _current.set(_Call(streamed=given.get("streamer") is not None))
+        streamer = given.get("streamer")
+        token = _current.set(
+            _Call(streamer is not None, not _is_plain([] if streamer is None else [streamer]))
+        )
         try:
             with _patched():
                 return original_generate(*args, **kwargs)
@@ -185,8 +218,10 @@ def run_ahead(model: PreTrainedModel, changes: Setup, group: SequenceGroup | Non
     def get_logits_processor(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = original_processors(generation_config, *args, **kwargs)
         if (call := _current.get()) is not None:
+            call.sampled = bool(generation_config.do_sample)
+            told = call.sampled and call.streamed_to_others
             # A hook sees every call of a module: one too many would show.
-            call.greedy = not generation_config.do_sample and _is_plain(processors) and not obstacle(model)
+            call.plain_processors = not told and _is_plain(processors) and not obstacle(model)
         return processors
 
     def get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
@@ -203,7 +238,5 @@ def run_ahead(model: PreTrainedModel, changes: Setup, group: SequenceGroup | Non
 
 
 def _is_plain(steps: Any) -> bool:
-    """Whether all processors or criteria are transformers' own, and call nobody else's function."""
-    return all(
-        type(step).__module__.startswith("transformers.") and not isinstance(step, _CALLING) for step in steps
-    )
+    """Whether all processors, criteria or streamers are transformers' or ours, and call nobody else's."""
+    return all(type(step).__module__.startswith(_OWN) and not isinstance(step, _CALLING) for step in steps)

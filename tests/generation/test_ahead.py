@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import utils
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -176,6 +176,17 @@ def test_the_name_in_transformers_stays_that_of_its_class(deferred):
     assert isinstance(deferred[0], base)
 
 
+class _Numbers:
+    """A tokenizer whose text is the list of tokens, which it notes."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def decode(self, tokens, **kwargs):
+        self.seen.append(list(tokens))
+        return "\n"
+
+
 class _Always(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores
@@ -189,7 +200,7 @@ class _Never(StoppingCriteria):
 @pytest.mark.parametrize(
     "call",
     [
-        {"do_sample": True},
+        {"do_sample": True, "streamer": _Recorder(), "return_dict_in_generate": False},
         {"num_beams": 2},
         {"logits_processor": LogitsProcessorList([_Always()])},
         {"stopping_criteria": StoppingCriteriaList([_Never()])},
@@ -202,12 +213,36 @@ class _Never(StoppingCriteria):
 def test_what_could_tell_stays_with_the_loop(call, deferred):
     ids, model = tiny.tokens(1, 12), tiny.build("llama")
     torch.manual_seed(3)
-    expected = generate(model, ids, **call).sequences
+    expected = generate(model, ids, **call)
     torch.manual_seed(3)
-    assert (
-        generate(hf_longattn.prepare_generation(model), ids, **call).sequences.tolist() == expected.tolist()
-    )
+    result = generate(hf_longattn.prepare_generation(model), ids, **call)
+    tokens = [getattr(output, "sequences", output).tolist() for output in (result, expected)]
+    assert tokens[0] == tokens[1]
     assert not deferred
+
+
+@pytest.mark.parametrize("end", ["an end", "none"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sampled_calls_draw_no_number_too_many(rows, streamed, end, deferred):
+    ids, mask = tiny.tokens(rows, 12), tiny.padding([12, 7, 9][:rows], 12, "left")
+    call = {"do_sample": True, "top_k": 40, "temperature": 0.9, "pad_token_id": 0}
+    model = tiny.build("llama")
+    torch.manual_seed(3)
+    plain = generate(model, ids, mask, **call).sequences[:, 12:]
+    if end == "an end":
+        call["eos_token_id"] = sorted({int(row[5 + 4 * index]) for index, row in enumerate(plain)})
+    seen = []
+    for model in (tiny.build("llama"), hf_longattn.prepare_generation(tiny.build("llama"))):
+        torch.manual_seed(3)
+        if streamed and rows == 1:
+            call |= {"streamer": TextStreamer(_Numbers(seen)), "return_dict_in_generate": False}
+        output = generate(model, ids, mask, **call)
+        # The next call goes on where this one ended.
+        seen += [getattr(output, "sequences", output).tolist(), torch.rand(3).tolist()]
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:] and len(deferred) == 1
+    assert deferred[0].stop_reported == (end == "an end")
 
 
 def test_a_hook_sees_no_call_too_many(deferred):
@@ -232,6 +267,24 @@ def test_others_are_served_as_before_while_a_call_is_under_way(deferred):
     hf_longattn.restore(model)
     generate(model, ids, max_new_tokens=4)
     assert len(deferred) == 1
+
+
+@gpu
+def test_sampled_calls_on_a_gpu_go_on_with_the_same_numbers(monkeypatch):
+    ids, model = tiny.tokens(1, 12).cuda(), tiny.build("llama").cuda()
+    call, seen = {"do_sample": True, "top_k": 40, "pad_token_id": 0}, []
+    torch.manual_seed(3)
+    call["eos_token_id"] = int(generate(model, ids, **call).sequences[0, 20])
+    made, base = [], utils.DeferredStopCheck.__call__
+    monkeypatch.setattr(
+        utils.DeferredStopCheck, "__call__", lambda self, *a: (made.append(1), base(self, *a))[1]
+    )
+    for prepare in (lambda model: model, hf_longattn.prepare_generation):
+        prepared = prepare(model)
+        torch.manual_seed(3)
+        tokens = generate(prepared, ids, **call).sequences.tolist()
+        seen.append((tokens, torch.rand(3, device="cuda").tolist()))
+    assert made and seen[0] == seen[1]
 
 
 @gpu

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import transformers as tf
 from cases import Collect, Uneven, assert_same, error_of, generate, mesh_of, prepare, result
 from transformers.generation import utils
+from transformers.generation.streamers import TextStreamer
 
 from hf_longattn.generation import ahead as run_ahead
 
@@ -65,6 +66,20 @@ def ending(family, rows):
     return (ids, mask), call, result(generate(model, ids, mask, **call))
 
 
+class _Quiet:
+    """A tokenizer that has no words."""
+
+    def decode(self, tokens, **kwargs):
+        return ""
+
+
+@functools.cache
+def sampled():
+    """What one process draws, and the numbers that come next."""
+    inputs, call, _ = ending("llama", 1)
+    return generate(tiny.build("llama"), *inputs, **{**call, "do_sample": True}).sequences, torch.rand(3)
+
+
 def ahead(rank, size, mesh):
     """Calls that read the end of an answer one step late, on all ranks or on none."""
     for family, rows in itertools.product(("llama", "gemma2", "mistral-window"), (1, 3)):
@@ -98,6 +113,14 @@ def ahead_or_not(rank, size, mesh):
                 assert sum(streamer.parts, []) == tokens[0].tolist()
             # A streamer may end the call, and a cache that is returned holds what it saw.
             assert len(made) == (not returned)
+            made.clear()
+        for streamed in (False, True):
+            # The streamers of the other ranks are silent ones: they run ahead with the first.
+            kwargs = {"streamer": TextStreamer(_Quiet())} if streamed else {}
+            drawn = generate(model, *inputs, **(plain if streamed else call) | {"do_sample": True}, **kwargs)
+            tokens = drawn if streamed else drawn.sequences
+            assert torch.equal(tokens, sampled()[0]) and torch.equal(torch.rand(3), sampled()[1])
+            assert len(made) == 1
             made.clear()
         handle = model.model.layers[0].register_forward_hook(lambda *args: None) if rank == size - 1 else None
         assert_same("hook", generate(model, *inputs, **call), want)
@@ -148,6 +171,7 @@ def expect(topics):
     if "ends_ahead" not in topics:
         for family, rows in itertools.product(("llama", "gemma2", "mistral-window"), (1, 3)):
             ending(family, rows)
+        sampled()
 
 
 if __name__ == "__main__":

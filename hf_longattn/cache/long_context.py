@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
@@ -212,6 +213,6 @@ def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dty
 
 def _signature(config: PreTrainedConfig) -> dict[str, Any]:
     fields = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-    return {name: getattr(config, name, None) for name in fields} | {
+    return {name: field_of(config, name) for name in fields} | {
         "vocab_size": getattr(config, "vocab_size", None)
     }

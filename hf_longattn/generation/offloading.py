@@ -21,9 +21,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.head_sizes import layer_sizes
 from hf_longattn.cache.offloaded import BUFFERS, OffloadedLayer, offload, offloaded_layers
 from hf_longattn.cache.recurrent import lightning_layers
-from hf_longattn.generation.planning import RESERVE, Plan, Ranks, head_sizes
+from hf_longattn.generation.planning import RESERVE, Plan, Ranks
 
 # PCIe 5 x16 moves 63 GB/s by its specification; large copies are taken to reach four fifths of that.
 HOST_RATE = 50e9
@@ -73,8 +74,11 @@ def layer_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> in
         tokens: of the sequence.
         dtype: of keys and values.
     """
-    _, groups, key_width, value_width = head_sizes(config)
-    return tokens * groups * (key_width + value_width) * dtype.itemsize
+    kinds, _ = get_layer_types_and_kwargs(config)
+    sizes = zip(kinds, layer_sizes(config), strict=False)
+    # The narrowest, where they differ: what the device is spared is not overrated.
+    rows = (groups * (keys + values) for kind, (_, groups, keys, values) in sizes if kind == "full_attention")
+    return tokens * min(rows, default=0) * dtype.itemsize
 
 
 def saved_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, count: int) -> int:

@@ -37,6 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from hf_longattn.cache.head_sizes import head_sizes, layer_sizes
 from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
 from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers
@@ -216,21 +217,6 @@ def _active_share(config: PreTrainedConfig) -> float:
     return min(chosen / experts, 1.0) if experts and chosen else 1.0
 
 
-def head_sizes(config: PreTrainedConfig) -> tuple[int, int, int, int]:
-    """(query heads, key heads, width of a key, width of a value) of an attention layer's cache.
-
-    Args:
-        config: the text config.
-    """
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if getattr(config, "kv_lora_rank", None):
-        # Latent attention: keys and values are kept spelled out.
-        return heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, groups, width, width
-
-
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
     """Bytes of one sequence's keys and values on a rank; windows keep their window.
 
@@ -250,12 +236,12 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
         )
     kinds, keywords = get_layer_types_and_kwargs(config)
     states = _state_bytes(config)
-    _, groups, key_width, value_width = head_sizes(config)
-    a_row = (key_width + value_width) * dtype.itemsize + scale_bytes(dtype)
-    a_token = groups // ranks.tensor * a_row
     share = tokens if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
-    for index, kind in enumerate(kinds):
+    # Layers that read keys and values of others come last, and have no kind.
+    for index, (kind, size) in enumerate(zip(kinds, layer_sizes(config), strict=False)):
+        _, groups, key_width, value_width = size
+        a_token = groups // ranks.tensor * ((key_width + value_width) * dtype.itemsize + scale_bytes(dtype))
         if index in states:
             total += states[index] // ranks.tensor
         elif kind == "full_attention":
@@ -396,11 +382,11 @@ def plan_generation(
 
 
 def _check_ranks(config: PreTrainedConfig, ranks: Ranks) -> None:
-    groups = head_sizes(config)[1]
-    if ranks.tensor < 1 or groups % ranks.tensor:
+    groups = sorted({size[1] for size in layer_sizes(config)})
+    if ranks.tensor < 1 or any(number % ranks.tensor for number in groups):
         raise ValueError(
-            f"`--tp` must divide the {groups} key heads of the model, got {ranks.tensor}; share the sequence "
-            "among more GPUs instead."
+            f"`--tp` must divide the {' and '.join(map(str, groups))} key heads of the model, got "
+            f"{ranks.tensor}; share the sequence among more GPUs instead."
         )
 
 

@@ -11,8 +11,10 @@ import transformers as tf
 
 import hf_longattn
 from hf_longattn import LongContextCache
+from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.sharded import ShardedLayer, share_capacity
+from hf_longattn.generation.offloading import layer_bytes
 from hf_longattn.generation.planning import (
     Ranks,
     cache_bytes,
@@ -200,6 +202,18 @@ def test_the_workspace_names_its_terms():
 def test_block_transformers_are_refused():
     with pytest.raises(ValueError, match="keys and values of blocks"):
         plan_generation(BlockTransformerConfig(vocab_size=61, hidden_size=32, num_attention_heads=2), 400)
+
+
+def test_layers_that_differ_in_their_heads_hold_what_their_cache_holds():
+    config = tiny.CONFIGS["gemma4"]()
+    cache = LongContextCache(config, capacity=23)
+    with torch.no_grad():
+        tiny.build("gemma4")(input_ids=tiny.tokens(1, 23), past_key_values=cache)
+    full = [layer for layer, kind in zip(cache.layers, config.layer_types, strict=True) if "full" in kind]
+    a_token = sum(2 * layer.keys[0, :, 0].nbytes for layer in full)
+    windows = sliding_capacity(7, 23) * 2 * 2 * 16 * 4
+    assert cache_bytes(config, 23, torch.float32) == 23 * a_token + windows
+    assert layer_bytes(config, 1, torch.float32) == 2 * full[0].keys[0, :, 0].nbytes
 
 
 def test_heads_that_do_not_divide_are_refused():

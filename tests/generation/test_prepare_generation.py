@@ -39,6 +39,20 @@ def test_tokens_equal_transformers(family, mode):
     assert generate(model, ids, mask, **MODES[mode]) == expected
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_layers_that_differ_in_their_heads(beams):
+    ids, mask = tiny.tokens(2, 23), tiny.padding([23, 10], 23, "left")
+    call = {"do_sample": False, "num_beams": beams}
+    expected = generate(tiny.build("gemma4"), ids, mask, **call)
+    model = hf_longattn.prepare_generation(tiny.build("gemma4"), prefill_chunk_size=5)
+    assert generate(model, ids, mask, **call) == expected
+    cache = LongContextCache(model.config)
+    assert generate(model, ids, mask, past_key_values=cache, **call) == expected
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        other = tiny.CONFIGS["gemma4"](num_global_key_value_heads=2)
+        generate(model, ids, mask, past_key_values=LongContextCache(other))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("chunk", [1, 4, 22, 23, 100])
 def test_the_chunk_size_changes_nothing(family, chunk):

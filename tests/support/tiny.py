@@ -55,6 +55,12 @@ CONFIGS = {
     ),
 }  # fmt: skip
 CAUSAL = tuple(CONFIGS)
+# Heads of full layers differ from those of windows, in width and number.
+CONFIGS["gemma4"] = _config(
+    tf.Gemma4TextConfig, head_dim=16, global_head_dim=32, attention_k_eq_v=True, num_global_key_value_heads=1,
+    hidden_size_per_layer_input=16, vocab_size_per_layer_input=97, tie_word_embeddings=False,
+    sliding_window=7, layer_types=["sliding_attention", "full_attention", "full_attention"],
+)  # fmt: skip
 LIGHTNING_KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
 

@@ -135,7 +135,17 @@ def _is_plain_prompt(
         and not generation_config.output_hidden_states
         and counts_tokens(model) is None
         and (mask is None or mask.ndim == 2)
+        and not _looks_ahead(model, model_kwargs.get("token_type_ids"))
     )
+
+
+def _looks_ahead(model: PreTrainedModel, kinds: Tensor | None) -> bool:
+    """Whether tokens of the prompt see later ones: in BERT and its kin, and in a prefix that is marked so."""
+    # GPT-NeoX says that it is no decoder, and is causal.
+    encoder = getattr(model.config, "is_decoder", None) is False
+    if encoder and any(getattr(part, "is_causal", None) is False for part in model.modules()):
+        return True
+    return kinds is not None and bool(kinds.any())
 
 
 def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:

@@ -53,6 +53,42 @@ def test_layers_that_differ_in_their_heads(beams):
         generate(model, ids, mask, past_key_values=LongContextCache(other))
 
 
+def bert(is_decoder):
+    config = tf.BertConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        initializer_range=0.3, pad_token_id=0, is_decoder=is_decoder,
+    )  # fmt: skip
+    return tf.BertLMHeadModel(config)
+
+
+def prefix():
+    config = tf.HrmTextConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None,
+    )  # fmt: skip
+    return tf.HrmTextForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "marked", "widest"),
+    [(lambda: bert(False), 0, 23), (lambda: bert(True), 0, 5), (prefix, 15, 23), (prefix, 0, 5)],
+    ids=["bert", "bert-decoder", "prefix", "empty-prefix"],
+)
+def test_a_prompt_whose_tokens_see_later_ones_is_read_whole(make, marked, widest):
+    ids, models = tiny.tokens(2, 23), []
+    kinds = (torch.arange(23) < marked).long().expand(2, -1)
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(make().eval())
+    plain, model = models[0], hf_longattn.prepare_generation(models[1], prefill_chunk_size=5)
+    widths = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    call = {"do_sample": False, "token_type_ids": kinds}
+    assert generate(model, ids, **call) == generate(plain, ids, **call)
+    assert max(widths) == widest
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("chunk", [1, 4, 22, 23, 100])
 def test_the_chunk_size_changes_nothing(family, chunk):

@@ -88,13 +88,23 @@ def draw_models(result: Result, axes: list) -> None:
         for peer in values(rows, "peer"):
             mine = [row for row in rows if (row["shape"], row["peer"]) == (shape, peer)]
             draw_line(axes[0], mine, "length", "tokens_per_s", f"{shape}, {peer}")
+    set_lengths(axes[0], [row["length"] for row in rows])
     axes[0].set(xlabel="length, tokens", title="training, tokens/s", ylim=(0, None))
     rows = [row for row in timed(result, "generate") if row["batch"] == 1]
     for peer in values(rows, "peer"):
         draw_line(axes[1], [row for row in rows if row["peer"] == peer], "prompt", "token_ms", peer)
-    axes[1].set(xlabel="prompt, tokens", title="`generate()`, one row, ms a token", ylim=(0, None))
+    set_lengths(axes[1], [row["prompt"] for row in rows])
+    longest = max((row["token_ms"] for row in rows if "token_ms" in row), default=1.0)
+    axes[1].set(xlabel="prompt, tokens", title="generate(), one row, ms a token", ylim=(0, 1.2 * longest))
     for axis in axes:
         axis.legend(frameon=False, fontsize=6)
+
+
+def set_lengths(axis, lengths: list[int]) -> None:
+    """The scale of lengths, with the measured ones named."""
+    found = sorted(set(lengths))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(found, [length_name(length) for length in found])
 
 
 def draw_line(axis, rows: list[dict], across: str, field: str, label: str) -> None:
@@ -102,4 +112,3 @@ def draw_line(axis, rows: list[dict], across: str, field: str, label: str) -> No
     points = sorted((row[across], row[field]) for row in rows if field in row)
     if points:
         axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.set_xscale("log", base=2)

@@ -117,6 +117,11 @@ def memory_table(rows: list[dict]) -> str:
     return table([*columns, "a prepared model holds"], cells)
 
 
+def first_steps(rows: list[dict]) -> bool:
+    """Whether a time of these rows is that of a first step."""
+    return any("--repeats 0" in row.get("command", "") for row in rows)
+
+
 def steps_text(result: Result) -> str:
     """Speed, memory and what follows from it."""
     rows = result.rows
@@ -125,6 +130,10 @@ def steps_text(result: Result) -> str:
         "operations without recomputation at 989 TFLOP/s a GPU. Host memory is what a prepared model pins.",
         step_table([row for row in rows if "tokens" in row and "times_one_gpu" not in row]),
     ]
+    if first_steps(rows):
+        parts.insert(
+            1, "Steps of `--repeats 0` are the first: kernels are compiled and memory pinned in them."
+        )
     if memory := pairs(rows):
         parts += [
             "GPU memory a token beyond weights and gradients, by the peaks at two lengths; its floor is one "
@@ -164,8 +173,9 @@ def draw_steps(result: Result, axes: list) -> None:
     """Tokens a second and peak memory against the length, a line a peer of one model."""
     rows = [row for row in result.rows if "step_s" in row]
     settings = list(dict.fromkeys((model_name(row), row["peer"], row.get("ranks", 1)) for row in rows))
+    speed = "tokens/s, first step" if first_steps(rows) else "tokens/s"
     for axis, field, title in zip(
-        axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB"), strict=True
+        axes, ("tokens_per_s", "peak_gib"), (speed, "peak memory, GiB"), strict=True
     ):
         for setting in settings:
             mine = [r for r in rows if (model_name(r), r["peer"], r.get("ranks", 1)) == setting]

@@ -123,20 +123,22 @@ def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_bounds(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, batch: int = 1, num_keys: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys of each query's own document, from cumulative lengths.
+    """The keys of each query's own document, from cumulative lengths through all rows of a batch.
 
     Args:
         cu_seqlens_q: (documents + 1,) cumulative query lengths, starting at 0.
         cu_seqlens_k: (documents + 1,) cumulative key lengths, starting at 0.
         num_queries: T. Queries past the last document see nothing.
+        batch: B rows, one behind the other.
+        num_keys: S of each row, where there are several.
 
     Returns:
-        (lower, upper, diagonal), each (1, T) int64: the document's keys, and one past the last key that
-        bottom-right causal order inside the document allows.
+        (lower, upper, diagonal), each (B, T) int64: the document's keys in the query's own row, and one past
+        the last key that bottom-right causal order inside the document allows.
     """
-    index = torch.arange(num_queries, device=cu_seqlens_q.device)
+    index = torch.arange(batch * num_queries, device=cu_seqlens_q.device)
     document = torch.searchsorted(cu_seqlens_q[1:].contiguous(), index, right=True)
     # A query after the last document gets the empty interval at the end.
     ends_k = F.pad(cu_seqlens_k[1:], (0, 1), value=0) + F.pad(
@@ -146,7 +148,11 @@ def packed_bounds(
     ends_q = F.pad(cu_seqlens_q[1:], (0, 1), value=0)
     lower, upper = starts_k[document], ends_k[document]
     diagonal = upper - (ends_q[document] - index) + 1
-    return lower[None], upper[None], diagonal[None]
+    if batch == 1:
+        return lower[None], upper[None], diagonal[None]
+    row = torch.arange(batch, device=index.device)[:, None] * num_keys
+    lower, upper, diagonal = (bound.view(batch, -1) - row for bound in (lower, upper, diagonal))
+    return lower.clamp(0, num_keys), upper.clamp(0, num_keys), diagonal.clamp(0, num_keys)
 
 
 def is_tracing(tensor: Tensor) -> bool:

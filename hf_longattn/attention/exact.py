@@ -250,7 +250,8 @@ def _narrow_to_window(limits: KeyRange, query: Tensor, key: Tensor, window: int,
 def _pack(limits: KeyRange, query: Tensor, key: Tensor, mask: LazyMask | None, options: Options) -> KeyRange:
     """Keeps packed documents apart: by cumulative lengths, document ids, or positions that restart at 0."""
     if options.cu_seqlens is not None:
-        lower, upper, diagonal = packed_bounds(*options.cu_seqlens, query.shape[2])
+        sizes = query.shape[2], query.shape[0], key.shape[2]
+        lower, upper, diagonal = packed_bounds(*options.cu_seqlens, *sizes)
         return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal) if options.causal else upper)
     if query.shape[2] != key.shape[2] or query.shape[2] == 1:
         return limits

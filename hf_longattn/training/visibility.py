@@ -209,14 +209,15 @@ def _limits(mask: LazyMask, arguments: dict[str, Any], length: int, device: torc
         )
     positions = arguments.get("position_ids")
     if any(isinstance(arguments.get(name), Tensor) for name in PACKING):
-        return _pack(limits, arguments, length)
+        return _pack(limits, arguments, length, mask.batch_size)
     return limits if positions is None else mask.apart(limits, positions)
 
 
-def _pack(limits: KeyRange, arguments: dict[str, Any], length: int) -> KeyRange:
+def _pack(limits: KeyRange, arguments: dict[str, Any], length: int, batch: int = 1) -> KeyRange:
     lengths, documents = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
     if lengths is not None:
         keys = arguments.get("cu_seq_lens_k")
-        lower, upper, diagonal = packed_bounds(lengths, lengths if keys is None else keys, length)
+        sizes = length, batch, length
+        lower, upper, diagonal = packed_bounds(lengths, lengths if keys is None else keys, *sizes)
         return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal))
     return limits if documents is None else limits.narrowed(*document_bounds(documents))

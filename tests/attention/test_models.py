@@ -101,6 +101,19 @@ def test_cumulative_lengths_keep_documents_apart(family):
     assert tiny.relative_error(result, expected) <= BOUND
 
 
+@implementations
+def test_cumulative_lengths_count_through_all_rows(implementation):
+    model, lengths = tiny.build("qwen3", implementation), [[5, 4], [3, 6], [9]]
+    rows = [[tiny.tokens(1, n, seed=7 * row + n) for n in parts] for row, parts in enumerate(lengths)]
+    packed = torch.cat([torch.cat(parts, 1) for parts in rows])
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in parts]) for parts in lengths])
+    bounds = torch.tensor([0, 5, 9, 12, 18, 27], dtype=torch.int32)
+    expected = torch.cat([torch.cat([logits(model, ids) for ids in parts], 1) for parts in rows])
+    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": 9}
+    result = logits(model, packed, position_ids=position_ids, **packing)
+    assert tiny.relative_error(result, expected) <= BOUND
+
+
 @families
 @pytest.mark.parametrize("cut", [1, 8, 20])
 def test_a_prompt_in_chunks_equals_the_whole(family, cut):

@@ -191,6 +191,16 @@ def test_packed_documents_do_not_meet(variant, by):
 
 
 @torch.no_grad()
+def test_cumulative_lengths_count_through_all_rows():
+    model, ids = make("llama-gqa"), tokens(2, 14)
+    ends = torch.tensor([0, 9, 14, 19, 28])
+    logits = model(ids, cu_seq_lens_q=ends).logits
+    for row, start, end in ((0, 0, 9), (0, 9, 14), (1, 0, 5), (1, 5, 14)):
+        alone = model(ids[row : row + 1, start:end], use_cache=False).logits
+        torch.testing.assert_close(logits[row : row + 1, start:end], alone, **CLOSE)
+
+
+@torch.no_grad()
 def test_loss_leaves_out_first_blocks_and_pads():
     model, ids = make(), tokens(2, 14)
     mask = torch.ones_like(ids)

@@ -104,6 +104,20 @@ def test_cumulative_lengths_keep_documents_apart(family):
     assert_same(step(model, **batch("packed"), **lengths), plain(family, "packed"))
 
 
+def test_cumulative_lengths_count_through_all_rows():
+    ids, starts = tiny.tokens(2, 43), torch.zeros(2, 43, dtype=torch.long)
+    starts[0, 20], starts[1, 9] = 20, 9
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.arange(43) - starts.cummax(1).values,
+        "labels": torch.where(starts == 0, ids, -100),
+    }
+    bounds = torch.tensor([0, 20, 43, 52, 86], dtype=torch.int32)
+    model = hf_longattn.prepare_training(build("llama"), block_size=16)
+    expected = step(build("llama"), **inputs, use_cache=False)
+    assert_same(step(model, **inputs, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds), expected)
+
+
 def test_a_dense_mask_of_the_callers():
     visible = torch.ones(43, 43, dtype=torch.bool).tril() & (torch.rand(43, 43) > 0.3) | torch.eye(43).bool()
     additive = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None].expand(2, 1, 43, 43)

@@ -186,14 +186,16 @@ def document_starts(
         position_ids: (B, T) or (1, T); an attended token whose position is not above that of the attended
             token before it starts a document.
         mask: (B, T) bool, false at pads, whose positions mean nothing.
-        cu_seq_lens: (documents + 1,), where documents of a single row start and the last ends; used if given.
+        cu_seq_lens: (documents + 1,), where documents start and the last ends, counted through all rows; used
+            if given.
 
     Returns:
         (B, T) bool, true at the first token of every document but a row's first; None if no row has two.
     """
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     if cu_seq_lens is not None:
-        starts = torch.isin(columns, cu_seq_lens[1:-1].to(mask.device))
+        places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+        starts = torch.isin(places, cu_seq_lens[1:-1].to(mask.device)) & (columns > 0)
     elif position_ids is not None:
         position_ids = position_ids.expand_as(mask)
         before = F.pad(torch.where(mask, columns, -1).cummax(dim=1).values, (1, -1), value=-1)

@@ -192,10 +192,13 @@ class BlockProgram:
         state = [self.ids, *self._state()]
         before = [tensor.clone() for tensor in state]
         devices = [self.ids.device] if self.ids.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            self._steps()
-        for tensor, copy in zip(state, before, strict=True):
-            tensor.copy_(copy)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self._steps()
+        finally:
+            # Steps that fail midway, say for memory, are gone on with eagerly from where they began.
+            for tensor, copy in zip(state, before, strict=True):
+                tensor.copy_(copy)
 
 
 def sample(

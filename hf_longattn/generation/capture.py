@@ -23,9 +23,12 @@ def capture(
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        rehearse()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            rehearse()
+    finally:
+        # Also of one that fails: what it wrote or put back is there before anybody goes on.
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     pool = None if like is None else like.pool()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

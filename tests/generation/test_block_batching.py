@@ -247,8 +247,15 @@ def test_times_progress_and_empty_batches(capsys):
     ]
 
 
-def test_a_step_that_cannot_be_captured_changes_no_token(recorded, monkeypatch, caplog):
-    def fail(*args, **kwargs):
+@pytest.mark.parametrize("slot", [0, 2])
+def test_a_step_that_cannot_be_captured_changes_no_token(slot, recorded, monkeypatch, caplog):
+    def fail(rehearse, step):
+        heads = [model.lm_head.forward] * slot
+        with monkeypatch.context() as patch:
+            # Where there is no head left, the block is left as it is.
+            patch.setattr(model.lm_head, "forward", lambda states: heads.pop()(states))
+            with pytest.raises(IndexError):
+                step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model, inputs = make(), prompts(*LENGTHS)

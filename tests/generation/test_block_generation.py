@@ -820,6 +820,22 @@ def test_a_capture_that_fails_midway_changes_no_token(operators, decoder, record
     assert sum("not permitted" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("alignment", ["tokens", "columns"])
+def test_a_rehearsal_that_fails_midway_changes_no_token(alignment, recorded, monkeypatch):
+    def capture(rehearse, step, like=None):
+        heads = [model.lm_head.forward] * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(model.lm_head, "forward", lambda states: heads.pop()(states))
+            with pytest.raises(IndexError):
+                rehearse()
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(blocks, "capture", capture)
+    model = make(block_alignment=alignment)
+    plain, fast = both(model, *prompts(9, 6), **GREEDY)
+    assert torch.equal(fast, plain)
+
+
 @pytest.mark.parametrize("change", ["hook", "scores"])
 def test_a_graph_that_is_required_is_refused_by_name(change, recorded, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))

@@ -94,6 +94,8 @@ class RowDecoding:
             choose: from a slot and logits (R, V) of its token, the token of each row, (R,).
         """
         group = self.group
+        # A block that was begun and failed, say for memory in a capture, is not gone on with.
+        group.slot = 0
         group.open_block()
         new = group.block_ids[:, :0]
         for slot in range(self.block_length):

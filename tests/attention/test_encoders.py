@@ -114,6 +114,43 @@ def test_answers_of_prepared_encoder_decoders(make, side):
 
 @pytest.mark.slow
 @implementations
+@pytest.mark.parametrize("make", [bart, t5], ids=["bart", "t5"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_logits_and_gradients_of_encoder_decoders(make, implementation, side):
+    ids, mask = tiny.tokens(2, 18), tiny.padding([18, 18 if side == "none" else 7], 18, side)
+    for answers in ("none", "left", "right"):
+        real = tiny.padding([11, 11 if answers == "none" else 6], 11, answers)
+        counted = real.bool() & (real.cumsum(-1) > 1)
+        inputs = {
+            "labels": torch.where(counted, tiny.tokens(2, 11, seed=3), -100),
+            "decoder_attention_mask": real,
+        }
+        logits, gradients = [], []
+        for model in pair(make, implementation):
+            output = model(input_ids=ids, attention_mask=mask, **inputs)
+            output.loss.backward()
+            logits.append(output.logits[real.bool()])
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert tiny.relative_error(logits[1], logits[0]) <= BOUND, answers
+        assert tiny.relative_error(gradients[1], gradients[0]) <= BOUND, answers
+
+
+@implementations
+@pytest.mark.parametrize("make", [bert, modernbert], ids=["bert", "modernbert"])
+def test_packed_documents_of_encoders(make, implementation):
+    lengths, bounds = (5, 8, 8), torch.tensor([0, 5, 13, 21], dtype=torch.int32)
+    documents = [tiny.tokens(1, n, seed=n) for n in lengths]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    packing = {"position_ids": position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    eager, ours = pair(make, implementation)
+    with torch.no_grad():
+        expected = torch.cat([eager(input_ids=ids).logits for ids in documents], 1)
+        result = ours(input_ids=torch.cat(documents, 1), **packing).logits
+    assert tiny.relative_error(result, expected) <= BOUND
+
+
+@pytest.mark.slow
+@implementations
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_gradients_of_encoders(implementation, side):
     ids, mask = tiny.tokens(2, 30), tiny.padding([30, 30 if side == "none" else 13], 30, side)

@@ -24,7 +24,9 @@ def watch_inputs(model: PreTrainedModel, changes: Setup) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         if model.main_input_name == "input_ids":
             given = signature.bind_partial(*args, **kwargs).arguments
-            check_prompt(given.get("inputs"), given.get("kwargs", {}))
+            keywords = given.get("kwargs", {})
+            check_prompt(given.get("inputs"), keywords)
+            check_cache(model, keywords.get("past_key_values"))
         return original(*args, **kwargs)
 
     changes.set(model, "generate", generate)
@@ -63,6 +65,34 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
     mask = keywords.get("attention_mask")
     if needed and isinstance(mask, Tensor) and mask.ndim == 2:
         _check_mask(mask, ids, cache)
+
+
+def check_cache(model: PreTrainedModel, cache: Any) -> None:
+    """Refuses a cache of transformers that holds keys of another width than those of the model's layers.
+
+    Args:
+        model: the transformers model.
+        cache: of a call, or None; ours knows for which model it was made.
+
+    Raises:
+        ValueError: names the layer and both widths.
+    """
+    # With tensor parallelism a cache holds the heads of one process.
+    apart = hasattr(cache, "check_model") or getattr(model, "tp_size", None)
+    layers = [] if cache is None or apart else getattr(cache, "layers", [])
+    held: dict[Any, Any] = {index: getattr(layer, "keys", None) for index, layer in enumerate(layers)}
+    # Layers of another tower count from 0 too.
+    for part in model.get_decoder().modules() if held else ():
+        keys = held.get(getattr(part, "layer_idx", None))
+        width = getattr(getattr(part, "k_proj", None), "out_features", None)
+        if type(width) is not int or not isinstance(keys, Tensor) or keys.ndim != 4:
+            continue
+        if keys.shape[1] * keys.shape[3] != width:
+            raise ValueError(
+                f"`past_key_values` holds keys of {keys.shape[1]} heads x {keys.shape[3]} in layer "
+                f"{part.layer_idx}, but those of this model are {width} wide: another model filled it; pass "
+                "a cache made from this model's config."
+            )
 
 
 def _check_mask(mask: Tensor, ids: Tensor, cache: Any) -> None:

@@ -67,6 +67,20 @@ def test_a_mask_may_cover_what_the_cache_holds(model, make):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_cache_that_another_model_filled(model, family, monkeypatch):
+    other = tiny.build(family)
+    cache = DynamicCache(config=other.config)
+    with torch.no_grad():
+        other(input_ids=IDS[:, :4], past_key_values=cache)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="heads x .* in layer 0, but .* 32 wide"),
+    ):
+        patch.setattr(type(model.model), "forward", lambda *args, **kwargs: pytest.fail("worked"))
+        model.generate(IDS, attention_mask=ONES, past_key_values=cache, max_new_tokens=3)
+
+
 def test_embeddings_need_no_ids(model):
     embeddings = model.get_input_embeddings()(IDS)
     call = {"attention_mask": ONES, "max_new_tokens": 5, "do_sample": False}

@@ -351,7 +351,7 @@ def parse():
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; the weights are frozen then")
-    parser.add_argument("--block-size", type=int, help="tokens of a block (16384)")
+    parser.add_argument("--block-size", type=int, help="tokens of a block (picked by the width)")
     parser.add_argument("--keep-every", type=int, help="layers that share a kept input (as they fit)")
     parser.add_argument(
         "--repeats", type=int, default=2, help="timed steps; 0 times the first, for steps of minutes"

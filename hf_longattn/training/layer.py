@@ -24,6 +24,7 @@ from hf_longattn.adapters import ForwardHooks
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
 from hf_longattn.training.attention import KeysKnownError, TokenMixer
+from hf_longattn.training.blocks import block_tokens, even_size
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import LayerInputs
@@ -32,33 +33,23 @@ from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 
-def block_tokens(device: torch.device, rows: int) -> int:
-    """Tokens of each row in a block, where nobody asks for a number.
-
-    Args:
-        device: of the hidden states.
-        rows: of the batch.
-    """
-    # Large enough that matrix products run at full rate, small enough that their activations are little.
-    tokens = 16384 if device.type != "cpu" else 1024
-    return max(tokens // max(rows, 1), 256)
-
-
 @dataclass
 class Runtime:
     """What the prepared layers of a model share.
 
     Args:
-        block_size: tokens of a row in a block; None picks by device.
+        block_size: tokens of a row in a block; None picks by device and `numbers`.
         save_attention: keep the output of attention for the backward.
         offloader: where inputs wait.
         groups: of layers of which the first keeps its input.
+        numbers: that the activations of one token take in a layer.
     """
 
     block_size: int | None
     save_attention: bool
     offloader: Offloader
     groups: Groups
+    numbers: int
     visibility: VisibilityCache = field(default_factory=VisibilityCache)
     block_rows: BlockRowsCache = field(default_factory=BlockRowsCache)
     inputs: LayerInputs = field(default_factory=LayerInputs)
@@ -70,11 +61,13 @@ class Runtime:
 
     def rows(self, hidden: Tensor, share: SequenceShare | None = None) -> list[slice]:
         """The blocks of (B, T, D) hidden states, none of them across the two slices of a share."""
-        size = self.block_size or block_tokens(hidden.device, hidden.shape[0])
-        if share is None:
-            return split_rows(hidden.shape[1], size)
-        piece = share.slices.piece
+        piece = hidden.shape[1] if share is None else share.slices.piece
+        size = self.block_size
+        if size is None:
+            size = even_size(piece, block_tokens(hidden.device, hidden.shape[0], self.numbers))
         first = split_rows(piece, size)
+        if share is None:
+            return first
         return first + [slice(rows.start + piece, rows.stop + piece) for rows in first]
 
 

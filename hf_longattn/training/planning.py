@@ -29,10 +29,12 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
                   parameters, in fp32 and of one block; the head's gradient, which waits for that of the
                   embeddings where they are one
 
-The graph of a block is that of layers whose norms and gates run as single kernels: of D the outputs of both
-norms, queries, the output of attention, the sum with the residual, the layer's output, and half as much of
-keys and values; of F gate, up and their product. In plain torch a norm keeps three D more, and a gate one F,
-which is counted where a token goes through experts, for they run as their model has them.
+A block is 16,384 tokens, or up to 65,536 of a narrow model whose activations then take no more bytes than
+those of 16,384 tokens where D = 2048 and F = 8192. Its graph is that of layers whose norms and gates run as
+single kernels: of D the outputs of both norms, queries, the output of attention, the sum with the residual,
+the layer's output, and half as much of keys and values; of F gate, up and their product. In plain torch a
+norm keeps three D more, and a gate one F, which is counted where a token goes through experts, for they run
+as their model has them.
 
 Where P > 1 keys and values are those of all ranks, twice while they are put in order.
 """
@@ -47,8 +49,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn.training.attention import MOST_KEYS
+from hf_longattn.training.blocks import block_tokens, feed_forward_width, token_numbers
 from hf_longattn.training.groups import pick_every, waiting
-from hf_longattn.training.layer import block_tokens
 from hf_longattn.training.liger import MOST_CHUNKS
 from hf_longattn.training.loss import LossOptions
 from hf_longattn.training.offload import has_room, place, working_bytes
@@ -286,10 +288,10 @@ class _Step:
     def _rows(self, tokens: int) -> tuple[int, int]:
         """(tokens of a block, width of its feed-forward layer)."""
         config, request = self.config, self.request
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size)
-        experts = getattr(config, "num_experts_per_tok", None) or 1
-        return min(rows * request.batch_size, tokens), inner * experts
+        inner = feed_forward_width(config)
+        numbers = token_numbers(config.hidden_size, inner)
+        rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size, numbers)
+        return min(rows * request.batch_size, tokens), inner
 
     def _forward(self, tokens: int, offloads: bool) -> int:
         item = self.request.dtype.itemsize

@@ -19,6 +19,7 @@ from hf_longattn.generation.planning import head_sizes
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
+from hf_longattn.training.blocks import feed_forward_width, token_numbers
 from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime
@@ -42,8 +43,8 @@ class TrainingSetup:
     """How a prepared model trains.
 
     Args:
-        block_size: tokens of a row that go through a layer at a time; None picks by device. The result does
-            not depend on it.
+        block_size: tokens of a row that go through a layer at a time; None picks by device and by the width
+            of the layers. The result does not depend on it.
         offload: where the inputs of the layers wait for the backward: True in pinned host memory, False on
             the GPU, "auto" on the GPU as long as it leaves room for the layer that runs. No effect on a CPU.
         loss: "chunked" takes the loss a chunk of tokens at a time and returns no logits; "model" leaves it to
@@ -137,7 +138,9 @@ def prepare_training(
     ranks = 1 if parallel is None else parallel.group.world_size
     offloader = Offloader(setup.offload, _reserve(inner, ranks))
     groups = Groups(setup.keep_every, len(layers), _saved_sizes(inner, setup), offloader)
-    runtime = Runtime(setup.block_size, setup.save_attention, offloader, groups)
+    config_of_text = inner.config.get_text_config()
+    numbers = token_numbers(config_of_text.hidden_size, feed_forward_width(config_of_text))
+    runtime = Runtime(setup.block_size, setup.save_attention, offloader, groups, numbers)
     changes.set(runtime, "active", True)
     if inner.config.model_type == "minimax":
         _replace_minimax(changes, inner)

@@ -1,0 +1,68 @@
+"""How many tokens go through a layer at a time, and which."""
+
+from typing import Any
+
+import torch
+
+from hf_longattn.cache.head_sizes import field_of
+
+# Tokens of a block, D and F of the model whose block is the measure of what one may take.
+_TOKENS, _WIDTH, _INNER = 16384, 2048, 8192
+_MOST = 4 * _TOKENS
+_FEWEST = 256
+# Blocks begin where vector loads do.
+_STEP = 128
+
+
+def feed_forward_width(config: Any) -> int:
+    """Numbers of a token inside a feed-forward layer, those of all experts that it goes through.
+
+    Args:
+        config: the text config.
+    """
+    inner = _most(config, "intermediate_size") or 4 * config.hidden_size
+    return inner * (_most(config, "num_experts_per_tok") or 1)
+
+
+def _most(config: Any, name: str) -> int:
+    """A field, or the largest of its values where layers differ in it; 0 where there is none."""
+    found = field_of(config, name)
+    values = found if isinstance(found, list | tuple) else [found]
+    return max([value or 0 for value in values], default=0)
+
+
+def token_numbers(width: int, inner: int) -> int:
+    """Numbers that the activations and gradients of one token of a block take: 7.5 D + 5 F.
+
+    Args:
+        width: D, of the hidden states.
+        inner: F, of the feed-forward layer.
+    """
+    return (15 * width + 10 * inner) // 2
+
+
+def block_tokens(device: torch.device, rows: int, numbers: int) -> int:
+    """Most tokens of each row in a block, where nobody asks for a number.
+
+    Args:
+        device: of the hidden states.
+        rows: of the batch.
+        numbers: that one token takes, `token_numbers`.
+    """
+    if device.type == "cpu":
+        return max(1024 // max(rows, 1), _FEWEST)
+    # Large enough that products run at full rate and launches are few, small enough that a block is little
+    # beside the sequence: narrow models take more tokens in the same bytes.
+    tokens = _TOKENS * token_numbers(_WIDTH, _INNER) // max(numbers, 1)
+    return max(min(max(tokens, _TOKENS), _MOST) // max(rows, 1), _FEWEST)
+
+
+def even_size(length: int, most: int) -> int:
+    """Tokens of a block that cuts a sequence evenly: a last block of a few tokens costs as many launches.
+
+    Args:
+        length: T.
+        most: tokens of a block.
+    """
+    blocks = max(-(-length // most), 1)
+    return min(-(-length // blocks // _STEP) * _STEP, most)

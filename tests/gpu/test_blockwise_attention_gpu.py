@@ -121,7 +121,7 @@ def test_softcap_up_to_saturation(K, std, dtype):
 
 
 @half_dtypes
-@pytest.mark.parametrize("K", [16, 48, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("K", [16, 48, 80, 96, 128, 192, 256, 512])
 def test_head_dims(K, dtype):
     mask = KeyRange(causal=True, lower=positions(300) - 99)
     check(make_inputs(300, K=K, dtype=DTYPES[dtype]), "triton", mask=mask)

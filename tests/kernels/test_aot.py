@@ -327,9 +327,9 @@ def _blockwise(
 
     configs = {
         "forward": triton_forward.CONFIGS, "dkdv": triton_backward.DKDV_CONFIGS,
-        "dq": triton_backward.DQ_CONFIGS, "dbias": triton_backward.DQ_CONFIGS[:1] * 4,
+        "dq": triton_backward.DQ_CONFIGS, "dbias": triton_backward.DQ_CONFIGS[:1] * 5,
     }[name]  # fmt: skip
-    config = configs[0 if dtype == "fp32" else (head_dim > 64) + (head_dim > 128) + 1]
+    config = configs[0 if dtype == "fp32" else 1 + sum(head_dim > most for most in (64, 128, 256))]
     block = max(16, triton.next_power_of_2(head_dim))
     interval = ("*i32:16", "*i32:16") if ranged or name == "dbias" else (None, None)
     signature = {f"{x}_ptr": f"*{dtype}:16" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "dbias")}
@@ -507,6 +507,8 @@ CASES: list[Case] = [
     _blockwise("dq", 64, ranged=True, max_spills=144, slow=True),
     *(_blockwise(name, 256, slow=True) for name in ("forward", "dq")),
     _blockwise("dkdv", 256, max_spills=232, slow=True),
+    *(_blockwise(name, 512, slow=True) for name in ("forward", "dq")),
+    _blockwise("dkdv", 512, max_spills=16, slow=True),
     _blockwise("forward", 128, softcap=True, max_spills=48, slow=True),
     _blockwise("dkdv", 128, softcap=True, max_spills=312, slow=True),
     _blockwise("dq", 128, softcap=True, slow=True),

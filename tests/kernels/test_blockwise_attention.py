@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_longattn.kernels.blockwise_attention import blockwise_attention, sdpa
+from hf_longattn.kernels.blockwise_attention import api, blockwise_attention, sdpa
 from hf_longattn.kernels.blockwise_attention.philox import keep_tile, philox_words
 from hf_longattn.kernels.blockwise_attention.spans import query_spans
 from hf_longattn.kernels.blockwise_attention.terms import Terms
@@ -575,6 +575,7 @@ def test_query_spans_hold_every_visible_tile(problem, block_m, block_n):
 
 BAD_CALLS = {
     "`query`": lambda q, k, v: {"query": q[0]},
+    "`query` must have a head dim": lambda q, k, v: {"query": q[..., :0], "key": k[..., :0]},
     "`key` must share": lambda q, k, v: {"key": k[..., :8]},
     "`key` heads": lambda q, k, v: {"query": q[:, :3]},
     "`value`": lambda q, k, v: {"value": v[:, :, :5]},
@@ -602,6 +603,24 @@ def test_refuses_by_name(message):
     call = {"query": query, "key": key, "value": value, **BAD_CALLS[message](query, key, value)}
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         blockwise_attention(call.pop("query"), call.pop("key"), call.pop("value"), **call)
+
+
+@torch_only
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "chosen"),
+    [
+        (512, torch.bfloat16, "triton"), (520, torch.float16, "reference"), (256, torch.float32, "triton"),
+        (300, torch.float32, "reference"), (64, torch.float64, "reference"),
+    ],
+)  # fmt: skip
+def test_heads_wider_than_the_kernels_hold(head_dim, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(api.dispatch, "triton_runs_on", lambda device: True)
+    tensors = [torch.empty(1, 2, 9, dim, dtype=dtype, device="meta") for dim in (head_dim, head_dim, 16)]
+    terms = Terms(1.0, KeyRange(), None, 20.0, None, None)
+    assert api._choose("auto", *tensors, terms, False) == chosen
+    if chosen == "reference":
+        with pytest.raises(ValueError, match=r"`impl='triton'` of .* cannot take (a head dim of|float64)"):
+            api._choose("triton", *tensors, terms, False)
 
 
 @torch_only

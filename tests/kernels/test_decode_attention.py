@@ -269,6 +269,11 @@ BYTES = {name: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for name in ("key", "v
         ({"query": torch.zeros(1, 4, 0, 16)}, ValueError, "1 to 16 positions, got T=0"),
         ({"query": torch.zeros(1, 3, 1, 16)}, ValueError, "heads of `query` must be a multiple"),
         ({"query": torch.zeros(4, 1, 16)}, ValueError, "`query`, `key` and `value` must be"),
+        (
+            {"query": torch.zeros(1, 4, 1, 0), "key": torch.zeros(1, 2, 9, 0)},
+            ValueError,
+            "`query` must have a head dim",
+        ),
         ({"query": torch.zeros(1, 4, 1, 8)}, ValueError, "`key` must be"),
         ({"value": torch.zeros(1, 2, 8, 16)}, ValueError, "`key` must be"),
         ({"value": torch.zeros(1, 2, 9, 16).half()}, TypeError, "must share one floating-point dtype"),

@@ -16,6 +16,8 @@ from .terms import Terms
 
 _NAME = "blockwise_attention"
 _IMPLS = ("auto", "triton", "sdpa", "reference")
+# Bytes of the widest rows whose tiles fit in shared memory.
+_MOST_DIMS = 1024
 
 
 def blockwise_attention(
@@ -102,6 +104,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"`{name}` must be floating and of the query's dtype, got {_describe(tensor)}; cast it."
             )
         _check_device(name, tensor, query)
+    if query.shape[3] == 0:
+        raise ValueError(f"`query` must have a head dim of at least 1, got shape {tuple(query.shape)}.")
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"`key` must share batch and dim with `query` {tuple(query.shape)}, got {tuple(key.shape)}."
@@ -181,23 +185,34 @@ def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor, terms: Terms, 
     if impl == "sdpa" and missing is not None:
         raise ValueError(f"`impl='sdpa'` of {_NAME} cannot take {missing}; use impl='auto'.")
     has_triton = dispatch.triton_runs_on(query.device)
-    if impl == "triton" and query.dtype == torch.float64:
-        raise ValueError(f"`impl='triton'` of {_NAME} cannot take float64; use impl='reference'.")
+    lacking = _beyond_triton(query, value)
+    if impl == "triton" and lacking is not None:
+        raise ValueError(f"`impl='triton'` of {_NAME} cannot take {lacking}; use impl='reference'.")
     if impl != "auto":
         return impl
     if missing is None:
         impl = "sdpa"
-    elif query.device.type != "cpu" and has_triton and query.dtype != torch.float64:
+    elif query.device.type != "cpu" and has_triton and lacking is None:
         impl = "triton"
     else:
         impl = "reference"
         if query.device.type == "cuda":
             dispatch.warn_slow(
-                _NAME, "float64 has no Triton kernel" if has_triton else "triton is not installed"
+                _NAME, f"no Triton kernel takes {lacking}" if has_triton else "triton is not installed"
             )
     if not torch.compiler.is_compiling():
         dispatch.log_once(logging.DEBUG, f"{_NAME}: {impl} on {query.device.type}")
     return impl
+
+
+def _beyond_triton(query: Tensor, value: Tensor) -> str | None:
+    """What of a call no Triton kernel takes, in words, or None; the interpreter has room for any tile."""
+    if query.dtype == torch.float64:
+        return "float64"
+    head_dim, most = max(query.shape[3], value.shape[3]), _MOST_DIMS // query.element_size()
+    if query.device.type != "cpu" and head_dim > most:
+        return f"a head dim of {head_dim} in {str(query.dtype).removeprefix('torch.')}, at most {most}"
+    return None
 
 
 def _flatten(terms: Terms) -> tuple:

@@ -40,9 +40,15 @@ from .triton_tiles import (
     without_unseen,
 )
 
-# As in the forward: safe, then head dims up to 64, 128 and 256 of 16-bit inputs on Hopper.
-DKDV_CONFIGS = [Config(32, 32, 4, 1), Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(32, 64, 8, 3)]
-DQ_CONFIGS = [Config(32, 32, 4, 1), Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)]
+# As in the forward: safe, then head dims up to 64, 128, 256 and 512 of 16-bit inputs on Hopper.
+DKDV_CONFIGS = [
+    Config(32, 32, 4, 1), Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(32, 64, 8, 3),
+    Config(32, 32, 8, 1),
+]  # fmt: skip
+DQ_CONFIGS = [
+    Config(32, 32, 4, 1), Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2),
+    Config(32, 32, 8, 2),
+]  # fmt: skip
 _STATS_ROWS = 64
 
 

@@ -32,16 +32,19 @@ from .triton_tiles import (
     without_unseen,
 )
 
-# The first is safe everywhere (fp32, any head dim, small shared memory), and tests use it; the others are for
-# 16-bit inputs on Hopper, by head dim: up to 64, up to 128, up to 256.
-CONFIGS = [Config(32, 32, 4, 2), Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2)]
+# The first is safe (fp32, head dims up to 256, small shared memory), and tests use it; the others are for
+# 16-bit inputs on Hopper, by head dim: up to 64, up to 128, up to 256, up to 512.
+CONFIGS = [
+    Config(32, 32, 4, 2), Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2),
+    Config(32, 32, 8, 2),
+]  # fmt: skip
 
 
 def pick_config(dtype: torch.dtype, head_dim: int, device: torch.device, configs: list[Config]) -> Config:
     """The entry of a kernel's list that fits: safe, or by head dim."""
     if dtype == torch.float32 or device.type == "cpu":
         return configs[0]
-    return configs[1 if head_dim <= 64 else 2 if head_dim <= 128 else 3]
+    return configs[1 + sum(head_dim > most for most in (64, 128, 256))]
 
 
 @triton.jit(do_not_specialize=["T", "S"])

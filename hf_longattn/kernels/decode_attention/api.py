@@ -100,6 +100,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"`key` must be (B, G, S, K) and `value` (B, G, S, V) with {B=} and {K=} of `query`, got shapes "
             f"{tuple(key.shape)} and {tuple(value.shape)}."
         )
+    if K == 0:
+        raise ValueError(f"`query` must have a head dim of at least 1, got shape {tuple(query.shape)}.")
     if key.shape[1] == 0 or H % key.shape[1]:
         raise ValueError(
             f"The heads of `query` must be a multiple of those of `key`, got {H} and {key.shape[1]}."

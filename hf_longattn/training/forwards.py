@@ -16,6 +16,7 @@ from hf_longattn.training.attention import PrefixAttention
 from hf_longattn.training.layer import BlockRun, Runtime
 from hf_longattn.training.node import run_blocks
 from hf_longattn.training.ownership import has_saving_hooks, references
+from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.shared_attention import SharedAttention
 from hf_longattn.training.states import BlockStates
 from hf_longattn.training.visibility import PACKING
@@ -43,9 +44,12 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
     signature = inspect.signature(original)
     hidden_name = next(iter(signature.parameters))
     cache_name = next((name for name in _CACHES if name in signature.parameters), _CACHES[0])
+    # Once it did, its calls do not begin by finding that out.
+    draws = False
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal draws
         hidden = args[0] if args else kwargs[hidden_name]
         found = references(hidden)
         if runtime.inputs.answer(found):
@@ -68,10 +72,10 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         arguments = {name: value for name, value in arguments.items() if name not in PACKING}
         hooks = ForwardHooks(layer)
         room = _may_overwrite(runtime, layer, hidden, found, keywords=True)
-        run = BlockRun(
-            original, arguments, rows, attention, _new_seed(layer), hidden.device, hooks, share, room
-        )
+        numbers = BlockRandomness(_new_seed(layer), hidden.device, draws)
+        run = BlockRun(original, arguments, rows, attention, numbers, hidden.device, hooks, share, room)
         output = run_blocks(run, runtime, layer, hidden, grouped=True)
+        draws = numbers.draws
         runtime.inputs.note(output)
         return output
 
@@ -145,9 +149,9 @@ def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor],
         compute = fused_norm(module, original, hidden)
         if len(rows) == 1 and share is None:
             return compute(hidden)
-        seed = _new_seed(module) if drops else None
+        numbers = BlockRandomness(_new_seed(module) if drops else None, hidden.device, draws=True)
         room = not (drops or is_table) and _may_overwrite(runtime, module, hidden, found, keywords=False)
-        run = BlockRun(compute, {}, rows, None, seed, hidden.device, share=share, may_overwrite=room)
+        run = BlockRun(compute, {}, rows, None, numbers, hidden.device, share=share, may_overwrite=room)
         return run_blocks(run, runtime, module, hidden)
 
     return forward

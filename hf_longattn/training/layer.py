@@ -28,6 +28,7 @@ from hf_longattn.training.blocks import block_tokens, even_size
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import LayerInputs
+from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.visibility import VisibilityCache, split_rows
@@ -71,14 +72,6 @@ class Runtime:
         return first + [slice(rows.start + piece, rows.stop + piece) for rows in first]
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """Seeds the generators of the CPU and of one device; those of other devices go on."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
 @dataclass
 class BlockRun:
     """One call of a layer: everything but the hidden states and the parameters.
@@ -88,7 +81,7 @@ class BlockRun:
         arguments: its other arguments, by name.
         rows: the blocks.
         attention: keys and values or states of the layer; None for a module that mixes no tokens.
-        seed: of the random numbers of the first block, or None outside training.
+        random: the random numbers of its blocks.
         device: of the hidden states.
         hooks: those of the layer's modules, which the backward needs too.
         share: what this rank computes of a sequence over several.
@@ -99,7 +92,7 @@ class BlockRun:
     arguments: dict[str, Any]
     rows: list[slice]
     attention: Callable[[], TokenMixer] | None
-    seed: int | None
+    random: BlockRandomness
     device: torch.device
     hooks: ForwardHooks | None = None
     share: SequenceShare | None = None
@@ -109,21 +102,14 @@ class BlockRun:
         kind = self.device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
-    @contextlib.contextmanager
-    def _as_then(self, index: int) -> Iterator[None]:
-        """The autocast of the forward, and random numbers that are the block's own."""
+    def _as_then(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast of the forward."""
         enabled, dtype = self.autocast
         kind = self.device.type
-        with contextlib.ExitStack() as stack:
-            # Weights cast without gradient must not be found again by a pass with gradient.
-            stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
-            if self.seed is not None:
-                devices = [self.device] if kind == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(devices=devices))
-                # Of the place in the sequence: the same block draws the same numbers on whatever rank.
-                rows = self.rows[index]
-                _seed(self.device, self.seed + (rows if self.share is None else self.share.place(rows)).start)
-            yield
+        if not enabled and not torch.is_autocast_enabled(kind):
+            return contextlib.nullcontext()
+        # Weights cast without gradient must not be found again by a pass with gradient.
+        return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
     def block(self, index: int, hidden: Tensor, attention: TokenMixer | None, **options: Any) -> Tensor:
         """The layer on one block.
@@ -139,18 +125,22 @@ class BlockRun:
         """
         rows, length = self.rows[index], self.rows[-1].stop
         arguments = {name: cut(name, value, rows, length) for name, value in self.arguments.items()}
-        output: Any = hidden
         if attention is not None:
             arguments |= attention.arguments
-        scope = contextlib.nullcontext() if attention is None else attention.block(index, rows, **options)
-        with self._as_then(index), scope:
-            # Caught here, not by the scope: from Python 3.12 on, an exception that a generator's scope takes
-            # holds the frames it came through, with their tensors, until the garbage collector runs.
-            try:
-                output = self.forward(hidden, **arguments)
-            except KeysKnownError:
-                pass
-        return _only_tensor(output)
+
+        def compute() -> Any:
+            scope = contextlib.nullcontext() if attention is None else attention.block(index, rows, **options)
+            with self._as_then(), scope:
+                # Caught here, not by the scope: from Python 3.12 on, an exception that a generator's scope
+                # takes holds the frames it came through, with their tensors, until the garbage collector
+                # runs.
+                try:
+                    return self.forward(hidden, **arguments)
+                except KeysKnownError:
+                    return hidden
+
+        place = rows if self.share is None else self.share.place(rows)
+        return _only_tensor(self.random.run(place.start, compute))
 
 
 def _only_tensor(output: Any) -> Tensor:
@@ -218,7 +208,10 @@ def run_forward(
         attention.gather()
     saved = None if runtime is None else Saved(runtime.offloader.keep(layout_of(hidden, run.rows), hidden))
     # Where the input does not wait on the device, the output of a block takes the place of its input.
-    in_place = run.may_overwrite and (saved is None or not isinstance(saved.hidden, DeviceBlocks))
+    is_single = len(run.rows) == 1
+    in_place = (
+        run.may_overwrite and not is_single and (saved is None or not isinstance(saved.hidden, DeviceBlocks))
+    )
     whole = hidden if in_place else None
     order = list(range(len(run.rows)))
     results = known.results(order) if known is not None else iter([None] * len(order))
@@ -229,16 +222,27 @@ def run_forward(
             # Before the block runs: its copy to the host is over when the block is.
             saved.hidden.write(index, block)
         output = run.block(index, block, attention, **options)
-        if whole is None or (index == 0 and (output.dtype, output.shape) != (block.dtype, block.shape)):
+        if is_single and _is_own(output, hidden):
+            whole = output
+        elif whole is None or (index == 0 and (output.dtype, output.shape) != (block.dtype, block.shape)):
             whole = output.new_empty(output.shape[0], hidden.shape[1], *output.shape[2:])
         if saved is not None and (whole is hidden or index == len(run.rows) - 1):
             saved.hidden.settle()
-        whole[:, rows] = output
+        if whole is not output:
+            whole[:, rows] = output
         if runtime is not None and saved is not None:
             if attention is not None and attention.results is not None and runtime.save_attention:
                 _save_results(saved, index, attention, runtime, run.rows)
     assert whole is not None
+    run.random.watches = False
     return whole, saved
+
+
+def _is_own(output: Tensor, hidden: Tensor) -> bool:
+    """Whether a tensor fills memory of its own, apart from that of the hidden states."""
+    storages = [tensor.untyped_storage() for tensor in (output, hidden)]
+    alone = storages[0].nbytes() == output.nbytes and output.is_contiguous()
+    return alone and storages[0].data_ptr() != storages[1].data_ptr()
 
 
 def _save_results(
@@ -311,6 +315,9 @@ class _GradientSums:
         return found
 
     def _add_hidden(self, index: int, part: Tensor) -> None:
+        if len(self.run.rows) == 1 and self.hidden is None:
+            self.hidden, self.written = part, {index}
+            return
         if self.hidden is None:
             self.hidden = self._place(part)
         if index in self.written:

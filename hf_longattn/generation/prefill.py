@@ -141,11 +141,9 @@ def _is_plain_prompt(
 
 def _looks_ahead(model: PreTrainedModel, kinds: Tensor | None) -> bool:
     """Whether tokens of the prompt see later ones: in BERT and its kin, and in a prefix that is marked so."""
-    # GPT-NeoX says that it is no decoder, and is causal.
-    encoder = getattr(model.config, "is_decoder", None) is False
-    if encoder and any(getattr(part, "is_causal", None) is False for part in model.modules()):
-        return True
-    return kinds is not None and bool(kinds.any())
+    # Cross-attention is not causal either, beside layers that are.
+    causal = [part.is_causal for part in model.get_decoder().modules() if hasattr(part, "is_causal")]
+    return (bool(causal) and not any(causal)) or (kinds is not None and bool(kinds.any()))
 
 
 def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:

@@ -70,21 +70,31 @@ def prefix():
     return tf.HrmTextForCausalLM(config)
 
 
+def gemma3_both_ways():
+    return tf.Gemma3ForCausalLM(tiny.CONFIGS["gemma3"](use_bidirectional_attention=True))
+
+
 @pytest.mark.parametrize(
     ("make", "marked", "widest"),
-    [(lambda: bert(False), 0, 23), (lambda: bert(True), 0, 5), (prefix, 15, 23), (prefix, 0, 5)],
-    ids=["bert", "bert-decoder", "prefix", "empty-prefix"],
+    [
+        (lambda: bert(False), 0, 23),
+        (lambda: bert(True), 0, 5),
+        (prefix, 15, 23),
+        (prefix, 0, 5),
+        (gemma3_both_ways, None, 23),
+    ],
+    ids=["bert", "bert-decoder", "prefix", "empty-prefix", "gemma3"],
 )
 def test_a_prompt_whose_tokens_see_later_ones_is_read_whole(make, marked, widest):
     ids, models = tiny.tokens(2, 23), []
-    kinds = (torch.arange(23) < marked).long().expand(2, -1)
+    kinds = None if marked is None else (torch.arange(23) < marked).long().expand(2, -1)
     for _ in range(2):
         torch.manual_seed(0)
         models.append(make().eval())
     plain, model = models[0], hf_longattn.prepare_generation(models[1], prefill_chunk_size=5)
     widths = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    call = {"do_sample": False, "token_type_ids": kinds}
+    call = {"do_sample": False} | ({} if kinds is None else {"token_type_ids": kinds})
     assert generate(model, ids, **call) == generate(plain, ids, **call)
     assert max(widths) == widest
 

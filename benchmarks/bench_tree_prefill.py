@@ -271,7 +271,8 @@ def run_tree(model, mesh, ids, count, graph):
     try:
         model.generate(ids[:, :4096], max_new_tokens=4, **cut_mask(call, 4096))
         with one_layer(model):
-            model.generate(ids, max_new_tokens=2, **call)
+            # As many tokens as below: the strides of a cache are its room, and plans are built for strides.
+            model.generate(ids, max_new_tokens=count, **call)
         free()
         with counting() as total:
             # Streamers of the other ranks stay silent: what they received is what rank 0 did.

@@ -1,9 +1,11 @@
 """Attention on a cache that is cut along the sequence over the ranks of a group.
 
 A few new tokens are the same on every rank: each attends its own keys, and one reduction joins the results.
-A run of the prompt is cut among the ranks: the queries of all are gathered, every rank attends them to the
-keys it holds, and each gets the partial results of its own queries back. What travels does so while the ranks
-attend to what they have. Keys never travel, but for layers with a window, which keep a short one everywhere.
+A run of the prompt is cut among the ranks, and what is fewer bytes travels. In the first chunks of a prompt
+that is keys and values, of which most models have fewer heads: each rank attends its own queries to those of
+all. Behind a longer cache it is queries: every rank attends those of all to the keys it holds, and each gets
+the partial results of its own queries back. What travels does so while the ranks attend to what they have.
+Layers with a window keep a short one everywhere.
 """
 
 from dataclasses import dataclass
@@ -98,15 +100,93 @@ def _attend_run(
     shard: Shard,
     slices: Slices,
 ) -> Tensor:
+    limits = mask.key_range(query.device)
+    is_dense = limits is not None and limits.is_dense and options.softcap is None
+    if is_dense and _keys_are_fewer(query, key, shard.layer, slices):
+        return _attend_by_keys(query, key, value, options, shard, slices)
+    held = None if is_dense else _held_by_rank(mask, shard, slices, query.device)
+    return _attend_by_queries(query, shard, _Run(key, value, _terms(options, shard), slices, held))
+
+
+def _keys_are_fewer(query: Tensor, key: Tensor, layer: ShardedLayer, slices: Slices) -> bool:
+    """Whether keys and values so far are no more bytes than queries and results of the run.
+
+    A rank receives (P - 1) / P of S G (K + V) numbers, or of T H (K + V), S tokens so far and T of the run.
+    Where both are equal, keys are better: they are sent before there is work, and nothing has to come back.
+    """
+    return layer.placement.is_even and layer.length * key.shape[1] <= slices.count * query.shape[1]
+
+
+def _attend_by_keys(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, shard: Shard, slices: Slices
+) -> Tensor:
+    """The queries of this rank over the keys of all, in causal order; keys come while its own are attended.
+
+    A first slice sees the first slices of the ranks before it; a second one those of all ranks, and the
+    second ones of the ranks behind. Both see all that lies before the run, in whatever order of the ranks.
+    So three messages are runs of keys that are seen whole.
+    """
+    rank, piece, width, scale = slices.rank, slices.piece, key.shape[3], options.scale
+    states = torch.cat([key.transpose(1, 2), value.transpose(1, 2)], -1)
+    past, first, second = states.split([states.shape[1] - 2 * piece, piece, piece], 1)
+    # The message that most work goes before comes last.
+    coming = [shard.group.begin_gather(part) for part in (first, second, past) if part.shape[1]]
+    halves = [_tokens_together(half).transpose(1, 2) for half in query.split(piece, dim=2)]
+    # Every query meets its own slice once, and so its sink.
+    terms = {"mask": KeyRange(causal=True), "scale": scale, "sinks": options.sinks}
+    parts = [
+        [blockwise_attention(half, *_side_by_side(own, width), **terms)]
+        for half, own in zip(halves, (first, second), strict=True)
+    ]
+    received = coming[0].wait()
+    parts[0] += _attend_whole(halves[0], received[:rank], width, piece, scale)
+    parts[1] += _attend_whole(halves[1], received, width, piece, scale)
+    parts[1] += _attend_whole(halves[1], coming[1].wait()[rank + 1 :], width, piece, scale)
+    if past.shape[1]:
+        whole = _tokens_together(query).transpose(1, 2)
+        for output, lse in _attend_whole(whole, coming[2].wait(), width, slices.count, scale):
+            parts[0].append((output[:, :, :piece], lse[:, :, :piece].contiguous()))
+            parts[1].append((output[:, :, piece:], lse[:, :, piece:].contiguous()))
+    merged = [merge_over_first([o for o, _ in half], [lse for _, lse in half])[0] for half in parts]
+    return torch.cat([output.transpose(1, 2) for output in merged], 1).transpose(1, 2)
+
+
+def _attend_whole(
+    queries: Tensor, states: Tensor, width: int, unit: int, scale: float | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Queries over keys and values of some ranks, all of which they see, in parts.
+
+    Args:
+        queries: (B, H, T, K).
+        states: (ranks, B, S, G, K + V).
+        width: K.
+        unit: tokens, of which whole numbers come back.
+        scale: on the scores.
+    """
+    # As they lie where B = 1; else they are copied.
+    row = states.transpose(0, 1).flatten(1, 2)
+    pieces = prefix_pieces(row.shape[1], unit, key_tile(queries, row.transpose(1, 2)))
+    parts = [_side_by_side(row[:, columns], width) for columns in pieces]
+    return [blockwise_attention(queries, key, value, scale=scale) for key, value in parts]
+
+
+def _side_by_side(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Keys and values in (B, S, G, K + V), whose strides follow from their shape alone where B = 1.
+
+    cuDNN's plans then serve every prompt, whatever room its cache has: see `_tokens_together`.
+    """
+    states = states[0][None] if len(states) == 1 else states
+    key, value = states.transpose(1, 2).tensor_split([width], -1)
+    return key, value
+
+
+def _attend_by_queries(query: Tensor, shard: Shard, run: "_Run") -> Tensor:
     """The queries of all ranks over the keys of this one, and what the others found for its own.
 
     Queries travel in two halves, the first slices of all ranks and then the second ones. This rank attends
     its own first slice while those of the others come, and its own second one while results go back.
     """
-    limits = mask.key_range(query.device)
-    is_dense = limits is not None and limits.is_dense and options.softcap is None
-    held = None if is_dense else _held_by_rank(mask, shard, slices, query.device)
-    run = _Run(key, value, _terms(options, shard), slices, held)
+    slices = run.slices
     halves = [_tokens_together(half) for half in query.split(slices.piece, dim=2)]
     coming = [shard.group.begin_gather(half) for half in halves]
     own = [run.attend(halves[0].transpose(1, 2), 0, slice(slices.rank, slices.rank + 1))]

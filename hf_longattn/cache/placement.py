@@ -111,6 +111,12 @@ class Placement:
         """Tokens that this rank holds."""
         return self._before[-1] + self._stops[-1] - self._starts[-1] if self._starts else 0
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks hold as many tokens, those of runs that were cut: the same answer on each."""
+        shares = ((stop - start, share) for start, stop, share, _ in self._stretches)
+        return all(share is not None and share * self.world_size == count for count, share in shares)
+
     def count(self, length: int) -> int:
         """How many of the first `length` tokens this rank holds."""
         run = bisect.bisect_left(self._starts, length) - 1

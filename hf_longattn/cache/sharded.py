@@ -23,6 +23,8 @@ from hf_longattn.cache.token_rows import TokenRows
 from hf_longattn.kernels.cache_write import cache_write
 
 _TAG = "_hf_longattn_shard"
+# Leading bits of a capacity that may differ: it is rounded up by a 128th at most.
+_ROUNDING = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ def share_capacity(capacity: int, world_size: int) -> int:
     """
     # Shares differ by a block, and by the remainders of prompts that do not divide evenly.
     share = -(-capacity // world_size)
-    return share + share // 64 + 4 * BLOCK if capacity else 0
+    needed = share + share // 128 + 4 * BLOCK if capacity else 0
+    # cuDNN builds plans for strides it has not seen, of which this number is one: calls that differ by a few
+    # tokens shall have the same.
+    step = 1 << max(needed.bit_length() - _ROUNDING, 0)
+    return -(-needed // step) * step
 
 
 def _place(layer: Any, count: int) -> None:

@@ -1,5 +1,6 @@
 """Attention on a run that the ranks compute together. Run as `python run_cases.py P,P... TOPIC...`."""
 
+import contextlib
 import itertools
 import os
 import sys
@@ -18,6 +19,7 @@ from hf_longattn.attention.exact import Options
 from hf_longattn.cache.placement import Placement, Slices
 from hf_longattn.cache.sharded import ShardedLayer, shard_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import lazy_mask
 from hf_longattn.parallel.group import Pending, SequenceGroup
 
@@ -28,22 +30,22 @@ def states(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def layers_of(mesh, runs, batch):
+def layers_of(mesh, runs, capacity):
     """This rank's layer, to which runs are added, with the slices of each."""
     group = SequenceGroup(None if mesh.size() == 1 else mesh.get_group("cp"))
-    layer, start = ShardedLayer(group, Placement(group.rank, group.world_size)), 0
+    layer, start = ShardedLayer(group, Placement(group.rank, group.world_size), capacity), 0
     for count in runs:
         layer.slices = Slices(start, count, group.rank, group.world_size)
         yield layer, layer.slices
         start += count
 
 
-def attended(mesh, runs, batch, padding=None, **fields):
+def attended(mesh, runs, batch, padding=None, capacity=0, **fields):
     """What `sharded_attention` gives of each run, put together in order, with queries, keys and values."""
     total = sum(runs)
     query, both = states(batch, HEADS, total, WIDTH), states(2, batch, KEY_HEADS, total, WIDTH)
     outputs = []
-    for layer, slices in layers_of(mesh, runs, batch):
+    for layer, slices in layers_of(mesh, runs, capacity):
         seen = slice(slices.start, slices.start + slices.count)
         own, key, value = (slices.take(x[:, :, seen], 2) for x in (query, *both))
         key, value = layer.update(key, value)
@@ -95,19 +97,72 @@ def overlap(rank, size, mesh):
         return noted
 
     watched = (
+        patch.object(sharded, "_attend_run", note("run", sharded._attend_run)),
         patch.object(SequenceGroup, "begin_gather", note("gather", SequenceGroup.begin_gather)),
         patch.object(SequenceGroup, "begin_exchange", note("exchange", SequenceGroup.begin_exchange)),
         patch.object(Pending, "wait", note("wait", Pending.wait)),
         patch.object(sharded, "blockwise_attention", note("attend", blockwise_attention)),
     )
-    for fields in ({}, {"softcap": 2.0}) if size > 1 else ():
-        with watched[0], watched[1], watched[2], watched[3]:
-            attended(mesh, [4 * size, 4 * size], 1, **fields)
-        # The second run: in the first, the first slices of some ranks see no key of others.
-        steps = [name for name, _ in itertools.groupby(events[events.index("gather", 2) :])]
-        assert steps[:3] == ["gather", "attend", "wait"], events
-        assert steps[3:] == ["attend", "exchange", "wait", "attend", "exchange", "attend", "wait"], events
+
+    def steps(fields):
+        """The steps of the last of three runs, and of the first two."""
         events.clear()
+        with contextlib.ExitStack() as patches:
+            for one in watched:
+                patches.enter_context(one)
+            attended(mesh, [4 * size] * 3, 1, **fields)
+        *_, first, second, third = " ".join(events).split("run")
+        return [[name for name, _ in itertools.groupby(run.split())] for run in (third, first, second)]
+
+    if size == 1:
+        return
+    queries = [
+        "gather",
+        "attend",
+        "wait",
+        "attend",
+        "exchange",
+        "wait",
+        "attend",
+        "exchange",
+        "attend",
+        "wait",
+    ]
+    keys = ["gather", "attend", "wait", "attend", "wait"]
+    # Of 4 heads two have keys of their own: those of two runs are no more bytes than queries and results.
+    third, first, second = steps({})
+    assert third[: len(queries)] == queries, third
+    assert all(run[: len(keys)] == keys and "exchange" not in run for run in (first, second)), (first, second)
+    third, _, second = steps({"softcap": 2.0})
+    # In the first run, the first slices of some ranks see no key of others.
+    assert all(run[: len(queries)] == queries for run in (second, third)), (second, third)
+
+
+def calls(rank, size, mesh):
+    """Each rank computes its part of the visible pairs; keys that travel have the strides of their shape."""
+    found = []
+
+    def noted(query, key, value, **kwargs):
+        causal = kwargs.get("mask", KeyRange()).causal
+        found.append((query.shape, key.shape, causal, *(x.stride() for x in (query, key, value))))
+        return blockwise_attention(query, key, value, **kwargs)
+
+    unit = 2 * size
+    with patch.object(sharded, "blockwise_attention", noted):
+        for counts in ([3 * unit] * 2, [3 * unit] * 5, [2 * unit, 5 * unit]):
+            found.clear()
+            attended(mesh, counts, 1)
+            # Of a causal call, the last query sees all keys, and each one before it one key less.
+            rows = [(q[2], k[2] - causal * (q[2] - 1) / 2) for q, k, causal, *_ in found]
+            total = sum(counts)
+            assert sum(t * s for t, s in rows) * size == total * (total + 1) / 2, counts
+        every = []
+        for capacity in (20 * unit, 31 * unit):
+            found.clear()
+            attended(mesh, [3 * unit] * 2, 1, capacity=capacity)
+            every.append(set(found))
+    assert every[0] == every[1]
+    assert len({call[:3] for call in every[0]}) == len(every[0]), every[0]
 
 
 def late(rank, size, mesh):

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from hf_longattn.cache.placement import Placement, Slices
+from hf_longattn.cache.sharded import share_capacity
 
 CASES = Path(__file__).parent / "cases.py"
 RUN_CASES = CASES.with_name("run_cases.py")
@@ -59,7 +60,7 @@ def test_meshes_of_two_dimensions():
 
 @pytest.mark.parametrize("sizes", ["2,3", pytest.param("1,4", marks=pytest.mark.slow)], ids="P{}".format)
 def test_attention_on_a_run(sizes):
-    run(sizes, "runs", "overlap", cases=RUN_CASES)
+    run(sizes, "runs", "overlap", "calls", cases=RUN_CASES)
 
 
 @pytest.mark.slow
@@ -91,6 +92,31 @@ def test_every_token_is_held_once_and_counted(size):
         assert torch.equal(torch.cat(held).sort().values, torch.arange(ranks[0].length))
         for length in (0, 1, ranks[0].length // 2, ranks[0].length):
             assert [p.count(length) for p in ranks] == [int((h < length).sum()) for h in held]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_are_even_behind_runs_that_were_cut_alone(size):
+    ranks = [Placement(rank, size) for rank in range(size)]
+    # Two runs, a crop inside the second, back to the end of the first, one token, and back again.
+    for step, even in (("run", 1), ("run", 1), (9 * size, 0), (8 * size, 1), ("token", 0), (8 * size, 1)):
+        for placement in ranks:
+            if step == "run":
+                placement.place_slices(Slices(placement.length, 8 * size, placement.rank, size))
+            elif step == "token":
+                placement.place(1)
+            else:
+                placement.truncate(step)
+        assert all(placement.is_even == bool(even) for placement in ranks), step
+        assert not even or len({placement.held for placement in ranks}) == 1
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_caches_of_nearly_equal_room_have_the_same_strides(size):
+    for tokens in (32768, 131072, 262144):
+        rooms = {share_capacity(tokens + new, size) for new in (1, 9)}
+        assert len(rooms) == 1
+        needed = -(-tokens // size) + -(-tokens // size) // 128 + 128
+        assert needed <= rooms.pop() <= (needed + 9) * 129 / 128
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -87,6 +87,18 @@ class TokenMixer:
     def take(self, grad: Tensor | None) -> None:
         """Takes the gradient of `entering`."""
 
+    def kept(self, most: int) -> Tensor | None:
+        """What blocks handed on to later ones, as one tensor, where the backward is to have it.
+
+        Args:
+            most: bytes of it.
+        """
+        return None
+
+    def put_back(self, kept: Tensor) -> None:
+        """Takes what `kept` returned."""
+        raise NotImplementedError
+
     def gather(self) -> None:
         """Puts what the ranks have stored together."""
         raise NotImplementedError

@@ -33,6 +33,9 @@ from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
+# States are kept for the backward where this many times their bytes are those of the layer's input.
+_STATE_SHARE = 16
+
 
 @dataclass
 class Runtime:
@@ -156,15 +159,20 @@ def _only_tensor(output: Any) -> Tensor:
 
 @dataclass
 class Saved:
-    """What the backward reads: the input, perhaps attention's output (B, T, H, V) and lse (B, T, H)."""
+    """What the backward reads: the input, perhaps attention's output (B, T, H, V) and lse (B, T, H).
+
+    Of a layer with states perhaps those, in one piece.
+    """
 
     hidden: Blocks
     output: Blocks | None = None
     lse: Blocks | None = None
+    states: DeviceBlocks | None = None
 
     def all(self) -> list[Blocks]:
         """Those that are there."""
-        return [blocks for blocks in (self.hidden, self.output, self.lse) if blocks is not None]
+        found = (self.hidden, self.output, self.lse, self.states)
+        return [blocks for blocks in found if blocks is not None]
 
     def on_device(self) -> list[DeviceBlocks]:
         """Those that stay where they are."""
@@ -235,6 +243,10 @@ def run_forward(
                 _save_results(saved, index, attention, runtime, run.rows)
     assert whole is not None
     run.random.watches = False
+    if saved is not None and attention is not None and isinstance(saved.hidden, DeviceBlocks):
+        # Where the input went to the host, memory is short.
+        if (states := attention.kept(hidden.nbytes // _STATE_SHARE)) is not None:
+            saved.states = DeviceBlocks(states, [], filled=True)
     return whole, saved
 
 
@@ -265,7 +277,11 @@ def _fill(run: BlockRun, attention: TokenMixer, blocks: Iterable[tuple[int, Tens
 
 
 def _refill(run: BlockRun, saved: Saved, attention: TokenMixer) -> None:
-    """Keys and values again; the last block alone brings its own in the pass from right to left."""
+    """Keys and values, or states, again; the last block brings its own in the pass from right to left."""
+    if saved.states is not None:
+        assert saved.states.tensor is not None
+        attention.put_back(saved.states.tensor)
+        return
     order = list(range(len(run.rows) if attention.is_shared else len(run.rows) - 1))
     if order:
         _fill(run, attention, zip(order, saved.hidden.read(order), strict=True))

@@ -10,7 +10,8 @@ that share a sequence; D is the width of the model, i the bytes of one number:
     inputs        of every layer, D i bytes a token; with `save_attention` the output of attention too,
                   (H V i + 4 H). On the GPU as long as the offloader would leave them there, in pinned host
                   memory beyond: the rule of `Offloader` itself decides, tensor by tensor. Where `keep_every`
-                  lets groups of layers keep one, those of the first layers and of one group at a time
+                  lets groups of layers keep one, those of the first layers and of one group at a time. States
+                  that lightning layers keep, a sixteenth of their inputs at most, are left out
 
 and what comes on top is the most of three moments, with cosines, sines, ids and labels in each:
 

@@ -1,14 +1,16 @@
 """Lightning attention inside a layer that runs a block at a time: a state goes from block to block.
 
     forward, left to right:    the state behind block i enters block i + 1
-    backward, right to left:   the states again from x;   one local backward of block i, whose gradient for
-                               the state that entered it is that of the state behind block i - 1
+    backward, right to left:   the states of the forward, or again from x;   one local backward of block i,
+                               whose gradient for the state that entered it is that of the state behind
+                               block i - 1
 
 Where the sequence lies on several ranks, a first pass finds the state of each slice alone, and one all-gather
 what enters it (see `parallel/lightning.py`). In the backward the gradients of what enters the slices go round
 once, and a second pass adds what later slices have for a slice's keys and values.
 
-The states of all blocks are held for the time of one layer's backward: H K V fp32 numbers a row and block.
+The states of all blocks are held for the time of one layer's backward: H K V fp32 numbers a row and block. In
+one process they are kept from the forward where they are little beside an input that waits on the device.
 """
 
 from dataclasses import dataclass
@@ -228,6 +230,17 @@ class BlockStates(TokenMixer):
             self.alone[self.block_rows.slices.index(own)] = state.detach()
         else:
             self.states[behind] = state.detach()
+
+    def kept(self, most: int) -> Tensor | None:
+        """What enters the blocks behind the first, (blocks - 1, B, H, K, V)."""
+        states = [state for _, state in sorted(self.states.items()) if state is not None]
+        if self.is_shared or not states or sum(state.nbytes for state in states) > most:
+            return None
+        return torch.stack(states)
+
+    def put_back(self, kept: Tensor) -> None:
+        """Takes what `kept` returned."""
+        self.states = dict(enumerate(kept.unbind(), start=1))
 
     def gather(self) -> None:
         """From the states of the blocks, each slice begun at zero, to those of the whole sequence."""

@@ -11,6 +11,9 @@ import torch
 import transformers as tf
 
 import hf_longattn
+from hf_longattn.training import layer
+from hf_longattn.training.layer import _fill as fill
+from hf_longattn.training.states import BlockRows, BlockStates
 
 # fp32 sums in another order; the loss and the gradients of a whole model, relative.
 BOUND = 2e-6
@@ -154,3 +157,45 @@ def test_positions_that_are_written_over_are_looked_at_again(prepare):
     packed = model(**call, position_ids=positions).logits
     torch.testing.assert_close(packed, model(**call, position_ids=positions.clone()).logits, rtol=0, atol=0)
     assert (packed[:, 15:] - whole[:, 15:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["hybrid", "flag", "minimax"])
+@pytest.mark.parametrize("keep_every", [1, 2])
+def test_states_of_the_forward_spare_the_backward_their_computation(monkeypatch, name, keep_every):
+    """The same bits as with states that are computed again, twice through one graph, on all layouts."""
+    fills = []
+    monkeypatch.setattr(layer, "_fill", lambda run, *rest: (fills.append(run), fill(run, *rest)))
+    model = hf_longattn.prepare_training(build(name), block_size=16, keep_every=keep_every)
+    has_state = {True: 0, False: 0}
+    for layout in ("full", "left", "packed"):
+        found = {}
+        for share in (1e-9, 1e9):
+            monkeypatch.setattr(layer, "_STATE_SHARE", share)
+            fills.clear()
+            model.zero_grad()
+            loss = model(**batch(layout)).loss
+            loss.backward(retain_graph=keep_every == 1)
+            has_state[share < 1] = len(fills)
+            once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            if keep_every == 1:
+                loss.backward()
+                assert all(torch.equal(p.grad, 2 * once[n]) for n, p in model.named_parameters() if n in once)
+            found[share] = loss.detach(), once
+        # Softmax layers of the model, and the last of a group, whose forward does not run again.
+        assert has_state[True] < has_state[False]
+        (loss, kept), (again, filled) = found.values()
+        assert torch.equal(loss, again) and kept.keys() == filled.keys()
+        assert all(torch.equal(kept[n], filled[n]) for n in kept)
+
+
+def test_states_are_kept_where_they_are_little_beside_the_input():
+    states = BlockStates(BlockRows([], [], [[0, 1, 2]]), "past_key_values")
+    states.states = {2: torch.full((1, 2, 4, 4), 2.0), 1: torch.ones(1, 2, 4, 4)}
+    assert states.kept(2 * 32 * 4 - 1) is None
+    kept = states.kept(2 * 32 * 4)
+    assert kept is not None and kept.shape == (2, 1, 2, 4, 4) and kept[:, 0, 0, 0, 0].tolist() == [1, 2]
+    again = BlockStates(states.block_rows, "past_key_values")
+    again.put_back(kept)
+    assert again.states.keys() == {1, 2} and all(
+        torch.equal(again.states[i], states.states[i]) for i in (1, 2)
+    )

@@ -122,33 +122,36 @@ def _attend_by_keys(
 ) -> Tensor:
     """The queries of this rank over the keys of all, in causal order; keys come while its own are attended.
 
-    A first slice sees the first slices of the ranks before it; a second one those of all ranks, and the
-    second ones of the ranks behind. Both see all that lies before the run, in whatever order of the ranks.
-    So three messages are runs of keys that are seen whole.
+    Its two slices make a triangle over themselves. Both see the first slices of the ranks before it, and all
+    that lies before the run, in whatever order of the ranks. Its second slice sees those of the ranks behind
+    it too, first and second. So three messages are keys that are seen whole.
     """
     rank, piece, width, scale = slices.rank, slices.piece, key.shape[3], options.scale
     states = torch.cat([key.transpose(1, 2), value.transpose(1, 2)], -1)
-    past, first, second = states.split([states.shape[1] - 2 * piece, piece, piece], 1)
+    past, own = states.split([states.shape[1] - 2 * piece, 2 * piece], 1)
     # The message that most work goes before comes last.
-    coming = [shard.group.begin_gather(part) for part in (first, second, past) if part.shape[1]]
-    halves = [_tokens_together(half).transpose(1, 2) for half in query.split(piece, dim=2)]
+    coming = [shard.group.begin_gather(part) for part in (*own.split(piece, 1), past) if part.shape[1]]
+    queries = _tokens_together(query).transpose(1, 2)
     # Every query meets its own slice once, and so its sink.
     terms = {"mask": KeyRange(causal=True), "scale": scale, "sinks": options.sinks}
-    parts = [
-        [blockwise_attention(half, *_side_by_side(own, width), **terms)]
-        for half, own in zip(halves, (first, second), strict=True)
-    ]
-    received = coming[0].wait()
-    parts[0] += _attend_whole(halves[0], received[:rank], width, piece, scale)
-    parts[1] += _attend_whole(halves[1], received, width, piece, scale)
-    parts[1] += _attend_whole(halves[1], coming[1].wait()[rank + 1 :], width, piece, scale)
+    parts = [blockwise_attention(queries, *_side_by_side(own, width), **terms)]
+    firsts = coming[0].wait()
+    parts += _attend_whole(queries, firsts[:rank], width, piece, scale)
+    later = _tokens_together(query[:, :, piece:]).transpose(1, 2)
+    behind = _attend_whole(later, firsts[rank + 1 :], width, piece, scale)
+    behind += _attend_whole(later, coming[1].wait()[rank + 1 :], width, piece, scale)
     if past.shape[1]:
-        whole = _tokens_together(query).transpose(1, 2)
-        for output, lse in _attend_whole(whole, coming[2].wait(), width, slices.count, scale):
-            parts[0].append((output[:, :, :piece], lse[:, :, :piece].contiguous()))
-            parts[1].append((output[:, :, piece:], lse[:, :, piece:].contiguous()))
-    merged = [merge_over_first([o for o, _ in half], [lse for _, lse in half])[0] for half in parts]
-    return torch.cat([output.transpose(1, 2) for output in merged], 1).transpose(1, 2)
+        parts += _attend_whole(queries, coming[2].wait(), width, slices.count, scale)
+    output, lse = _merged(parts)
+    if not behind:
+        return output
+    second = output[:, :, piece:], lse[:, :, piece:].contiguous()
+    joined = _merged([second, *behind])[0]
+    return torch.cat([part.transpose(1, 2) for part in (output[:, :, :piece], joined)], 1).transpose(1, 2)
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
 
 
 def _attend_whole(
@@ -272,7 +275,7 @@ class _Run:
         parts = [self._attend_dense(queries, columns) for columns in pieces]
         if not parts:
             return self._nothing(queries)
-        return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
+        return _merged(parts)
 
     def _attend_dense(
         self, queries: Tensor, columns: slice, is_causal: bool = False

@@ -4,6 +4,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import recorded
 import tiny
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -18,19 +19,6 @@ FAMILIES = ["llama", "gemma2", "mistral-window", "gpt-neox"]
 gpu = pytest.mark.gpu
 
 
-class _Event:
-    """The CPU has nothing to wait for."""
-
-    def __init__(self, **kwargs):
-        pass
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-
 @pytest.fixture
 def deferred(monkeypatch):
     """Lets calls on a CPU run ahead; the checks that were made one step late."""
@@ -42,7 +30,7 @@ def deferred(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(ahead, "_DEVICES", ("cpu",))
-    monkeypatch.setattr(torch, "Event", _Event)
+    monkeypatch.setattr(torch, "Event", recorded.NoEvent)
     monkeypatch.setattr(utils, "DeferredStopCheck", Counted)
     yield made
     assert utils.DeferredStopCheck is Counted

@@ -14,6 +14,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import ranks
+import recorded
 import tiny
 import torch
 import torch.distributed as dist
@@ -23,19 +24,6 @@ from transformers.generation import utils
 from transformers.generation.streamers import TextStreamer
 
 from hf_longattn.generation import ahead as run_ahead
-
-
-class _Event:
-    """The CPU has nothing to wait for."""
-
-    def __init__(self, **kwargs):
-        pass
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
 
 
 @contextlib.contextmanager
@@ -50,7 +38,7 @@ def running_ahead():
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(run_ahead, "_DEVICES", ("cpu",)))
-        stack.enter_context(patch.object(torch, "Event", _Event))
+        stack.enter_context(patch.object(torch, "Event", recorded.NoEvent))
         stack.enter_context(patch.object(utils, "DeferredStopCheck", Counted))
         yield made
 

@@ -1,4 +1,4 @@
-"""A stand-in for a CUDA graph on a CPU."""
+"""Stand-ins for a CUDA graph and its events on a CPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,3 +39,16 @@ class RecordedGraph(TorchDispatchMode):
             for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class NoEvent:
+    """The CPU has nothing to wait for."""
+
+    def __init__(self, **kwargs):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass

@@ -351,6 +351,7 @@ def train(
     first_tokens: int = 0,
     trainer: type[Trainer] = Trainer,
     flops: float = 0.0,
+    network: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """Trains on `text.tokens` less `first_tokens` and scores the held-out rows before, meanwhile and after.
 
@@ -363,6 +364,7 @@ def train(
         first_tokens: tokens that an earlier stage took.
         trainer: the class, called as Trainer is.
         flops: operations a token, for the time that is announced.
+        network: the language model whose layers run, where it is not `model` itself.
 
     Returns:
         held-out losses before and after, tokens, seconds with evaluations and checkpoints, and the held-out
@@ -376,7 +378,8 @@ def train(
     if flops:
         work = flops * step_tokens * arguments.max_steps
         print(f"{work:.3g} FLOP: {work / 60 / 3e14:.1f} minutes at 300 TFLOP/s", flush=True)
-    narrow_residual(model)
+    network = model if network is None else network
+    narrow_residual(network)
     folder.mkdir(parents=True, exist_ok=True)
     curve = Curve(folder / "curve.jsonl", step_tokens, first_tokens)
     worker = trainer(
@@ -384,7 +387,7 @@ def train(
     )
     checkpoint = get_last_checkpoint(str(folder)) if text.resume else None
     tokens = first_tokens + arguments.max_steps * step_tokens
-    with compiled_layers(model) if training.compile_layers else contextlib.nullcontext():
+    with compiled_layers(network) if training.compile_layers else contextlib.nullcontext():
         worker.train(resume_from_checkpoint=checkpoint)
         if tokens not in curve.points():
             worker.evaluate()

@@ -16,7 +16,6 @@ budget, so that every run sees the same tokens. Passkeys are asked of the source
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ class Recipe:
 
     model: str | None = field(default=None, metadata={"help": "folder or id (SmolLM2-135M, fetched)"})
     softmax_every: int = field(default=0, metadata={"help": "every n-th layer stays softmax; 0: none"})
-    transfer: float = field(default=0.2, metadata={"help": "share of the tokens for stage 1"})
+    transfer: float = field(default=0.1, metadata={"help": "share of the tokens for stage 1"})
     transfer_learning_rate: float = field(default=1e-3, metadata={"help": "of stage 1"})
     distill: float = field(default=0.0, metadata={"help": "weight of the teacher's logits in stage 2"})
     from_scratch: bool = field(default=False, metadata={"help": "random weights, stage 2 alone"})
@@ -100,55 +99,82 @@ def attentions(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
 
 
+class Pair(nn.Module):
+    """A softmax attention module and the copy that reads the same states; gives what the former gives.
+
+    Args:
+        module: the softmax attention.
+        student: the copy.
+    """
+
+    def __init__(self, module: nn.Module, student: nn.Module) -> None:
+        super().__init__()
+        self.module, self.student = module, student
+        self.loss: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+        """Notes the loss of the copy, for rows without padding."""
+        output = self.module(*args, **kwargs)
+        target, found = (
+            output[0].float(),
+            self.student(*args, **{**kwargs, "attention_mask": None})[0].float(),
+        )
+        self.loss = (found - target).square().mean() / target.square().mean()
+        return output
+
+
 class AttentionTransfer(nn.Module):
-    """Lightning copies of attention modules beside a frozen softmax model, each with its own loss.
+    """Lightning copies of attention modules inside a frozen softmax model, each with its own loss.
 
     The hidden states are the softmax model's own, so no layer has to bear with what others have yet to learn,
     and no gradient passes from layer to layer. The state dict holds the copies alone.
 
     Args:
-        teacher: the softmax model.
+        teacher: the softmax model, whose attention modules become `Pair`s.
         config: of the lightning model.
     """
 
     def __init__(self, teacher: PreTrainedModel, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.seen: dict[int, tuple[tuple, dict, Tensor]] = {}
         own = copy.deepcopy(config)
         own._attn_implementation = LIGHTNING
         found = {i: m for i, m in attentions(teacher).items() if i in config.lightning_layers}
         self.students = nn.ModuleDict({str(i): copy.deepcopy(module) for i, module in found.items()})
         for student in self.students.values():
             student.config = own
-        for index, module in found.items():
-            module.register_forward_hook(self._keep(index), with_kwargs=True)
-        # In a list, so that neither optimizer nor checkpoint sees it.
+        # In lists, so that neither optimizer nor checkpoint sees what is frozen.
         self.teacher = [teacher.requires_grad_(False).eval()]
-
-    def _keep(self, index: int) -> Any:
-        def keep(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-            self.seen[index] = args, {**kwargs, "attention_mask": None}, output[0]
-
-        return keep
-
-    def pairs(self, input_ids: Tensor) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
-        """(copy, its output, the softmax output) of each layer for (B, T) ids without padding."""
-        with torch.no_grad():
-            self.teacher[0].base_model(input_ids, use_cache=False)
-        for index, student in self.students.items():
-            args, kwargs, target = self.seen.pop(int(index))
-            yield student, student(*args, **kwargs)[0].float(), target.float()
+        self.pairs = [Pair(module, self.students[str(i)]) for i, module in found.items()]
+        pairs = {pair.module: pair for pair in self.pairs}
+        for parent in list(teacher.modules()):
+            for name, part in list(parent.named_children()):
+                if part in pairs and parent is not pairs[part]:
+                    setattr(parent, name, pairs[part])
 
     @torch.no_grad()
     def match_norms(self, input_ids: Tensor) -> None:
         """Scales the output projections: lightning heads leave a norm, softmax heads are means of values."""
-        for student, found, target in self.pairs(input_ids):
-            student.o_proj.weight *= target.norm() / found.norm()
+        norms: dict[nn.Module, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple, output: tuple) -> None:
+            norms[module] = output[0].norm()
+
+        parts = [part for pair in self.pairs for part in (pair.module, pair.student)]
+        hooks = [part.register_forward_hook(note) for part in parts]
+        self(input_ids)
+        for hook in hooks:
+            hook.remove()
+        for pair in self.pairs:
+            pair.student.o_proj.weight *= norms[pair.module] / norms[pair.student]
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """The mean loss over layers."""
-        parts = ((o - t).square().mean() / t.square().mean() for _, o, t in self.pairs(input_ids))
-        return {"loss": torch.stack(list(parts)).mean()}
+        """The mean loss over layers, for (B, T) ids without padding."""
+        self.teacher[0].base_model(input_ids, use_cache=False)
+        losses = [pair.loss for pair in self.pairs]
+        for pair in self.pairs:
+            # Else the graph would live until the next step.
+            pair.loss = None
+        return {"loss": torch.stack(losses).mean()}
 
 
 def transfer(
@@ -162,7 +188,9 @@ def transfer(
     stage, budget = copy.copy(training), copy.copy(text)
     stage.learning_rate = recipe.transfer_learning_rate
     budget.tokens = int(recipe.transfer * text.tokens)
-    result = train(module, stage, budget, data, folder)
+    # Scoring the held-out rows costs as much as training on them, and this stage is short.
+    stage.eval_steps = max(training.eval_steps or 0, 0.25)
+    result = train(module, stage, budget, data, folder, network=teacher)
     for index, attention in attentions(model).items():
         if str(index) in module.students:
             attention.load_state_dict(module.students[str(index)].state_dict())

@@ -172,7 +172,8 @@ def test_transfer_compares_with_softmax_on_the_same_states():
     teacher = llama()
     config = teacher.config
     config.lightning_layers = [0, 2]
-    ids = torch.arange(40)[None] % 64
+    ids, own = torch.arange(40)[None] % 64, [*teacher.parameters()]
+    expected = teacher(ids).logits
     module = linearize.AttentionTransfer(teacher, config)
     assert [*module.students] == ["0", "2"]
     assert {name.split(".")[1] for name in module.state_dict()} == {"0", "2"}
@@ -182,7 +183,8 @@ def test_transfer_compares_with_softmax_on_the_same_states():
     assert after < before and after < 4
     after.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is None for p in own)
+    assert torch.equal(teacher(ids).logits, expected)
     # A copy that is still softmax has nothing to learn.
     fresh = linearize.AttentionTransfer(llama(), config)
     for student in fresh.students.values():
@@ -339,6 +341,31 @@ def test_compiled_layers_share_programs_and_leave_the_model_as_it_was():
         assert counters["stats"]["unique_graphs"] == programs[-1]
     # The parts of a layer around attention, and the loss.
     assert programs[0] == programs[1] <= 6
+
+
+def test_attention_transfer_runs_in_compiled_layers():
+    ids, programs = torch.randint(64, (2, 24)), []
+    for layers in (3, 6):
+        torch.compiler.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        model = hybrid(layers)
+        model.set_attn_implementation("sdpa")
+        module = linearize.AttentionTransfer(model, model.config)
+
+        def step(module=module):
+            module.zero_grad()
+            loss = module(ids)["loss"]
+            loss.backward()
+            return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in module.parameters())])
+
+        plain = step()
+        with _common.compiled_layers(model, backend="aot_eager"):
+            compiled = step()
+        programs.append(counters["stats"]["unique_graphs"])
+        assert (compiled - plain).norm() <= 1e3 * torch.finfo(torch.float32).eps * plain.norm()
+    # Layers with a copy beside their attention, cut around lightning attention, and those without.
+    assert 0 < programs[0] == programs[1] <= 8
 
 
 @pytest.mark.slow

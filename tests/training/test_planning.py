@@ -8,7 +8,7 @@ import transformers as tf
 
 import hf_longattn
 from hf_longattn.generation.planning import head_sizes, on_meta
-from hf_longattn.training import attention, liger, planning
+from hf_longattn.training import attention, liger, planning, setup
 from hf_longattn.training.offload import Layout, Offloader, working_bytes
 from hf_longattn.training.planning import TrainingRequest, count_parameters, plan_training
 
@@ -115,8 +115,8 @@ def test_inputs_go_to_the_host_where_the_offloader_sends_them(monkeypatch):
     for shape, dtype in layer * 32:
         layout = Layout(shape, dtype, torch.device("cuda"), [slice(0, tokens)])
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=free - kept: (left, memory))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        held = {name: {"all": {"current": 0}} for name in ("reserved_bytes", "allocated_bytes")}
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device, held=held: held)
         if offloader._moves(layout):
             host += layout.num_bytes
         else:
@@ -176,3 +176,21 @@ def test_a_step_on_a_gpu_takes_what_is_planned(fused, monkeypatch):
     # The plan counts the way of the two that takes more: plain torch's, for this shape.
     assert measured <= 1.05 * (plan.peak - plan.optimizer)
     assert fused or measured >= 0.95 * (plan.peak - plan.optimizer)
+
+
+def test_gradients_that_are_to_come_are_left_room_for():
+    config = tf.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    reserve = setup._reserve(model, 2)
+
+    def missing():
+        return reserve(100) - working_bytes(100, 2)
+
+    assert missing() == sum(p.nbytes for p in model.parameters())
+    # Sharding puts others in the place of parameters.
+    layer = model.model.layers[0]
+    for name, part in list(layer.self_attn.named_children()):
+        part.weight = torch.nn.Parameter(part.weight.half(), requires_grad=name != "q_proj")
+    layer.mlp.up_proj.weight.grad = torch.zeros_like(layer.mlp.up_proj.weight)
+    expected = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
+    assert missing() == expected < sum(p.nbytes for p in model.parameters())

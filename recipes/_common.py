@@ -324,6 +324,8 @@ def compiled_layers(model: nn.Module, backend: str = "inductor") -> Iterator[Non
         model.loss_function = loss
         for layer in layers:
             layer._compiled_call_impl = None
+        # Programs of one stage count against the few that torch makes of the same code in the next.
+        torch.compiler.reset()
 
 
 def flops_a_token(model: PreTrainedModel, shares: dict[str, float] | None = None) -> float:

@@ -343,29 +343,33 @@ def test_compiled_layers_share_programs_and_leave_the_model_as_it_was():
     assert programs[0] == programs[1] <= 6
 
 
-def test_attention_transfer_runs_in_compiled_layers():
-    ids, programs = torch.randint(64, (2, 24)), []
-    for layers in (3, 6):
-        torch.compiler.reset()
-        counters = torch._dynamo.utils.counters
-        counters.clear()
-        model = hybrid(layers)
-        model.set_attn_implementation("sdpa")
-        module = linearize.AttentionTransfer(model, model.config)
+def test_attention_transfer_runs_in_compiled_layers(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    ids, model = torch.randint(64, (2, 24)), hybrid(6)
+    model.set_attn_implementation("sdpa")
+    module = linearize.AttentionTransfer(model, model.config)
 
-        def step(module=module):
-            module.zero_grad()
-            loss = module(ids)["loss"]
-            loss.backward()
-            return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in module.parameters())])
+    def step():
+        module.zero_grad()
+        loss = module(ids)["loss"]
+        loss.backward()
+        return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in module.parameters())])
 
-        plain = step()
-        with _common.compiled_layers(model, backend="aot_eager"):
-            compiled = step()
-        programs.append(counters["stats"]["unique_graphs"])
-        assert (compiled - plain).norm() <= 1e3 * torch.finfo(torch.float32).eps * plain.norm()
-    # Layers with a copy beside their attention, cut around lightning attention, and those without.
-    assert 0 < programs[0] == programs[1] <= 8
+    plain = step()
+    with _common.compiled_layers(model, backend="aot_eager"):
+        compiled = step()
+        # Of four layers with a copy, cut around lightning attention, and of two without.
+        assert 0 < counters["stats"]["unique_graphs"] <= 8
+        with torch.no_grad():
+            module(ids[:1])
+    assert (compiled - plain).norm() <= 1e3 * torch.finfo(torch.float32).eps * plain.norm()
+    # The second stage makes programs of the same code anew.
+    model = hybrid(3)
+    with _common.compiled_layers(model, backend="aot_eager"):
+        gradients(model, ids)
 
 
 @pytest.mark.slow

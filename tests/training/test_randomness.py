@@ -92,3 +92,20 @@ def test_a_layer_that_begins_to_draw_is_noticed():
         forward, backward = masks[len(masks) - 6 : len(masks) - 3], masks[len(masks) - 3 :]
         assert all(map(torch.equal, forward, backward[::-1]))
         assert len({tuple(mask.flatten().tolist()) for mask in forward}) == len(forward)
+
+
+@pytest.mark.gpu
+def test_numbers_of_the_device_are_the_blocks_own_too():
+    device = torch.device("cuda")
+    torch.rand(1, device=device)
+    before = torch.cuda.get_rng_state(device), torch.get_rng_state()
+    numbers, found = BlockRandomness(11, device), []
+    for place in (0, 16, 0):
+        found.append(numbers.run(place, lambda: torch.rand(5, device=device)))
+    numbers.watches = False
+    found.append(numbers.run(16, lambda: torch.rand(5, device=device)))
+    generator = torch.Generator(device)
+    expected = [torch.rand(5, device=device, generator=generator.manual_seed(11 + n)) for n in (0, 16, 0, 16)]
+    assert numbers.draws and all(map(torch.equal, found, expected))
+    assert torch.equal(torch.cuda.get_rng_state(device), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])

@@ -14,7 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
-from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
 from hf_longattn.cache.shared_prefix import share_layers
@@ -201,9 +201,9 @@ def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dty
     layers = []
     for index, kind in enumerate(kinds):
         if index in recurrent:
-            layers.append(RecurrentLayer(capacity))
+            layers.append(RecurrentLayer(rounded_capacity(capacity)))
         elif kind == "full_attention":
-            layers.append(make_layer(cache_dtype, None, capacity))
+            layers.append(make_layer(cache_dtype, None, rounded_capacity(capacity)))
         elif kind in ("sliding_attention", "chunked_attention"):
             layers.append(make_layer(cache_dtype, keywords["sliding_window"], capacity))
         else:

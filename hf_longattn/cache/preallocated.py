@@ -18,6 +18,8 @@ _SMALLEST_GROWTH = 256
 # Tokens that a sliding layer keeps beyond its window, so that rejected guesses of assisted decoding can be
 # undone.
 _UNDO = 64
+# Leading bits of a capacity that may differ: it is rounded up by a 128th at most.
+_ROUNDING = 8
 
 
 def grown_capacity(capacity: int, needed: int) -> int:
@@ -28,6 +30,19 @@ def grown_capacity(capacity: int, needed: int) -> int:
         needed: tokens that there must be room for.
     """
     return max(needed, capacity + max(capacity // 2, _SMALLEST_GROWTH))
+
+
+def rounded_capacity(tokens: int) -> int:
+    """Room for some tokens, of which few different numbers come up.
+
+    cuDNN builds a plan, some 50 ms, for every set of strides it has not seen, and the room of a cache is one
+    of the strides of its keys: calls that differ by a few tokens shall have the same.
+
+    Args:
+        tokens: that there must be room for; fewer than 256 are returned as they are.
+    """
+    step = 1 << max(tokens.bit_length() - _ROUNDING, 0)
+    return -(-tokens // step) * step
 
 
 class Clock:

@@ -17,14 +17,17 @@ from transformers import PreTrainedConfig
 
 from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.placement import BLOCK, Placement, Slices
-from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.preallocated import (
+    Clock,
+    PreallocatedLayer,
+    PreallocatedSlidingLayer,
+    rounded_capacity,
+)
 from hf_longattn.cache.recurrent import MAX_RECORDED, Recording, RecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows
 from hf_longattn.kernels.cache_write import cache_write
 
 _TAG = "_hf_longattn_shard"
-# Leading bits of a capacity that may differ: it is rounded up by a 128th at most.
-_ROUNDING = 8
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,7 @@ def share_capacity(capacity: int, world_size: int) -> int:
     # Shares differ by a block, and by the remainders of prompts that do not divide evenly.
     share = -(-capacity // world_size)
     needed = share + share // 128 + 4 * BLOCK if capacity else 0
-    # cuDNN builds plans for strides it has not seen, of which this number is one: calls that differ by a few
-    # tokens shall have the same.
-    step = 1 << max(needed.bit_length() - _ROUNDING, 0)
-    return -(-needed // step) * step
+    return rounded_capacity(needed)
 
 
 def _place(layer: Any, count: int) -> None:

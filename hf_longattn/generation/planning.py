@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache.head_sizes import head_sizes, layer_sizes
-from hf_longattn.cache.preallocated import sliding_capacity
+from hf_longattn.cache.preallocated import rounded_capacity, sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
 from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers
 from hf_longattn.cache.sharded import share_capacity
@@ -236,7 +236,7 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
         )
     kinds, keywords = get_layer_types_and_kwargs(config)
     states = _state_bytes(config)
-    share = tokens if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
+    share = rounded_capacity(tokens) if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
     # Layers that read keys and values of others come last, and have no kind.
     for index, (kind, size) in enumerate(zip(kinds, layer_sizes(config), strict=False)):

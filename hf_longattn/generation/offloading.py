@@ -23,6 +23,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.head_sizes import layer_sizes
 from hf_longattn.cache.offloaded import BUFFERS, OffloadedLayer, offload, offloaded_layers
+from hf_longattn.cache.preallocated import rounded_capacity
 from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.generation.planning import RESERVE, Plan, Ranks
 
@@ -78,7 +79,7 @@ def layer_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> in
     sizes = zip(kinds, layer_sizes(config), strict=False)
     # The narrowest, where they differ: what the device is spared is not overrated.
     rows = (groups * (keys + values) for kind, (_, groups, keys, values) in sizes if kind == "full_attention")
-    return tokens * min(rows, default=0) * dtype.itemsize
+    return rounded_capacity(tokens) * min(rows, default=0) * dtype.itemsize
 
 
 def saved_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, count: int) -> int:

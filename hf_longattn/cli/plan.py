@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
+from hf_longattn import devices
 from hf_longattn.cache.quantized import read_cache_dtype
 from hf_longattn.generation.offloading import OffloadPlan, PlanWithOffload, with_offload
 from hf_longattn.generation.planning import (
@@ -22,7 +23,6 @@ from hf_longattn.generation.planning import (
     plan_generation,
     this_hardware,
 )
-from hf_longattn.generation.room import free_memory
 from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
 from hf_longattn.training.setup import prepare_training
 
@@ -146,8 +146,7 @@ def make_training_plan(request: Request) -> TrainingPlan:
     model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
     host = request.host_memory
-    # The system and the data loader need the rest.
-    bytes_of_host = (free_memory(torch.device("cpu")) or 0) * 4 // 5 if host is None else int(host * _GIB)
+    bytes_of_host = devices.host_memory(torch.device("cuda")) if host is None else int(host * _GIB)
     sizes = TrainingRequest(
         batch_size=request.batch,
         lora=request.lora,

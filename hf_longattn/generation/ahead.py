@@ -38,6 +38,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.devices import default_generator
 from hf_longattn.generation.graph import obstacle
 from hf_longattn.instance import Setup
 from hf_longattn.parallel.group import SequenceGroup
@@ -109,7 +110,7 @@ def _chosen_by_call(base: Any) -> Any:
             self.cache = cache if cache_is_returned else None
             call, device = _current.get(), input_ids.device
             draws = call is not None and call.sampled and device.type in _DEVICES
-            self.generator = _generator(device) if draws else None
+            self.generator = default_generator(device) if draws else None
             # Behind the numbers of the last step but one, and of the last.
             self.random_states = deque(maxlen=2)
 
@@ -131,15 +132,6 @@ def _chosen_by_call(base: Any) -> Any:
             return steps_to_undo
 
     return DeferredStopCheck
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """What the tokens of a model on a device are drawn from."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ]
-    return torch.default_generator
 
 
 class _AllButFirst(BaseStreamer):

@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import (
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from hf_longattn.devices import free_memory
 from hf_longattn.generation.batching import RowProgram, Rows
 from hf_longattn.generation.blocks import (
     IMPLEMENTATIONS,
@@ -34,7 +35,6 @@ from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.graph import GraphDecoder
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS
 from hf_longattn.generation.prompts import reading
-from hf_longattn.generation.room import free_memory
 from hf_longattn.generation.spectator import PLAIN_CRITERIA
 
 if TYPE_CHECKING:

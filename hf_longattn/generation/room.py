@@ -7,12 +7,9 @@ before any work. Where memory runs out in the middle of a call, the cache that t
 to what it held, and the error says how many tokens fit.
 """
 
-import contextlib
 import functools
-import os
 import traceback
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +21,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.offloaded import full_layers, offload
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
+from hf_longattn.devices import free_memory, host_memory
 from hf_longattn.generation.offloading import (
     fewest_layers,
     held_buffers,
@@ -43,44 +41,6 @@ _GIB = 1024**3
 # product; apart, 3 F + 4 D of them are alive together, and 2 F + 4 D where there is no gate: at least half.
 _CERTAIN = 0.5
 _PLANNED = ("full_attention", "sliding_attention", "chunked_attention")
-# Where Linux says what a container may take, in the second version of control groups and in the first.
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a call may take on a device, None where they are not known.
-
-    On a GPU, what the driver and the allocator have free; on a CPU, all that the machine has, or that the
-    container may take of it.
-
-    Args:
-        device: of the model.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limits()])
-    return None
-
-
-def _container_limits() -> list[int]:
-    """Bytes that the container of this process may take, where it has a limit."""
-    found = []
-    for path in _LIMITS:
-        # Of another version of control groups, or hidden from this process.
-        with contextlib.suppress(OSError):
-            found.append(path.read_text().strip())
-    return [int(word) for word in found if word.isdigit()]
-
-
-def host_memory(device: torch.device) -> int:
-    """Bytes of host memory that layers of a model on `device` may take: four fifths of what there is.
-
-    Args:
-        device: of the model; a CPU has no memory beside the host's.
-    """
-    return 0 if device.type == "cpu" else (free_memory(torch.device("cpu")) or 0) * 4 // 5
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_longattn.generation.room import host_memory
+from hf_longattn.devices import host_memory
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.offload import Layout, Offloader, has_room
 from hf_longattn.training.shards import check_recallable, is_sharded

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.cache.pinned import pin, unpin
+from hf_longattn.devices import free_on_gpu
 
 
 class Blocks(Protocol):
@@ -310,8 +311,4 @@ class Offloader:
         Args:
             device: the GPU.
         """
-        free, _ = torch.cuda.mem_get_info(device)
-        # Looked at once, and as they are: `torch.cuda.memory_reserved` spells a hundred numbers out for one.
-        held = torch.cuda.memory_stats_as_nested_dict(device)
-        reserved, allocated = (held[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
-        return free + reserved - allocated
+        return free_on_gpu(device)

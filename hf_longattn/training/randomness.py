@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hf_longattn.devices import default_generator
+
 _Result = TypeVar("_Result")
 
 
@@ -54,10 +56,8 @@ class BlockRandomness:
 
     def _generators(self) -> list[torch.Generator]:
         """Those of the CPU and of one device; those of other devices go on."""
-        if self.device.type != "cuda":
-            return [torch.default_generator]
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        return [torch.default_generator, torch.cuda.default_generators[index]]
+        shared, own = torch.default_generator, default_generator(self.device)
+        return [shared] if own is shared else [shared, own]
 
     @contextlib.contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:

@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
+from hf_longattn.cache.head_sizes import head_sizes
 from hf_longattn.cache.recurrent import lightning_layers
-from hf_longattn.generation.planning import head_sizes
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_longattn
+from hf_longattn import devices
 from hf_longattn.cache import LongContextCache, preallocated
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.sharded import ShardedCache
@@ -125,7 +126,7 @@ def test_a_cpu_counts_all_of_its_memory_and_other_devices_none():
 
 def test_a_cpu_counts_what_its_container_may_take(monkeypatch, tmp_path):
     files = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(room, "_LIMITS", files)
+    monkeypatch.setattr(devices, "_LIMITS", files)
     whole = room.free_memory(torch.device("cpu"))
     for words, expected in (("max", whole), (str(1 << 62), whole), (str(5 << 20), 5 << 20)):
         files[0].write_text(f"{words}\n")

@@ -24,6 +24,7 @@ from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.linear import Products
+from hf_longattn.generation.spectator import HostCopy
 
 # Prompts wait until one row in so many is free: few rows at a time are read at less than the full rate.
 _FREE_SHARE = 8
@@ -131,10 +132,9 @@ class RowProgram:
 
 @dataclass
 class _Block:
-    """The tokens of one block of every row, perhaps on their way to the host, and whose they are."""
+    """The tokens of one block of every row, and whose they are."""
 
-    tokens: Tensor
-    arrived: Any
+    tokens: HostCopy
     seats: list[RequestState | None]
     skipped: list[int]
 
@@ -229,13 +229,7 @@ class Rows:
     def _launch(self) -> None:
         """Has the device compute a block; rows that it fills up are free for those that come behind it."""
         self.program.run()
-        said, arrived = self.program.said, None
-        tokens = torch.empty(said.shape, dtype=said.dtype, pin_memory=said.is_cuda)
-        tokens.copy_(said, non_blocking=True)
-        if said.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.blocks.append(_Block(tokens, arrived, self.seats.copy(), self.skipped))
+        self.blocks.append(_Block(HostCopy(self.program.said), self.seats.copy(), self.skipped))
         self.left = [
             left - self.program.span + known for left, known in zip(self.left, self.skipped, strict=True)
         ]
@@ -244,9 +238,7 @@ class Rows:
 
     def _look(self, block: _Block) -> None:
         """Notes the tokens of a block, and which requests end by one of them."""
-        if block.arrived is not None:
-            block.arrived.synchronize()
-        for row, tokens in enumerate(block.tokens.tolist()):
+        for row, tokens in enumerate(block.tokens.read().tolist()):
             request = block.seats[row]
             if request is None or request.status >= RequestStatus.FINISHED:
                 continue

@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
+class HostCopy:
+    """A copy of a tensor on its way to the host: nothing waits for it until it is read.
+
+    Args:
+        tensor: that may be written to again once this is made.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> torch.Tensor:
+        """The copy, once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
+
+
 class Spectator:
     """Looks at new tokens one by one, in order: stopping criteria, pads of rows that ended, the streamer.
 
@@ -34,28 +55,20 @@ class Spectator:
         self.ids = torch.zeros(shape, dtype=dtype) if self.plain else program.ids
         self.length = self.prompt = self.shown = program.length - 1
         self.unfinished = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
-        self.copied: torch.Tensor | None = None
-        self.arrived = torch.cuda.Event() if program.ids.is_cuda and self.plain else None
+        self.coming: HostCopy | None = None
 
     def look(self) -> None:
         """Notes the tokens that there are; their way to the host begins, and nothing waits for it."""
         first, self.shown = self.shown, self.program.length
         if self.plain:
-            new = self.program.ids[:, first : self.shown].contiguous()
-            if self.arrived is None:
-                self.copied = new
-                return
-            self.copied = torch.empty(new.shape, dtype=new.dtype, pin_memory=True)
-            self.copied.copy_(new, non_blocking=True)
-            self.arrived.record()
+            # Next to each other: rows that lie apart would be one copy each.
+            self.coming = HostCopy(self.program.ids[:, first : self.shown].contiguous())
 
     def watch(self) -> bool:
         """Whether any row goes on behind the tokens that `look` has noted."""
         new = slice(self.length, self.shown)
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        if self.copied is not None:
-            self.ids[:, new] = self.copied
+        if self.coming is not None:
+            self.ids[:, new] = self.coming.read()
         while self.length < new.stop:
             self.length += 1
             done = self.criteria(cast(Any, self.ids[:, : self.length]), self._scores())

@@ -142,16 +142,12 @@ def _attend_by_keys(
     behind += _attend_whole(later, coming[1].wait()[rank + 1 :], width, piece, scale)
     if past.shape[1]:
         parts += _attend_whole(queries, coming[2].wait(), width, slices.count, scale)
-    output, lse = _merged(parts)
+    output, lse = merge_over_first(parts)
     if not behind:
         return output
     second = output[:, :, piece:], lse[:, :, piece:].contiguous()
-    joined = _merged([second, *behind])[0]
+    joined = merge_over_first([second, *behind])[0]
     return torch.cat([part.transpose(1, 2) for part in (output[:, :, :piece], joined)], 1).transpose(1, 2)
-
-
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
 
 
 def _attend_whole(
@@ -275,7 +271,7 @@ class _Run:
         parts = [self._attend_dense(queries, columns) for columns in pieces]
         if not parts:
             return self._nothing(queries)
-        return _merged(parts)
+        return merge_over_first(parts)
 
     def _attend_dense(
         self, queries: Tensor, columns: slice, is_causal: bool = False

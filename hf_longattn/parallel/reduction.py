@@ -132,5 +132,5 @@ class ReturningPartials:
         Returns:
             (B, H, T, V), over the keys of all ranks.
         """
-        outputs = [output, *self._output.wait().transpose(2, 3)]
-        return merge_over_first(outputs, [lse, *self._lse.wait()])[0]
+        others = zip(self._output.wait().transpose(2, 3), self._lse.wait(), strict=True)
+        return merge_over_first([(output, lse), *others])[0]

@@ -97,7 +97,7 @@ def test_triton_writes_over_the_first_part(shape, dtype):
     want, want_lse = merge_partials(outputs, lse, impl="reference")
     # Heads next to each other, as torch's kernels leave them.
     parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in outputs]
-    output, merged = merge_over_first(parts, [part.clone() for part in lse])
+    output, merged = merge_over_first(list(zip(parts, [part.clone() for part in lse], strict=True)))
     assert output.data_ptr() == parts[0].data_ptr() and output.stride() == parts[0].stride()
     eps = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
     assert (output.double() - want.double()).abs().max() <= 2 * eps * want.abs().max()
@@ -113,7 +113,7 @@ def test_triton_writes_over_the_first_of_parts_cut_from_longer_ones():
     parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in outputs]
     parts[1] = longer[:, :, :12]
     assert parts[1].stride() != parts[0].stride()
-    got = merge_over_first(parts, [part.clone() for part in lse])
+    got = merge_over_first(list(zip(parts, [part.clone() for part in lse], strict=True)))
     assert got[0].data_ptr() == parts[0].data_ptr()
     for part, expected in zip(got, want, strict=True):
         torch.testing.assert_close(part, expected)
@@ -124,7 +124,7 @@ def test_triton_writes_over_the_first_of_parts_cut_from_longer_ones():
 def test_parts_that_lie_apart(number, dtype):
     outputs, lse = make_parts(number, 2, 3, 4, 8, dtype, empty=0.0)
     want = merge_partials(outputs, lse)
-    for got, expected in zip(merge_over_first(list(outputs), list(lse)), want, strict=True):
+    for got, expected in zip(merge_over_first(list(zip(outputs, lse, strict=True))), want, strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -133,7 +133,7 @@ def test_triton_joins_many_parts_over_the_first_in_turns():
     outputs, lse = make_parts(18, 1, 2, 5, 32)
     want = merge_partials(outputs, lse, impl="reference")
     parts = [part.clone() for part in outputs]
-    got = merge_over_first(parts, [part.clone() for part in lse])
+    got = merge_over_first(list(zip(parts, [part.clone() for part in lse], strict=True)))
     assert got[0].data_ptr() == parts[0].data_ptr()
     for part, expected in zip(got, want, strict=True):
         torch.testing.assert_close(part, expected)

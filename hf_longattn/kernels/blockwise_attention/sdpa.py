@@ -204,15 +204,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
             continue
         results = _empty_results(query) if results is None else results
         results[0][:, :, part.rows], results[1][:, :, part.rows] = rows
-    output, lse = _joined(whole) if whole else _empty_results(query) if results is None else results
+    output, lse = merge_over_first(whole) if whole else _empty_results(query) if results is None else results
     if terms.sinks is None:
         return output, lse
     total = torch.logaddexp(lse, terms.sinks.float()[:, None])
     return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])
 
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:

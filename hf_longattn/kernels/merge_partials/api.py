@@ -64,14 +64,14 @@ def merge_partials(outputs: Tensor, lse: Tensor, *, impl: str = "auto") -> tuple
     return _merge(outputs, lse, impl)
 
 
-def merge_over_first(outputs: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
+def merge_over_first(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """`merge_partials` of parts that lie apart, without stacking them: on a GPU, written over the first.
 
     For code that owns the parts: afterwards none of them may be read. No gradient.
 
     Args:
-        outputs: N >= 1 parts (B, H, T, V) of one dtype; any strides, and equal ones are fastest.
-        lse: N log-sum-exps (B, H, T) of the parts, as in `merge_partials`.
+        parts: N >= 1 pairs of an output (B, H, T, V), all of one dtype, any strides, and equal ones are
+            fastest; and its log-sum-exp (B, H, T), as in `merge_partials`.
 
     Returns:
         output (B, H, T, V), laid out as the first part where that was written over, and lse (B, H, T).
@@ -80,11 +80,11 @@ def merge_over_first(outputs: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, 
         ValueError: shapes or devices that do not fit.
         TypeError: dtypes that do not fit.
     """
-    if len(outputs) == 1:
-        return outputs[0], lse[0]
-    if len(outputs) > _MOST_APART:
-        output, total = merge_over_first(outputs[:_MOST_APART], lse[:_MOST_APART])
-        return merge_over_first([output, *outputs[_MOST_APART:]], [total, *lse[_MOST_APART:]])
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) > _MOST_APART:
+        return merge_over_first([merge_over_first(parts[:_MOST_APART]), *parts[_MOST_APART:]])
+    outputs, lse = (list(kind) for kind in zip(*parts, strict=True))
     apart = triton_runs_on(outputs[0].device)
     alike = all(_alike(x, like) for kind in (outputs, lse) for x in kind for like in kind[:1])
     if not apart or not alike or lse[0].dtype != torch.float32 or lse[0].shape != outputs[0].shape[:3]:

@@ -74,8 +74,8 @@ class Products:
             return
         for fits, key_of, make in (
             (_is_plain, _linear_key, _few_rows),
-            (_is_gated, _gated_key, _gated_few_rows),
-            (_is_activated, _activated_key, _activated_few_rows),
+            (_is_gated, _feed_forward_key, _gated_few_rows),
+            (_is_activated, _feed_forward_key, _activated_few_rows),
         ):
             groups: dict[Any, list[Any]] = defaultdict(list)
             for module in filter(fits, model.modules()):
@@ -160,13 +160,8 @@ def _linear_key(module: Any) -> tuple[Any, ...]:
     return (module.weight.shape, module.weight.dtype, module.bias is None)
 
 
-def _gated_key(module: Any) -> tuple[Any, ...]:
-    weight = module.gate_proj.weight
-    return type(module), weight.shape, weight.dtype, plain_settings(module)
-
-
-def _activated_key(module: Any) -> tuple[Any, ...]:
-    weight = module.dense_h_to_4h.weight
+def _feed_forward_key(module: Any) -> tuple[Any, ...]:
+    weight = _first(module).weight
     return type(module), weight.shape, weight.dtype, plain_settings(module)
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.few_row_linear.reference import ACTIVATIONS, gated_linear, linear
+from hf_longattn.kernels.few_row_linear.reference import gated_linear, linear
+from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 
 MAX_ROWS = 16
 _IMPLS = ("auto", "triton", "reference")

@@ -118,7 +118,7 @@ def _few_rows_kernel(
         acc = tl.sum(acc, axis=1)[:, None]
         acc_up = tl.sum(acc_up, axis=1)[:, None]
     if up_ptr is not None:
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        acc = activated(acc, "silu") * acc_up
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION is not None:

@@ -142,8 +142,10 @@ def _is_plain_prompt(
 def _looks_ahead(model: PreTrainedModel, kinds: Tensor | None) -> bool:
     """Whether tokens of the prompt see later ones: in BERT and its kin, and in a prefix that is marked so."""
     # Cross-attention is not causal either, beside layers that are.
-    causal = [part.is_causal for part in model.get_decoder().modules() if hasattr(part, "is_causal")]
-    return (bool(causal) and not any(causal)) or (kinds is not None and bool(kinds.any()))
+    # Asked before every prompt: the first layer of most models ends it.
+    causal = (part.is_causal for part in model.get_decoder().modules() if hasattr(part, "is_causal"))
+    bidirectional = not next(causal, True) and not any(causal)
+    return bidirectional or (kinds is not None and bool(kinds.any()))
 
 
 def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:

@@ -387,6 +387,7 @@ class ShardedCache(LongContextCache):
         super().__init__(config, capacity if group.world_size == 1 else 0)
         self.group = group
         self.placement = Placement(group.rank, group.world_size)
+        # Also in a group of one, which refuses the layers that a larger one refuses.
         shares = [self._sharded(index, layer, capacity) for index, layer in enumerate(self.layers)]
         if group.world_size > 1:
             self.layers: list[Any] = shares

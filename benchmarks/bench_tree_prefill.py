@@ -125,7 +125,7 @@ class RingAttention(Ring):
         """One token, the same on every rank, over every share and the tail."""
         parts = [decode_attention(query, *tail, scale=scale)]
         parts += [decode_attention(query, *states, scale=scale) for _, states in self.visits(share)]
-        return merge_over_first([output for output, _ in parts], [lse for _, lse in parts])[0]
+        return merge_over_first(parts)[0]
 
     def read(self, query, share, scale):
         """This rank's two slices of the prompt over every share."""
@@ -155,7 +155,7 @@ class RingAttention(Ring):
             if halves[index] is None:
                 halves[index] = output, lse
             else:
-                halves[index] = merge_over_first([halves[index][0], output], [halves[index][1], lse])
+                halves[index] = merge_over_first([halves[index], (output, lse)])
 
 
 @contextlib.contextmanager

@@ -288,10 +288,10 @@ def tune(report: Report, head_dim: int, length: int = 16384) -> None:
     """Times every tiling of every kernel on a windowed causal mask."""
     tensors = make_inputs(length, head_dim, torch.bfloat16)
     terms = Terms(1 / math.sqrt(head_dim), KeyRange(causal=True, lower=positions(length) - length // 2))
-    results = triton_forward.forward(*tensors, terms)
+    results = triton_forward.forward(*tensors, terms=terms)
     prepared = triton_backward.prepare(torch.randn_like(results[0]), None, tensors, results, terms)
     kernels = {
-        "forward": (FORWARD_TILES, lambda c: triton_forward.forward(*tensors, terms, c)),
+        "forward": (FORWARD_TILES, lambda c: triton_forward.forward(*tensors, terms=terms, config=c)),
         "dkdv": (DKDV_TILES, lambda c: triton_backward.run_dkdv(prepared, terms, c)),
         "dq": (DQ_TILES, lambda c: triton_backward.run_dq(prepared, c)),
     }

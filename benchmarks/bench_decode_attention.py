@@ -115,7 +115,7 @@ def check_case(shape, dtype, kind, options):
 
     Errors of the output are norms over all of it: the largest single one says little beside another kernel's.
     """
-    query, key, value = make(2, *shape, dtype)
+    query, key, value = make(2, *shape, dtype=dtype)
     T, S = shape[2], shape[3]
     mask = masks(2, T, S)[kind]
     visible = mask.tile(slice(0, T), slice(0, S), T, S, query.device)
@@ -134,7 +134,7 @@ def check_case(shape, dtype, kind, options):
 
 def check_eight(shape, dtype, kind):
     """(error, bound) on a cache in 8 bits; SDPA reads it dequantised to `dtype`."""
-    query, key, value = make(2, *shape, dtype)
+    query, key, value = make(2, *shape, dtype=dtype)
     T, S = shape[2], shape[3]
     mask = masks(2, T, S)["padding"]
     visible = mask.tile(slice(0, T), slice(0, S), T, S, query.device)

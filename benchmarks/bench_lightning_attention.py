@@ -110,7 +110,7 @@ def check_case(rows, case, dtype, heads_kv, **options):
     output = lightning_attention(q, k, v, slopes, **options)
     grads = torch.autograd.grad(output, (q, k, v), grad)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = lightning_attention(*wide, slopes.double(), impl="reference", **options)
+    expected = lightning_attention(*wide, slopes=slopes.double(), impl="reference", **options)
     expected_grads = torch.autograd.grad(expected, wide, grad.double())
     errors = [error(output, expected), *(error(a, b) for a, b in zip(grads, expected_grads, strict=True))]
     # The standard: plain torch in fp32 on the same inputs, rounded to the dtype at the end.
@@ -163,10 +163,10 @@ def check_million_steps(rows):
     state = torch.zeros(1, 4, 16, 16, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
     one = lambda t: [x[:, :, t : t + 1] for x in (q, k, v)]  # noqa: E731
-    lightning_attention_step(*one(0), slopes, state.clone())
+    lightning_attention_step(*one(0), slopes=slopes, state=state.clone())
     with torch.cuda.graph(graph):
         for t in range(inner):
-            lightning_attention_step(*one(t), slopes, state)
+            lightning_attention_step(*one(t), slopes=slopes, state=state)
     state.zero_()
     for _ in range(count // inner):
         graph.replay()
@@ -326,7 +326,7 @@ def step_error(tiling, dim):
     with using(Choice(tiling)):
         output = lightning_attention_step(q, k, v, slopes, state, impl="triton")
     wide = (x.double() for x in (q, k, v, slopes))
-    exact = lightning_attention_step(*wide, wide_state, impl="reference")
+    exact = lightning_attention_step(*wide, state=wide_state, impl="reference")
     return max(error(output, exact), 1e3 * error(state, wide_state))
 
 

@@ -183,7 +183,7 @@ def run_minimax(report, card, tiny):
     others = 5 * length * heads * dim * dtype.itemsize / card["copy_rate"]
 
     def project():
-        layer.qkv_proj(states), layer.output_gate(states), layer.out_proj(mixed)
+        return layer.qkv_proj(states), layer.output_gate(states), layer.out_proj(mixed)
 
     calls = {"projections": project, "prepared": lambda: mix(layer, states)}
     for peer, call in {**calls, "transformers": lambda: mix(layer, states)}.items():

@@ -206,8 +206,8 @@ def measure(model, length, repeats, expected, mesh=None):
     if not math.isfinite(loss.item()):
         raise SystemExit(f"{length} tokens: the loss is {loss.item()}")
     peak = torch.cuda.max_memory_allocated() if CUDA else 0
-    most = (over_ranks(number, mesh) for number in (peak, locked_bytes()))
-    return Measured(statistics.median(times), *most, held_bytes(model))
+    most, host = (over_ranks(number, mesh) for number in (peak, locked_bytes()))
+    return Measured(statistics.median(times), most, host, held_bytes(model))
 
 
 # ---- correctness

@@ -130,7 +130,7 @@ class RingAttention(Ring):
     def read(self, query, share, scale):
         """This rank's two slices of the prompt over every share."""
         rank, piece = self.group.rank, query.shape[2] // 2
-        halves = [None, None]
+        halves = {}
         for owner, states in self.visits(share):
             if owner == rank:
                 # Both slices in the order of their positions: a triangle.
@@ -144,7 +144,7 @@ class RingAttention(Ring):
                 # Both of its slices lie between ours.
                 part = blockwise_attention(query[:, :, piece:], *states, scale=scale)
                 self.join(halves, 1, part, piece)
-        return torch.cat([output.transpose(1, 2) for output, _ in halves], 1).transpose(1, 2)
+        return torch.cat([output.transpose(1, 2) for output, _ in (halves[0], halves[1])], 1).transpose(1, 2)
 
     def join(self, halves, first, part, piece):
         """Merges a result for the slices from `first` on into what there is."""
@@ -152,10 +152,10 @@ class RingAttention(Ring):
         for index, (output, lse) in enumerate(pieces, first):
             # Contiguous, so that the merge is written over what there is.
             lse = lse.contiguous()
-            if halves[index] is None:
-                halves[index] = output, lse
-            else:
+            if index in halves:
                 halves[index] = merge_over_first([halves[index], (output, lse)])
+            else:
+                halves[index] = output, lse
 
 
 @contextlib.contextmanager

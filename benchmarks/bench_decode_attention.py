@@ -74,13 +74,14 @@ def in_8_bits(key, value, kind):
 
 
 def masks(B, T, S):
-    """Each kind of mask that is timed or checked."""
+    """Each mask that is timed or checked; `window-4096` reads too little for the rate of memory."""
     position = torch.arange(T, device=DEVICE, dtype=torch.int32)[None] + S - T
     padding = torch.linspace(S // 16, S // 2, B, device=DEVICE).int()[:, None].expand(B, T)
     return {
         "dense": KeyRange(causal=T > 1),
         "padding": KeyRange(causal=True, lower=padding),
-        "window": KeyRange(causal=True, lower=(position - 4095).clamp(min=0)),
+        "window": KeyRange(causal=True, lower=position - S // 8 * 7 + 1),
+        "window-4096": KeyRange(causal=True, lower=(position - 4095).clamp(min=0)),
         "capacity": KeyRange(upper=position - S // 3),
         "holes": KeyRange(causal=True, key_mask=torch.rand(B, S, device=DEVICE) > 0.2),
     }

@@ -52,6 +52,7 @@ def decode_cases(result: Result) -> list[tuple[str, str, int, int, dict]]:
 
 def case_name(ours: str, kind: str) -> str:
     """The label of a case in tables and figures."""
+    kind = kind.replace("window-", "window of ")
     return f"`decode_attention`, {kind}" if ours == "decode" else SDPA_NAMES.get(kind, f"SDPA, {kind}")
 
 
@@ -208,8 +209,8 @@ def new_figure(panels: int):
 
 def save(figure, path: Path, rows: list[dict], digest: str) -> None:
     """Writes the figure with its conditions below and its digest inside."""
-    # About 24 letters of this size are an inch wide.
-    text = textwrap.fill(conditions(rows, short=True), int(24 * figure.get_figwidth()))
+    # About 20 letters of this size are an inch wide.
+    text = textwrap.fill(conditions(rows, short=True), int(20 * figure.get_figwidth()))
     figure.supxlabel(text, fontsize=6, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Description": digest, "Software": None})
 
@@ -268,7 +269,7 @@ def draw_decode(result: Result, axes: list) -> None:
     colours = [COLOURS["prepared" if case[0] == "decode" else "sdpa"] for case in shown]
     bars = axes[0].barh(names, [100 * case[4]["share"] for case in shown], color=colours)
     axes[0].bar_label(bars, fmt="%.0f %%", fontsize=7, padding=2)
-    axes[0].set(title=f"decoding, {length_name(keys)} keys: % of 3.35 TB/s", xlim=(0, 108))
+    axes[0].set(title=f"{length_name(keys)} keys: % of 3.35 TB/s", xlim=(0, 108))
     axes[0].tick_params(axis="y", labelsize=7)
 
 

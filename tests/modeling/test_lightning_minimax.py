@@ -7,7 +7,11 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention, MiniMaxRMSNorm
+from transformers.models.minimax.modeling_minimax import (
+    MiniMaxCache,
+    MiniMaxLightningAttention,
+    MiniMaxRMSNorm,
+)
 
 import hf_longattn
 from hf_longattn import fusion
@@ -104,7 +108,7 @@ def test_gradients_equal_the_original():
     assert tiny.relative_error(gradients[1], gradients[0]) <= BOUND
 
 
-# transformers' own cache counts no tokens where the first layer is linear.
+# transformers' own cache counts no tokens where the first layer is linear, and is refused there.
 @pytest.mark.parametrize(
     ("order", "kind"),
     [("linear-first", "ours"), ("softmax-first", "ours"), ("softmax-first", "transformers")],
@@ -113,7 +117,7 @@ def test_gradients_equal_the_original():
 def test_a_prompt_in_chunks_equals_the_whole(order, kind, cut):
     model, ids = prepared(order), tiny.tokens(2, 40)
     expected = logits(build(order), ids, use_cache=False)
-    cache = MiniMaxLongContextCache(model.config) if kind == "ours" else None
+    cache = MiniMaxLongContextCache(model.config) if kind == "ours" else MiniMaxCache()
     parts = []
     for part in ids.split(cut, dim=1):
         output = model(input_ids=part, past_key_values=cache, use_cache=True)
@@ -165,12 +169,40 @@ def test_generated_tokens_equal_those_without_a_cache(order, mode):
         assert generate(prepared(order, prefill_chunk_size=chunk), ids, **MODES[mode]) == expected
 
 
+# A kind of cache that MiniMax does not have is left out by transformers, which warns.
 @both_orders
-def test_left_padded_rows_generate_what_they_generate_alone(order):
+@pytest.mark.parametrize(("chunk", "kind", "count"), [(1, None, 1), (6, None, 9), (None, "static", 2)])
+def test_left_padded_rows_generate_what_they_generate_alone(order, chunk, kind, count):
     ids, mask = tiny.tokens(2, 23), tiny.padding([23, 9], 23, "left")
-    result = generate(prepared(order, prefill_chunk_size=6), ids, mask)
-    alone = generate(build(order), ids[1:, 14:], use_cache=False)
+    model = prepared(order, prefill_chunk_size=chunk)
+    result = generate(model, ids, mask, cache_implementation=kind, max_new_tokens=count)
+    alone = generate(build(order), ids[1:, 14:], use_cache=False, max_new_tokens=count)
     assert result[1][23:] == alone[0][9:]
+
+
+@both_orders
+def test_tokens_that_come_one_by_one_may_be_padding(order):
+    model, ids, mask = prepared(order), tiny.tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 6], mask[1, [8, 11]] = 0, 0
+    where, cache, parts = mask.cumsum(-1) - 1, None, []
+    for start, stop in ((0, 6), *((t, t + 1) for t in range(6, 12))):
+        call = {"position_ids": where[:, start:stop], "past_key_values": cache, "use_cache": True}
+        output = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **call)
+        cache = output.past_key_values
+        parts.append(output.logits.detach())
+    assert isinstance(cache, MiniMaxLongContextCache) and cache.get_seq_length() == 12
+    for row, exists in enumerate(mask.bool()):
+        alone = logits(build(order), ids[row : row + 1, exists], use_cache=False)[0]
+        assert tiny.relative_error(torch.cat(parts, 1)[row][exists], alone) <= BOUND
+
+
+def test_a_cache_that_counts_no_tokens_is_refused_once_it_holds_some():
+    model, ids, cache = prepared(), tiny.tokens(1, 5), MiniMaxCache()
+    logits(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="counts no tokens where the first layer is linear"):
+        logits(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="must be a `MiniMaxLongContextCache"):
+        logits(model, ids, past_key_values=hf_longattn.LongContextCache(model.config))
 
 
 def test_prompt_lookup_rolls_the_state_back():

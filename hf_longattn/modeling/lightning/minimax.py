@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.minimax.modeling_minimax import (
     MiniMaxCache,
     MiniMaxLightningAttention,
@@ -28,6 +29,7 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.fusion import is_fused, runs_on
 from hf_longattn.instance import Setup
+from hf_longattn.kernels.mask_runs import known_runs
 from hf_longattn.kernels.row_norm import gated_row_norm
 from hf_longattn.masking import is_tracing
 from hf_longattn.parallel.group import SequenceGroup
@@ -97,7 +99,7 @@ def replace_lightning_layers(changes: Setup, model: PreTrainedModel) -> None:
 
 
 def replace_cache(changes: Setup, model: PreTrainedModel, group: SequenceGroup | None = None) -> None:
-    """Makes `generate` use a cache of ours where it would leave the cache to the model.
+    """Makes `generate`, and the model by itself, use a cache of ours where transformers would make its own.
 
     Args:
         changes: takes note, to undo it.
@@ -106,6 +108,78 @@ def replace_cache(changes: Setup, model: PreTrainedModel, group: SequenceGroup |
     """
     prepare = functools.partial(_prepare_cache, model, group, model._prepare_cache_for_generation)
     changes.set(model, "_prepare_cache_for_generation", prepare)
+    decoder = model.base_model
+    changes.set(decoder, "forward", functools.partial(_decode, decoder, decoder.forward))
+
+
+def _decode(
+    decoder: Any,
+    original: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`MiniMaxModel.forward` with our cache, and with the mask of tokens that come one by one."""
+    config, tokens = decoder.config, input_ids if inputs_embeds is None else inputs_embeds
+    wanted = config.use_cache if use_cache is None else use_cache
+    if past_key_values is None and wanted and not (decoder.training and decoder.gradient_checkpointing):
+        past_key_values = MiniMaxLongContextCache(config)
+    _check_cache(past_key_values)
+    single = tokens is not None and tokens.shape[1] == 1
+    if single and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        attention_mask = _masks_of_one(decoder, tokens, attention_mask, past_key_values)
+    return original(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
+
+
+def _check_cache(cache: Any) -> None:
+    """Refuses a cache of another kind, and a filled one that says that it is empty."""
+    ours = "a `MiniMaxLongContextCache(model.config)` of hf_longattn.modeling.lightning.minimax"
+    if isinstance(cache, LongContextCache) and not isinstance(cache, MiniMaxCache):
+        raise ValueError(
+            f"`past_key_values` must be {ours} for this model, which asks for a MiniMaxCache, got a "
+            f"{type(cache).__name__}."
+        )
+    held = cache.linear_cache if _is_theirs(cache) else ()
+    if any(isinstance(state, Tensor) for state in held) and cache.get_seq_length() == 0:
+        raise ValueError(
+            "`past_key_values`: a MiniMaxCache counts no tokens where the first layer is linear, so that "
+            f"what follows would be read as a new text; pass {ours}, or leave it out at the first call."
+        )
+
+
+def _masks_of_one(decoder: Any, tokens: Any, mask: Tensor, cache: Any) -> dict[str, Any] | Tensor:
+    """The masks of both kinds of layers for one token a row.
+
+    transformers takes one token for a generated one, which exists (`create_recurrent_attention_mask`, seen in
+    5.17.0). In a prompt that is read token by token it may be padding.
+    """
+    runs, length = known_runs(mask), mask.shape[1]
+    if runs is not None and runs.fill(length - 1, length):
+        return mask
+    make = create_causal_mask if decoder.config.sliding_window is None else create_sliding_window_causal_mask
+    # Of the embeddings, shape and dtype count alone.
+    like = decoder.embed_tokens.weight.new_empty(*tokens.shape[:2], 0)
+    offset = 0 if cache is None else cache.get_query_offset()
+    # In a CUDA graph the mask has columns for tokens to come, and the device alone knows which is the last.
+    column = mask.index_select(1, offset.view(1)) if isinstance(offset, Tensor) else mask[:, -1:]
+    return {
+        "full_attention": make(
+            config=decoder.config, inputs_embeds=like, attention_mask=mask, past_key_values=cache
+        ),
+        "linear_attention": column,
+    }
 
 
 def _prepare_cache(
@@ -119,8 +193,8 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-    dynamic = generation_config.cache_implementation in (None, "dynamic")
-    if model_kwargs.get("past_key_values") is None and dynamic and generation_config.use_cache is not False:
+    # It says of a kind of cache that is asked for by name that it cannot be had.
+    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
         if group is None:
             cache = MiniMaxLongContextCache(model.config, max_cache_length)
         else:

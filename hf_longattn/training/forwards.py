@@ -77,7 +77,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         output = run_blocks(run, runtime, layer, hidden, grouped=True)
         draws = numbers.draws
         runtime.inputs.note(output)
-        return output
+        return run.as_returned(output)
 
     return forward
 
@@ -120,6 +120,15 @@ def _may_overwrite(
     if has_saving_hooks():
         return False
     return runtime.inputs.may_overwrite(module, hidden, found, keywords)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by its class: not the embeddings and layers of a "PreLayerNorm" model.
+
+    Args:
+        module: a child of a decoder.
+    """
+    return "Norm" in type(module).__name__ and not any(module.children())
 
 
 def tokenwise_forward(module: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:

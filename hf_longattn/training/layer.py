@@ -89,6 +89,7 @@ class BlockRun:
         hooks: those of the layer's modules, which the backward needs too.
         share: what this rank computes of a sequence over several.
         may_overwrite: whether the output may be written over the hidden states once they are on the host.
+        beside: what the layer returned beside hidden states, found in a call; None where it returns no tuple.
     """
 
     forward: Callable[..., Any]
@@ -100,6 +101,7 @@ class BlockRun:
     hooks: ForwardHooks | None = None
     share: SequenceShare | None = None
     may_overwrite: bool = False
+    beside: tuple[None, ...] | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -138,23 +140,31 @@ class BlockRun:
                 # takes holds the frames it came through, with their tensors, until the garbage collector
                 # runs.
                 try:
-                    return self.forward(hidden, **arguments)
+                    return self._only_tensor(self.forward(hidden, **arguments))
                 except KeysKnownError:
                     return hidden
 
         place = rows if self.share is None else self.share.place(rows)
-        return _only_tensor(self.random.run(place.start, compute))
+        return self.random.run(place.start, compute)
 
-
-def _only_tensor(output: Any) -> Tensor:
-    if isinstance(output, tuple):
+    def _only_tensor(self, output: Any) -> Tensor:
+        if not isinstance(output, tuple):
+            return output
+        hidden, self.beside = output[0], output[1:]
         if any(part is not None for part in output[1:]):
             raise ValueError(
                 f"`prepare_training` needs layers that return hidden states alone, got {len(output)} "
                 "outputs; ask for no attention weights and no router logits."
             )
-        output = output[0]
-    return output
+        return hidden
+
+    def as_returned(self, output: Tensor) -> Any:
+        """The output in the form in which the layer returns it.
+
+        Args:
+            output: hidden states of all blocks.
+        """
+        return output if self.beside is None else (output, *self.beside)
 
 
 @dataclass

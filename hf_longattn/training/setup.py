@@ -20,7 +20,7 @@ from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
 from hf_longattn.training.blocks import feed_forward_width, token_numbers
-from hf_longattn.training.forwards import blockwise_forward, tokenwise_forward
+from hf_longattn.training.forwards import blockwise_forward, is_norm, tokenwise_forward
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime
 from hf_longattn.training.loss import loss_forward
@@ -32,7 +32,7 @@ logger = logging.getLogger("hf_longattn")
 _IMPLEMENTATIONS = ("tree_attention", "blockwise_attention", "lightning_attention")
 # Modules that mix tokens without attention: a block of tokens alone would lack their state.
 _MIXERS = re.compile(
-    r"Mamba|DeltaNet|ShortConv|Rwkv|RWKV|Recurrent|SSM|LinearAttention|Lightning|Conv1d$|Hyena"
+    r"Mamba|DeltaNet|ShortConv|Rwkv|RWKV|Recurrent|LSTM|SSM|LinearAttention|Lightning|Conv1d$|Hyena"
 )
 # Models whose mixers of that name are lightning attention, which hands a state from block to block.
 _LIGHTNING_MODELS = ("minimax", "lightning_attention")
@@ -228,7 +228,7 @@ def _patch_layers(
         changes.set(layer, zero.LEAF, True)
         changes.set(layer, "forward", blockwise_forward(layer, runtime, has_state))
     for norm in decoder.children():
-        if "Norm" in type(norm).__name__:
+        if is_norm(norm):
             changes.set(norm, "forward", tokenwise_forward(norm, runtime))
 
 

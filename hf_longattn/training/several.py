@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_longattn.instance import Setup
 from hf_longattn.parallel.group import SequenceGroup
-from hf_longattn.training.forwards import tokenwise_forward
+from hf_longattn.training.forwards import is_norm, tokenwise_forward
 from hf_longattn.training.layer import Runtime
 from hf_longattn.training.sequence import SequenceParallel, depends_on_length, whole_rotary_forward
 
@@ -64,7 +64,7 @@ def _outside(decoder: nn.Module) -> list[nn.Module]:
     return [
         child
         for child in decoder.children()
-        if "Norm" in type(child).__name__ or isinstance(_without_adapter(child), _TOKENWISE)
+        if is_norm(child) or isinstance(_without_adapter(child), _TOKENWISE)
     ]
 
 
@@ -84,7 +84,7 @@ def share_sequences(changes: Setup, parallel: SequenceParallel, accelerator: Any
     """
     decoder = parallel.decoder
     for child in _outside(decoder):
-        if "Norm" not in type(child).__name__:
+        if not is_norm(child):
             changes.set(child, "forward", tokenwise_forward(child, runtime))
     for module in decoder.modules():
         if depends_on_length(module):

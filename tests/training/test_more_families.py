@@ -48,6 +48,13 @@ FAMILIES = {
     "persimmon": (tf.PersimmonConfig, {}),
     "seed-oss": (tf.SeedOssConfig, {"head_dim": 16, **NO_DROPOUT}),
     "arcee": (tf.ArceeConfig, {}),
+    # Its layers return a tuple.
+    "moshi": (tf.MoshiConfig, {"num_key_value_heads": 4, "ffn_dim": 96}),
+    # Its embeddings have a norm in their name.
+    "roberta-prelayernorm": (
+        tf.RobertaPreLayerNormConfig,
+        {"is_decoder": True, "num_key_value_heads": 4, "attention_probs_dropout_prob": 0.0},
+    ),
     "opt": (tf.OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
 }
 IDS, MASK = tiny.tokens(2, 43), tiny.padding([43, 29], 43, "right")

@@ -374,6 +374,7 @@ REFUSED = {
         "output_router_logits",
     ),
     "mixer": (tf.Lfm2Config, {"layer_types": ["conv", "full_attention", "conv"]}, "ShortConv"),
+    "state": (tf.xLSTMConfig, {"num_heads": 4}, "xLSTMBlock"),
     "own attention": (tf.FalconConfig, {}, "own code"),
     "shared keys": (tf.Gemma3nTextConfig, {"num_kv_shared_layers": 1, "num_hidden_layers": 3}, "share keys"),
 }

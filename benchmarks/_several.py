@@ -16,7 +16,7 @@ COLUMNS = {
     "extra_gib": "beyond weights and cache, GiB",
     "prompt_received_mib": "received for the prompt, MiB",
     "token_received_kib": "for a token, KiB",
-    "tflop_a_rank": "prompt, TFLOP a GPU",
+    "tflop_a_rank": "work of the prompt, TFLOP a GPU",
     "message_gb_per_s": "messages alone, GB/s",
 }
 
@@ -47,9 +47,8 @@ def prefill_text(result: Result) -> str:
             "random weights, bf16. The ring passes keys and values on in every layer, for the prompt and "
             "for every token: its own key heads, K and V in one message that travels beside attention, a "
             "zigzag share of the tokens, the same kernels. What is received is what one GPU gets from the "
-            "others. For a prompt that is queries and results here and keys and values in the ring: with "
-            "fewer key heads than query heads the ring moves less. Its step is not captured in a CUDA graph, "
-            "so `cuda_graph=False` is what to hold its time a token against where messages are short.",
+            "others; the ring moves keys and values alone. Its step is not captured in a CUDA graph, so "
+            "`cuda_graph=False` is what to hold its time a token against where messages are short.",
             table(["prompt", "GPUs", "form", *COLUMNS.values(), "ring / this"], lines),
         ]
     )
@@ -58,7 +57,7 @@ def prefill_text(result: Result) -> str:
 def draw_prefill(result: Result, axes: list) -> None:
     """Seconds in all, and time a token, against the prompt."""
     for axis, field, title in zip(
-        axes, ("total_s", "token_ms"), ("prompt and tokens, s", "time a token, ms"), strict=True
+        axes, ("total_s", "token_ms"), ("prompt and all tokens, s", "time a token, ms"), strict=True
     ):
         for peer in values(result.rows, "peer"):
             points = sorted((r["prompt"], r[field]) for r in result.where(peer=peer).rows if field in r)

@@ -97,7 +97,7 @@ def draw_positions(result: Result, axis) -> None:
     stops = sorted({row["stop"] for row in result.where(section="position").rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(stops, [length_name(stop) for stop in stops])
-    axis.set(xlabel="position, up to", title="held-out loss by position")
+    axis.set(xlabel="position in the piece, tokens, up to", title="held-out loss, nats a token")
     axis.legend(frameon=False, fontsize=7)
 
 

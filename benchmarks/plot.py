@@ -21,6 +21,7 @@ from _several import draw_prefill, prefill_text
 from _steps import draw_steps, steps_text
 from _tables import FACTS, Result, conditions, length_name, load, table, values
 from _training import TRAINING
+from _words import COLUMNS, HIDDEN, SENTENCES, of_page
 
 PEERS = {
     "prepared": "`prepare_generation`",
@@ -38,6 +39,13 @@ SDPA_NAMES = {
     "flash_attention": "SDPA, flash",
     "cudnn_attention": "SDPA, cuDNN",
     "masked": "SDPA with a mask",
+}
+# What was timed, by the name in the rows of the blockwise benchmark.
+BLOCKWISE_NAMES = {
+    "sdpa": "SDPA kernels",
+    "FlashKernels": "SDPA kernels, flash",
+    "triton": "Triton",
+    "PlainTorch": "torch alone",
 }
 
 
@@ -65,7 +73,7 @@ def generation_text(result: Result) -> str:
         "prompt",
         "batch",
         "padding",
-        "peer",
+        "set up by",
         "first token, s",
         "a token, ms",
         "floor, ms",
@@ -158,10 +166,12 @@ def blockwise_text(result: Result) -> str:
     columns = ["case", "kernel", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s"]
     fields = ("case", "impl", "forward_ms", "forward_tflops", "backward_ms", "backward_tflops")
     parts = [
-        "32 query heads, 8 key heads, 32K tokens, bf16. TFLOP/s count 4 operations a visible pair and head "
-        "dim forward, 10 backward. The script checks outputs and gradients against fp64 first and times "
+        "32 query heads, 8 key heads, 32K tokens, bf16. Of `blockwise_attention` there are two "
+        "implementations on a GPU: torch's SDPA kernels, by cuDNN or by flash, and those in Triton; `torch alone` is "
+        "`scaled_dot_product_attention` by cuDNN. TFLOP/s count 4 operations a visible pair and head dim "
+        "forward, 10 backward. The script checks outputs and gradients against fp64 first and times "
         "nothing if a kernel is wrong.",
-        table(columns, [[row[f] for f in fields] for row in result.where(section="time").rows]),
+        table(columns, [blockwise_cells(row, fields) for row in result.where(section="time").rows]),
     ]
     if memory := result.where(section="memory").rows:
         parts += [
@@ -171,15 +181,25 @@ def blockwise_text(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def blockwise_cells(row: dict, fields: tuple[str, ...]) -> list:
+    """The cells of one row, with the name of what was timed."""
+    return [BLOCKWISE_NAMES.get(row[f], row[f]) if f == "impl" else row[f] for f in fields]
+
+
 def plain_text(result: Result) -> str:
-    """All rows as they are, a table a section."""
-    parts = []
+    """All rows as they are, a table a section, with the words that there are for them."""
+    parts, sentences = [], of_page(SENTENCES, result.name)
+    names = of_page(COLUMNS, result.name)
+    hidden = {*of_page(HIDDEN, result.name), *FACTS, "section", "target"}
+    # Sections may stand from different runs.
+    hidden -= {"commit"} if len(values(result.rows, "commit")) > 1 else set()
     for section in values(result.rows, "section") or [None]:
         rows = result.where(section=section).rows if section else result.rows
-        hidden = {*FACTS, "section", "target"}
         fields = [f for f in dict.fromkeys(key for row in rows for key in row) if f not in hidden]
-        parts += [f"## {section}"] if section else []
-        parts.append(table(fields, [[row.get(field) for field in fields] for row in rows]))
+        parts += [f"## {section.capitalize()}"] if section else []
+        parts += [sentences[section]] if section in sentences else []
+        columns = [names.get(field, field) for field in fields]
+        parts.append(table(columns, [[row.get(field) for field in fields] for row in rows]))
     return "\n\n".join(parts)
 
 
@@ -276,8 +296,8 @@ def draw_decode(result: Result, axes: list) -> None:
 def draw_blockwise(result: Result, axes: list) -> None:
     """TFLOP/s forward and backward of every case."""
     rows = result.where(section="time").rows[::-1]
-    names = [f"{row['case']}, {row['impl']}" for row in rows]
-    colours = [COLOURS["prepared" if row["impl"] == "triton" else "sdpa"] for row in rows]
+    names = [f"{row['case']}, {BLOCKWISE_NAMES.get(row['impl'], row['impl'])}" for row in rows]
+    colours = [COLOURS["sdpa" if row["impl"] == "PlainTorch" else "prepared"] for row in rows]
     for axis, way in zip(axes, ("forward", "backward"), strict=True):
         bars = axis.barh(names, [row[f"{way}_tflops"] for row in rows], color=colours)
         axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)

@@ -1,0 +1,102 @@
+"""Sentences and column names for pages that show their rows as they are.
+
+A page is looked up by the beginning of its name, a sentence by its section; what is not listed is shown
+under the names of its fields.
+"""
+
+from typing import Any
+
+# What stands in the result files and says nothing to a reader of the page.
+HIDDEN = {
+    "block_transformer": ("copy_rate", "matmul_rate", "floor_s", "floor_prompt_s", "share_of_floor"),
+    "lightning_attention": ("role", "tiling", "cut"),
+}
+
+COLUMNS = {
+    "block_transformer": {
+        "peer": "set up by", "shape": "model", "new": "new tokens", "floor_tokens_per_s": "floor, tokens/s",
+        "prompt_s": "prompt, s", "total_s": "all, s", "tokens_per_s": "tokens/s",
+        "first_call_s": "first call, s", "second_call_s": "second call, one token, s",
+        "capture_s": "of it once only, s", "step_ms": "a token, ms", "peak_gib": "peak, GiB",
+    },
+    "tree_decode": {
+        "eager_us": "eager, µs", "graph_us": "graph, µs", "extra_mib": "beyond the shard, MiB",
+        "gb_per_s": "GB/s",
+    },
+    "lightning_attention": {
+        "kv": "key/value heads", "options": "set to False", "ratio": "over the standard", "o": "output",
+        "peer": "system", "ms": "ms", "floor": "floor, ms", "over_floor": "time ÷ floor", "gib": "peak, GiB",
+        "backward": "with backward",
+    },
+    "blockwise_attention_tune": {"config": "queries, keys, warps, stages"},
+}  # fmt: skip
+
+SENTENCES = {
+    "block_transformer": {
+        None: (
+            "`generate()` of a Block Transformer with random weights; `block` is after `prepare_generation`."
+            " 12 layers of width 2048 in each decoder, blocks of 4 tokens, bf16, greedy, prompts of equal "
+            "length. Times are those of the third call of a shape, the prompt included; the first call also "
+            "compiles and captures. The floor is the larger of bytes over the copy rate and operations over "
+            "the rate of a large matrix product, for the prompt and for each step, with the rates of the "
+            "same run."
+        ),
+    },
+    "tree_decode": {
+        None: (
+            "One decoding step of one attention layer over a cache that is cut along the sequence: 32 query "
+            "heads, 8 key/value heads, head dim 128, bf16; a case is the keys on all GPUs together (S) and "
+            "the batch (B). `ours` is `decode_attention` and one kernel that reads the other GPU's part and "
+            "merges; `all-gather` joins by one packed all-gather of NCCL; `paper` by the three all-reduces "
+            "of arXiv 2408.04093; `ring` sends keys and values round; `local` attends the rank's own keys "
+            "and joins nothing, `flash` does so by torch's flash kernel; `rate` is the ring's messages "
+            "alone. Times are the median over rounds of the slowest rank, launched eagerly and from a CUDA "
+            "graph."
+        ),
+    },
+    "lightning_attention": {
+        "check": (
+            "Relative errors of the output and the three gradients against fp64. The standard is plain torch"
+            " in fp32 on the same inputs, rounded to the dtype at the end; at most 1.5 times its error "
+            "passes."
+        ),
+        "split": (
+            "Error of the output in bf16 by what is multiplied as a sum of two bf16 numbers, to be rounded "
+            "less. `split` adds up 1 (scores), 2 (state), 4 (decayed values) and 8 (a quarter of the state)."
+        ),
+        "segments": (
+            "Errors in fp32 of a row of 65,613 tokens that is cut in segments, and those in blocks, of so "
+            "many tokens."
+        ),
+        "packed": ("Error in fp32 of packed documents, an empty one and one of a single token among them."),
+        "million steps": (
+            "Relative error of the state after 2^20 single steps, for slopes of 0.84, 3.9e-3, 3.9e-5 and "
+            "3.9e-8."
+        ),
+        "forward": (
+            "Time of the forward in bf16, slopes of TransNormerLLM's first layer. The floor is the time to "
+            "move the inputs and outputs once at the rate of a copy of the same size."
+        ),
+        "backward": (
+            "Forward and backward together; their floor moves fourteen such tensors, that of a forward four."
+        ),
+        "decode": "`lightning_attention_step`: one token a row, the state in place.",
+        "peers": (
+            "The same inputs in flash-linear-attention's kernel, and in causal softmax attention by cuDNN, "
+            "which is another function of them and costs the square of the length."
+        ),
+    },
+    "blockwise_attention_tune": {
+        "tune": (
+            "Time of each Triton kernel of `blockwise_attention` by its tiles, 16K tokens under a window of "
+            "half of them."
+        ),
+        "best": "The fastest of each.",
+    },
+}
+
+
+def of_page(words: dict, name: str) -> Any:
+    """The entry of the longest key that a page's name begins with, or an empty one."""
+    keys = [key for key in words if name.startswith(key)]
+    return words[max(keys, key=len)] if keys else {}

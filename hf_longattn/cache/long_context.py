@@ -16,7 +16,7 @@ from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
 from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
-from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers
+from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers, recurrent_layers
 from hf_longattn.cache.shared_prefix import share_layers
 
 _FORMAT = "hf_longattn.cache.1"
@@ -197,7 +197,7 @@ def _layer_state(file: Any, names: set[str], index: int) -> dict[str, Tensor]:
 
 def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dtype | None) -> list[Any]:
     kinds, keywords = get_layer_types_and_kwargs(config)
-    recurrent = lightning_layers(config)
+    recurrent = recurrent_layers(config)
     layers = []
     for index, kind in enumerate(kinds):
         if index in recurrent:
@@ -213,6 +213,11 @@ def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dty
 
 def _signature(config: PreTrainedConfig) -> dict[str, Any]:
     fields = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    # Behind a layer of another kind, or other slopes, the same weights make other keys.
+    lightning = sorted(lightning_layers(config))
     return {name: field_of(config, name) for name in fields} | {
-        "vocab_size": getattr(config, "vocab_size", None)
+        "vocab_size": getattr(config, "vocab_size", None),
+        "lightning_layers": lightning or None,
+        # As they come back from a file.
+        "lightning_slopes": json.loads(json.dumps(getattr(config, "lightning_slopes", None))),
     }

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_longattn.cache.preallocated import Clock, grown_capacity
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
+from hf_longattn.kernels.dispatch import warn_slow
 from hf_longattn.kernels.lightning_attention import lightning_attention_step
 
 IMPLEMENTATION = "lightning_attention"
@@ -42,6 +43,26 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     if wrong := [index for index in chosen if not isinstance(index, int) or not 0 <= index < number]:
         raise ValueError(f"`config.lightning_layers` must list layers from 0 to {number - 1}, got {wrong}.")
     return frozenset(chosen)
+
+
+def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """The lightning layers whose cache is a state: all, unless the model keeps latents.
+
+    Models of latent attention (DeepSeek) hand compressed keys to the cache and expand what it returns, all of
+    which lightning attention then reads at every step.
+
+    Args:
+        config: as for `lightning_layers`.
+    """
+    found = lightning_layers(config)
+    if found and getattr(config, "kv_lora_rank", None):
+        warn_slow(
+            IMPLEMENTATION,
+            f"models of type {config.model_type!r} keep compressed keys, not a state, and expand all of them "
+            "at every step",
+        )
+        return frozenset()
+    return found
 
 
 def is_empty(cache: Cache, layer_idx: int = 0) -> bool:

@@ -24,7 +24,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.head_sizes import layer_sizes
 from hf_longattn.cache.offloaded import BUFFERS, OffloadedLayer, offload, offloaded_layers
 from hf_longattn.cache.preallocated import rounded_capacity
-from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.recurrent import recurrent_layers
 from hf_longattn.generation.planning import RESERVE, Plan, Ranks
 
 # PCIe 5 x16 moves 63 GB/s by its specification; large copies are taken to reach four fifths of that.
@@ -63,7 +63,7 @@ def number_of_layers(config: PreTrainedConfig) -> int:
     if getattr(config, "num_kv_shared_layers", 0):
         return 0
     kinds, _ = get_layer_types_and_kwargs(config)
-    recurrent = lightning_layers(config)
+    recurrent = recurrent_layers(config)
     return sum(kind == "full_attention" and index not in recurrent for index, kind in enumerate(kinds))
 
 

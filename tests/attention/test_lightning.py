@@ -416,6 +416,40 @@ def test_a_cache_is_saved_and_loaded(tmp_path):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("other", ["softmax", "hybrid", "slopes"])
+def test_a_cache_of_other_layers_or_slopes_is_refused(other, tmp_path):
+    model, ids = tiny.build("llama", NAME), tiny.tokens(1, 9)
+    model.config.lightning_slopes = (0.5, 0.1, 0.02, 0.0)
+    cache = LongContextCache(model.config)
+    logits(model, ids, past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    LongContextCache.load(tmp_path / "cache.safetensors", model.config)
+    another = tiny.build("llama", "tree_attention" if other == "softmax" else NAME)
+    another.config.lightning_slopes = model.config.lightning_slopes if other == "hybrid" else None
+    another.config.lightning_layers = [0, 2] if other == "hybrid" else None
+    field = "lightning_slopes" if other == "slopes" else "lightning_layers"
+    with pytest.raises(ValueError, match=f"`config` has {field}="):
+        LongContextCache.load(tmp_path / "cache.safetensors", another.config)
+    with pytest.raises(ValueError, match=f"made for a model with {field}="):
+        generate(hf_longattn.prepare_generation(another), tiny.tokens(1, 12), past_key_values=cache)
+
+
+def test_latent_attention_keeps_its_latents_and_says_so(caplog):
+    config = tf.DeepseekV3Config(
+        **{**tiny._COMMON, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=12, n_routed_experts=2, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=3,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    ids, mask = tiny.tokens(2, 17), tiny.padding([17, 9], 17, "left")
+    expected = uncached(model, ids[1:, 8:])[0][9:]
+    dispatch.log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_longattn"):
+        hf_longattn.prepare_generation(model, prefill_chunk_size=5)
+        assert generate(model, ids, mask)[1][17:] == expected
+    assert "'deepseek_v3' keep compressed keys" in caplog.text
+
+
 def test_a_batch_of_another_size_is_refused():
     model = tiny.build("llama", NAME)
     cache = LongContextCache(model.config)

@@ -71,19 +71,17 @@ def _merge_over_first(num_parts, width, dtype):
     return Case(f"merge_over_first-N{num_parts}-V{width}-{dtype}", kernel, signature, constexprs)
 
 
-def _norm(kind, width, rows, with_residual=False, gated=False):
+def _norm(kind, width, rows, gated=False):
     """`row_norm` of one row of a model's width a program, or of many heads; or `gated_row_norm`."""
     signature = {
         "x_ptr": "*bf16:16", "weight_ptr": "*bf16:16", "y_ptr": "*bf16:16", "x_strides": ("i64:16", 1),
-        "residual_strides": ("i64:16", 1), "gate_strides": ("i64:16", 1), "num_rows": "i32", "eps": "fp32",
+        "gate_strides": ("i64:16", 1), "num_rows": "i32", "eps": "fp32",
     }  # fmt: skip
     signature |= {"gate_ptr": "*bf16:16"} if gated else {}
-    signature |= dict.fromkeys(("residual_ptr", "sum_ptr"), "*bf16:16") if with_residual else {}
     signature |= {"bias_ptr": "*bf16:16"} if kind == "layer" else {}
     constexprs = {"D": width, "KIND": kind, "BLOCK_R": rows, "BLOCK_D": triton.next_power_of_2(width)}
     constexprs |= {"OVERLAP": True, "SIGMOID": gated}
-    optional = ("residual_ptr", "sum_ptr", "bias_ptr", "gate_ptr")
-    constexprs |= {name: None for name in optional if name not in signature}
+    constexprs |= {name: None for name in ("bias_ptr", "gate_ptr") if name not in signature}
     warps = min(max(rows * constexprs["BLOCK_D"] // 512, 1), 16)
     kernel = "hf_longattn.kernels.row_norm.triton:_norm_kernel"
     name = "gated_row_norm" if gated else "row_norm"
@@ -443,7 +441,7 @@ CASES: list[Case] = [
     _merge_over_first(2, 128, "bf16"),
     _merge_over_first(8, 128, "bf16"),
     _norm("rms", 4096, 1),
-    _norm("layer", 2048, 1, with_residual=True),
+    _norm("layer", 2048, 1),
     _norm("rms_plus_one", 128, 16),
     _norm("rms_wide", 16384, 1),
     _norm("rms", 8192, 1, gated=True),

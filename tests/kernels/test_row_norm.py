@@ -9,7 +9,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from hf_longattn.kernels.row_norm import add_row_norm, gated_row_norm, row_norm
+from hf_longattn.kernels.row_norm import gated_row_norm, row_norm
 
 KINDS = ["rms", "rms_wide", "rms_plus_one", "layer"]
 # Short rows that share a program among many, a width that fills no block, one row, none.
@@ -19,9 +19,9 @@ EPS = 1e-5
 
 
 def inputs(shape, dtype, kind, device="cpu"):
-    states, residual = (torch.randn(shape, device=device) * 3 + 1 for _ in range(2))
+    states = torch.randn(shape, device=device) * 3 + 1
     weight, bias = (torch.randn(shape[-1], device=device) for _ in range(2))
-    return [x.to(dtype) for x in (states, residual, weight)] + [bias.to(dtype) if kind == "layer" else None]
+    return states.to(dtype), weight.to(dtype), bias.to(dtype) if kind == "layer" else None
 
 
 def module_like(kind, weight, bias):
@@ -44,22 +44,18 @@ def definition(states, weight, bias, kind):
 
 
 def check(impl, dtype, shape, kind, device="cpu"):
-    states, residual, weight, bias = inputs(shape, dtype, kind, device)
-    total, normed = add_row_norm(states, residual, weight, bias, eps=EPS, kind=kind, impl=impl)
-    assert torch.equal(total, states + residual)
-    alone = row_norm(states, weight, bias, eps=EPS, kind=kind, impl=impl)
+    states, weight, bias = inputs(shape, dtype, kind, device)
+    result = row_norm(states, weight, bias, eps=EPS, kind=kind, impl=impl)
+    exact = definition(states, weight, bias, kind)
     with torch.no_grad():
-        module = module_like(kind, weight, bias)
-        for result, x in ((normed, total), (alone, states)):
-            exact = definition(x, weight, bias, kind)
-            own = module(x)
-            assert result.dtype == own.dtype == dtype
-            allowed = (own.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-            assert (result.double() - exact).norm() <= 1.5 * allowed
+        own = module_like(kind, weight, bias)(states)
+    assert result.dtype == own.dtype == dtype
+    allowed = (own.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert (result.double() - exact).norm() <= 1.5 * allowed
 
 
 def check_gated(impl, dtype, shape, kind, sigmoid, device="cpu"):
-    states, _, weight, _ = inputs(shape, dtype, kind, device)
+    states, weight, _ = inputs(shape, dtype, kind, device)
     # Rows that are not next to one another, as those of a slice.
     gate = (torch.randn(*shape[:-1], 2 * shape[-1], device=device) * 4).to(dtype)[..., : shape[-1]]
     factor = gate.sigmoid() if sigmoid else gate
@@ -81,7 +77,7 @@ def gradients(function, tensors, grad):
 
 
 def check_gradients(impl, dtype, shape, kind, device="cpu"):
-    states, _, weight, bias = inputs(shape, dtype, kind, device)
+    states, weight, bias = inputs(shape, dtype, kind, device)
     # Rows that are not next to one another, as those of a slice.
     grad = torch.randn(*shape[:-1], 2 * shape[-1], device=device).to(dtype)[..., : shape[-1]]
     tensors = (states, weight, bias)
@@ -124,7 +120,7 @@ def test_gradients_of_a_gated_norm():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_gives_the_bits_of_the_modules(kind):
-    states, _, weight, bias = inputs((5, 64), torch.bfloat16, kind)
+    states, weight, bias = inputs((5, 64), torch.bfloat16, kind)
     with torch.no_grad():
         own = module_like(kind, weight, bias)(states)
     result = row_norm(states, weight, bias, eps=EPS, kind=kind)
@@ -155,13 +151,13 @@ def test_kernel_under_the_interpreter(kind):
 def test_one_gradient_alone_under_the_interpreter(wants):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("runs beside the kernels")
-    states, residual, weight, _ = inputs((3, 5, 48), torch.float32, "rms")
+    states, weight, _ = inputs((3, 5, 48), torch.float32, "rms")
+    grad = torch.randn_like(states)
     states, weight = (x.requires_grad_(wanted) for x, wanted in zip((states, weight), wants, strict=True))
     leaf = states if wants[0] else weight
     found = []
     for impl in ("triton", "reference"):
-        total, normed = add_row_norm(states, residual, weight, eps=EPS, impl=impl)
-        found.append(torch.autograd.grad((total * normed).sum(), leaf)[0])
+        found.append(torch.autograd.grad(row_norm(states, weight, eps=EPS, impl=impl), leaf, grad)[0])
     torch.testing.assert_close(*found)
 
 
@@ -170,7 +166,7 @@ def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
         pytest.skip("runs beside the kernels")
     from hf_longattn.kernels.row_norm.api import _backward_operator, _operator
 
-    states, _, weight, bias = inputs((3, 5, 48), torch.float32, "layer")
+    states, weight, bias = inputs((3, 5, 48), torch.float32, "layer")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     leaves = [x.requires_grad_() for x in (states, weight, bias)]
     torch.library.opcheck(_operator, (*leaves, EPS, "layer"), test_utils=tests)
@@ -191,7 +187,7 @@ def test_kernel_on_a_gpu(shape, dtype, kind):
 
 @pytest.mark.gpu
 def test_gradients_of_the_weight_are_the_same_every_time():
-    states, _, weight, _ = inputs((3, 5000, 256), torch.bfloat16, "rms", "cuda")
+    states, weight, _ = inputs((3, 5000, 256), torch.bfloat16, "rms", "cuda")
     grad = torch.randn_like(states)
     first, again = (gradients(lambda x, w: row_norm(x, w, eps=EPS), (states, weight), grad) for _ in range(2))
     assert all(map(torch.equal, first, again))
@@ -205,7 +201,7 @@ def test_a_weight_in_fp32_widens_what_llama_returns():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_reference(kind):
-    states, _, weight, bias = inputs((2, 8), torch.float64, kind)
+    states, weight, bias = inputs((2, 8), torch.float64, kind)
     leaves = [x.requires_grad_() for x in (states, weight, bias) if x is not None]
     assert torch.autograd.gradcheck(lambda *x: row_norm(*x, eps=EPS, kind=kind), leaves)
 
@@ -218,8 +214,6 @@ def test_what_does_not_fit_is_refused():
         row_norm(states, weight, weight, eps=EPS)
     with pytest.raises(ValueError, match="`weight`"):
         row_norm(states, weight[:4], eps=EPS)
-    with pytest.raises(ValueError, match="`residual`"):
-        add_row_norm(states, states[:1], weight, eps=EPS)
     with pytest.raises(ValueError, match="`gate`"):
         gated_row_norm(states, states[:1], weight, eps=EPS)
     with pytest.raises(ValueError, match="`impl"):

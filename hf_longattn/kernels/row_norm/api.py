@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.direct import direct
 from hf_longattn.kernels.row_norm.reference import KINDS, normalised
 
 _NAME = "row_norm"
@@ -52,53 +53,10 @@ def row_norm(
     if not _by_kernel(impl, kind, states, (weight, bias)):
         return normalised(states, weight, bias, eps, kind)
     if _wants_gradient(states, weight, bias):
-        return _operator(states, weight, bias, eps, kind)
+        return _call(states, weight, bias, eps, kind)
     from hf_longattn.kernels.row_norm.triton import norm_forward
 
-    return norm_forward(states, None, weight, bias, eps, kind)[1]
-
-
-def add_row_norm(
-    states: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    eps: float,
-    kind: str = "rms",
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The sum of two tensors, and `row_norm` of that sum, in one launch.
-
-    Args:
-        states: (..., D).
-        residual: (..., D), of the same shape and dtype.
-        weight: as in `row_norm`, like all that follow.
-        bias: (D,).
-        eps: added to the mean of squares.
-        kind: of norm.
-        impl: "auto", "triton" or "reference".
-
-    Returns:
-        (sum, norm): the sum rounded to its dtype, which is what the norm is taken of.
-
-    Raises:
-        ValueError: as `row_norm`, or a `residual` that is not like `states`.
-    """
-    if residual.shape != states.shape or residual.dtype != states.dtype:
-        raise ValueError(
-            f"`residual` of add_{_NAME} must be {tuple(states.shape)} in {states.dtype} like `states`, got "
-            f"{tuple(residual.shape)} in {residual.dtype}; expand or convert it."
-        )
-    if not _by_kernel(impl, kind, states, (weight, bias, residual)):
-        total = states + residual
-        return total, normalised(total, weight, bias, eps, kind)
-    if _wants_gradient(states, residual, weight, bias):
-        total = states + residual
-        return total, row_norm(total, weight, bias, eps=eps, kind=kind, impl=impl)
-    from hf_longattn.kernels.row_norm.triton import norm_forward
-
-    return norm_forward(states, residual, weight, bias, eps, kind)
+    return norm_forward(states, weight, bias, eps, kind)
 
 
 def gated_row_norm(
@@ -143,7 +101,7 @@ def gated_row_norm(
         return (gate.sigmoid() if sigmoid else gate) * normed
     from hf_longattn.kernels.row_norm.triton import norm_forward
 
-    return norm_forward(states, None, weight, None, eps, kind, gate, sigmoid)[1]
+    return norm_forward(states, weight, None, eps, kind, gate, sigmoid)
 
 
 def _by_kernel(impl: str, kind: str, states: Tensor, others: tuple[Tensor | None, ...]) -> bool:
@@ -173,11 +131,13 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-@torch.library.custom_op("hf_longattn::row_norm", mutates_args=())
-def _operator(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+def _run(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     from hf_longattn.kernels.row_norm.triton import norm_forward
 
-    return norm_forward(states, None, weight, bias, eps, kind)[1]
+    return norm_forward(states, weight, bias, eps, kind)
+
+
+_operator = torch.library.custom_op("hf_longattn::row_norm", _run, mutates_args=())
 
 
 @_operator.register_fake
@@ -187,8 +147,7 @@ def _fake(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return states.new_empty(states.shape, dtype=dtype)
 
 
-@torch.library.custom_op("hf_longattn::row_norm_backward", mutates_args=())
-def _backward_operator(
+def _run_backward(
     grad: Tensor, states: Tensor, weight: Tensor | None, wants: list[bool], eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of states, weight and bias, the two last in fp32; no elements for what is not wanted."""
@@ -197,6 +156,10 @@ def _backward_operator(
     grads = norm_backward(grad, states, weight, (wants[0], wants[1], wants[2]), eps, kind)
     first, second, third = (grad.new_empty(0) if part is None else part for part in grads)
     return first, second, third
+
+
+_backward_operator = torch.library.custom_op("hf_longattn::row_norm_backward", _run_backward, mutates_args=())
+_call_backward = direct(_backward_operator, _run_backward)
 
 
 @_backward_operator.register_fake
@@ -220,7 +183,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     states, weight = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:3])
-    parts = _backward_operator(grad, states, weight, wants, *ctx.options)
+    parts = _call_backward(grad, states, weight, wants, *ctx.options)
     dtypes = (states.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
     grads = [
         part.to(dtype) if wanted else None for part, dtype, wanted in zip(parts, dtypes, wants, strict=True)
@@ -229,3 +192,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _operator.register_autograd(_gradients, setup_context=_save)
+_call = direct(_operator, _run, _save, _gradients)

@@ -1,7 +1,7 @@
-"""RMS and layer norms: one launch for residual sum, norm and weight, and one for the gradients.
+"""RMS and layer norms: one launch for norm, weight and gate, and one for the gradients.
 
-    s = x + residual, rounded          m = mean(s) of a layer norm, else 0
-    r = 1 / sqrt(mean((s - m)^2) + eps)          n = (s - m) r          y = n w + b, rounded as the kind says
+    m = mean(x) of a layer norm, else 0          r = 1 / sqrt(mean((x - m)^2) + eps)
+    n = (x - m) r                                y = n w + b, rounded as the kind says
     y <- y sigmoid(g) or y g of a gated norm, each factor rounded first
 
     g = dy w        dx = r (g - n mean(g n) - mean(g) of a layer norm)        dw = sum dy n        db = sum dy
@@ -36,8 +36,7 @@ def _scaled(x, weight, kind: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, gate_ptr, sum_ptr, y_ptr,
-    x_strides, residual_strides, gate_strides, num_rows, eps,
+    x_ptr, weight_ptr, bias_ptr, gate_ptr, y_ptr, x_strides, gate_strides, num_rows, eps,
     D: tl.constexpr, KIND: tl.constexpr, SIGMOID: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -46,8 +45,6 @@ def _norm_kernel(
     cols = tl.arange(0, BLOCK_D)
     mask_d = cols < D
     mask = (rows < num_rows)[:, None] & mask_d[None, :]
-    at = rows[:, None] * D + cols[None, :]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + rows[:, None] * x_strides[0] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask_d, other=0.0).to(tl.float32)
@@ -56,56 +53,45 @@ def _norm_kernel(
     if gate_ptr is not None:
         gate_at = rows[:, None] * gate_strides[0] + cols[None, :]
         gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual_at = rows[:, None] * residual_strides[0] + cols[None, :]
-        total = (x + tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
-        tl.store(sum_ptr + at, total, mask=mask)
-        # The norm is of the sum as it was stored, as where two modules compute the two.
-        x = total.to(tl.float32)
     if KIND == "layer":
         x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
     if weight_ptr is not None:
-        x = _scaled(x, weight, KIND, dtype)
+        x = _scaled(x, weight, KIND, x_ptr.dtype.element_ty)
     if bias_ptr is not None:
         x += bias[None, :]
     if gate_ptr is not None:
         if SIGMOID:
             gate = (1.0 / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty).to(tl.float32)
         x = x.to(y_ptr.dtype.element_ty).to(tl.float32) * gate
-    tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + rows[:, None] * D + cols[None, :], x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def norm_forward(
     states: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     kind: str,
     gate: Tensor | None = None,
     sigmoid: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Launches the kernel; arguments as in `add_row_norm` and `gated_row_norm`. Without a residual the sum is
-    `states`."""
+) -> Tensor:
+    """Launches the kernel; arguments as in `row_norm` and `gated_row_norm`."""
     D = states.shape[-1]
-    x, other, gate = (None if x is None else flat_rows(x) for x in (states, residual, gate))
-    assert x is not None
+    x, gate = flat_rows(states), None if gate is None else flat_rows(gate)
     wide = kind == "rms" and weight is not None
     dtype = torch.promote_types(states.dtype, weight.dtype) if wide and weight is not None else states.dtype
-    total = None if other is None else states.new_empty(states.shape)
     result = states.new_empty(states.shape, dtype=dtype)
     num_rows = x.shape[0]
     if num_rows and D:
         block_d = triton.next_power_of_2(D)
         block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
         _norm_kernel[(triton.cdiv(num_rows, block_r),)](
-            x, other, weight, bias, gate, total, result, x.stride(),
-            *((0, 1) if part is None else part.stride() for part in (other, gate)),
+            x, weight, bias, gate, result, x.stride(), (0, 1) if gate is None else gate.stride(),
             num_rows, eps, D=D, KIND=kind, SIGMOID=sigmoid, BLOCK_R=block_r, BLOCK_D=block_d,
             num_warps=min(max(block_r * block_d // 512, 1), 16), **overlap(x.device),
         )  # fmt: skip
-    return states if total is None else total, result
+    return result
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])

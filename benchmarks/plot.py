@@ -167,10 +167,10 @@ def blockwise_text(result: Result) -> str:
     fields = ("case", "impl", "forward_ms", "forward_tflops", "backward_ms", "backward_tflops")
     parts = [
         "32 query heads, 8 key heads, 32K tokens, bf16. Of `blockwise_attention` there are two "
-        "implementations on a GPU: torch's SDPA kernels, by cuDNN or by flash, and those in Triton; `torch alone` is "
-        "`scaled_dot_product_attention` by cuDNN. TFLOP/s count 4 operations a visible pair and head dim "
-        "forward, 10 backward. The script checks outputs and gradients against fp64 first and times "
-        "nothing if a kernel is wrong.",
+        "implementations on a GPU: torch's SDPA kernels, by cuDNN or by flash, and those in Triton; "
+        "`torch alone` is `scaled_dot_product_attention` by cuDNN. TFLOP/s count 4 operations a visible pair "
+        "and head dim forward, 10 backward. The script checks outputs and gradients against fp64 first and "
+        "times nothing if a kernel is wrong.",
         table(columns, [blockwise_cells(row, fields) for row in result.where(section="time").rows]),
     ]
     if memory := result.where(section="memory").rows:

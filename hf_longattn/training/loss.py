@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +72,14 @@ class Head:
         finally:
             modules[name] = child
 
-    def run_trunk(self, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
-        """The model's output but for its logits, and the hidden states (B, T, D) behind them."""
+    def run_trunk(self, arguments: dict[str, Any]) -> tuple[Any, Any]:
+        """The model's output but for its logits, and that of its trunk, with all hidden states (B, T, D)."""
         trunk: Any = self.model._modules[self.trunk]
         states: list[Any] = []
 
         def remember(*args: Any, **kwargs: Any) -> Any:
+            # A trunk that is told of it would leave the other tokens out.
+            kwargs.pop("logits_to_keep", None)
             states.append(trunk(*args, **kwargs))
             return states[-1]
 
@@ -92,7 +94,7 @@ class Head:
         self.output_type = type(states[0])
         # Set to None, an entry would still be handed on by everything that walks over the output's entries.
         others = {name: value for name, value in output.items() if name != "logits"}
-        return type(output)(**others), states[0].last_hidden_state
+        return type(output)(**others), states[0]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits (1, n, V) of (1, n, D) hidden states."""
@@ -319,13 +321,16 @@ def loss_forward(
             arguments["use_cache"] = False
         head = Head(model, trunk, original)
         with taking_loss(parallel, given) as call:
-            output, hidden = head.run_trunk(arguments)
+            output, states = head.run_trunk(arguments)
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if num_items is not None and parallel is not None:
             num_items = num_items * parallel.copies
-        options = LossOptions(chunk_size, smoothing, ignore_index, call.share)
-        output.loss = chunked_loss(head, hidden, shifted, num_items, options)
+        options, added = LossOptions(chunk_size, smoothing, ignore_index, call.share), 0.0
+        if hasattr(model, "loss_terms"):
+            # A Block Transformer does not score every label.
+            shifted, num_items, added = cast(Any, model).loss_terms(states, shifted, num_items)
+        output.loss = chunked_loss(head, states.last_hidden_state, shifted, num_items, options) + added
         is_dict = model.config.return_dict if returns_dict is None else returns_dict
         return output if is_dict else output.to_tuple()
 

@@ -126,7 +126,7 @@ def prepare_training(
     setup = instance.read_setup(TrainingSetup, config, fields)
     inner = instance.unwrap(model)
     decoder = _decoder(inner)
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _causal_layers(decoder)
     _check_model(inner, layers)
     check_adapters(model, chunked_loss=setup.loss == "chunked")
     trunk = _trunk_of_loss(inner, decoder, setup)
@@ -171,6 +171,17 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
         c for c in model.children() if any(isinstance(m, GradientCheckpointingLayer) for m in c.modules())
     ]
     return holders[0] if len(holders) == 1 else model
+
+
+def _causal_layers(decoder: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that run by blocks: not those of an encoder beside them, whose tokens see later ones."""
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if not _looks_ahead(layer)] or layers
+
+
+def _looks_ahead(layer: nn.Module) -> bool:
+    flags = [part.is_causal for part in layer.modules() if hasattr(part, "is_causal")]
+    return bool(flags) and not any(flags)
 
 
 def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> None:

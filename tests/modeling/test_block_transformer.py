@@ -211,8 +211,10 @@ def test_loss_leaves_out_first_blocks_and_pads():
     )
     wanted = torch.cat([scores[0, 3:], scores[1, 8:]])
     torch.testing.assert_close(out.loss, wanted.mean())
-    again = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=torch.tensor(7))
-    torch.testing.assert_close(again.loss, wanted.sum() / 7)
+    # Trainer counts all labels of a step, first blocks included: 26 of 39 make two thirds of its loss.
+    for count in (39, torch.tensor(39)):
+        again = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=count)
+        torch.testing.assert_close(again.loss, wanted.mean() * 2 / 3)
     short = model(ids[:, :3], labels=ids[:, :3])
     assert short.loss == 0
 
@@ -514,6 +516,39 @@ def test_auxiliary_loss_counts_complete_neighbours_only():
     torch.testing.assert_close(total, plain + 0.5 * difference[out.block_pair_mask.bool()].mean())
 
 
+@torch.no_grad()
+def test_the_batches_of_a_step_add_up_to_its_loss():
+    model, ids = make(block_decoding_loss="mse"), tokens(4, 18)
+    whole = model(ids, labels=ids).loss
+    count = torch.tensor(ids[:, 1:].numel())
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=count).loss, whole)
+    parts = [model(part, labels=part, num_items_in_batch=count).loss for part in ids.split(1)]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+@pytest.mark.parametrize("variant", ["prefix", "llama-gqa", "roberta"])
+@pytest.mark.parametrize("loss", ["chunked", "model"])
+def test_prepared_layers_train_as_they_are(loss, variant):
+    import hf_longattn
+
+    model, ids = make(variant, block_decoding_loss="mse").train(), tokens(2, 23)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    inputs = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "num_items_in_batch": 51}
+
+    def trained():
+        model.zero_grad()
+        loss = model(input_ids=ids, **inputs).loss
+        loss.backward()
+        return loss.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    plain = trained()
+    hf_longattn.prepare_training(model, block_size=3, loss=loss, loss_chunk_size=8)
+    for ours, theirs in zip(trained(), plain, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    hf_longattn.restore(model)
+
+
 def test_learns_a_repeating_text():
     model = make(initializer_range=0.05).train()
     ids = tokens(1, 6).repeat(4, 6)
@@ -565,8 +600,11 @@ def test_forward_refuses():
     model, ids = make(), tokens(1, 8)
     with pytest.raises(ValueError, match="`input_ids`"):
         model(None)
-    with pytest.raises(ValueError, match="`attention_mask`"):
-        model(ids, attention_mask=torch.ones(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="`input_ids`"):
+        model(ids[0])
+    for shape in ((1, 1, 8, 8), (1, 7), (2, 8)):
+        with pytest.raises(ValueError, match="`attention_mask`"):
+            model(ids, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match="`past_key_values`"):
         packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
         model(ids, position_ids=packed, past_key_values=BlockTransformerCache(model.config))
@@ -574,6 +612,8 @@ def test_forward_refuses():
         make(block_alignment="columns")(ids, position_ids=packed)
     with pytest.raises(ValueError, match="`cache_implementation`"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="`assistant_early_exit`"):
+        model.generate(ids, assistant_early_exit=1, max_new_tokens=2)
 
 
 @settings(max_examples=25, deadline=None)

@@ -99,6 +99,12 @@ class BlockGenerationMixin(GenerationMixin):
                 "`cache_implementation` must be None or 'dynamic' for a Block Transformer, got "
                 f"{generation_config.cache_implementation!r}; it has a BlockTransformerCache of its own."
             )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` must be None for a Block Transformer, got "
+                f"{generation_config.assistant_early_exit}; its decoders have layers of their own. Pass an "
+                "`assistant_model`, or `prompt_lookup_num_tokens`."
+            )
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
             # Beams copy the whole of a cache at every step: theirs stays as small as can be.

@@ -156,12 +156,17 @@ def lay_out(
 
 def column_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The part of `attention_mask` (B, >= T) that belongs to `input_ids` (B, T), as booleans."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"`input_ids` must be of shape (B, T), got {tuple(input_ids.shape)}.")
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"`attention_mask` must be of shape (B, T), got {shape}; blocks are cut from it.")
-    return attention_mask[:, -input_ids.shape[1] :].to(input_ids.device, torch.bool)
+    shape, (batch, length) = tuple(attention_mask.shape), input_ids.shape
+    if attention_mask.ndim != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` must be of shape (B, T) with B={batch} and T={length} or more, those of the "
+            f"cache in front, got {shape}; blocks are cut from it."
+        )
+    return attention_mask[:, shape[1] - length :].to(input_ids.device, torch.bool)
 
 
 def prompt_offset(mask: torch.Tensor, block_length: int, by_column: bool) -> torch.Tensor | None:

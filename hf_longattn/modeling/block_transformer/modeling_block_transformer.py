@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -401,7 +402,8 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
             use_cache: whether to return a cache.
             logits_to_keep: how many of the last rows to compute (0: all), or the indices of the rows.
             block_offset: (B,), pads that stand in the first block before the first token.
-            **kwargs: `num_items_in_batch`, by which the summed loss is divided, and `shift_labels`.
+            **kwargs: `num_items_in_batch`, the labels of a step of which this batch is a part (`loss_terms`),
+                and `shift_labels`.
 
         Returns:
             loss, logits (B, T or `logits_to_keep`, V), zeros where no block stands before, and the cache.
@@ -417,8 +419,9 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        hidden = hidden[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else hidden
-        logits = self.lm_head(hidden)
+        # Of an int, the model has kept the last rows already, unless something stands in for it.
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, rows])
         loss = None if labels is None else self._loss(logits, labels, outputs, kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -431,31 +434,58 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, outputs: BlockTransformerModelOutput, kwargs: dict
     ) -> torch.Tensor:
-        shifted, mask = kwargs.get("shift_labels"), outputs.label_mask
-        assert mask is not None
-        labels = labels.masked_fill(mask[:, :-1] == 0, -100)
-        if shifted is not None:
-            shifted = shifted.masked_fill(mask[:, 1:] == 0, -100)
-        count = kwargs.get("num_items_in_batch")
-        if count is None:
-            # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
-            count = ((labels[:, 1:] if shifted is None else shifted) != -100).sum().clamp(min=1)
+        shifted = kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        scored, divisor, added = self.loss_terms(outputs, shifted, kwargs.get("num_items_in_batch"))
         loss = self.loss_function(
             logits=logits,
             labels=labels,
             vocab_size=self.config.vocab_size,
-            num_items_in_batch=count,
-            shift_labels=shifted,
+            num_items_in_batch=divisor,
+            shift_labels=scored,
         )
-        if self.config.block_decoding_loss is None or outputs.context_embeds is None:
-            return loss
-        auxiliary = block_decoding_loss(
-            outputs.context_embeds,
-            outputs.block_embeds,
-            outputs.block_pair_mask,
-            self.config.block_decoding_loss,
-        )
-        return loss + self.config.block_decoding_loss_weight * auxiliary
+        return loss + added
+
+    def loss_terms(
+        self,
+        outputs: BlockTransformerModelOutput,
+        shifted: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+        """What the loss of a batch is made of.
+
+            loss = share (mean cross-entropy of the scored tokens + weight x auxiliary loss)
+
+        Whoever counts the labels of a step (Trainer) counts those of first blocks, which nothing predicts, so
+        that their number is only good for telling which share of the step this batch is.
+
+        Args:
+            outputs: of the model, for the whole batch.
+            shifted: (B, T), the label of the token that follows each.
+            num_items: labels of the step that this batch is a part of; None: the batch is all of it.
+
+        Returns:
+            the labels (B, T) that are scored, what their summed cross-entropy is divided by, and what is
+            added to that.
+        """
+        mask = outputs.label_mask
+        assert mask is not None
+        scored = shifted.masked_fill(mask[:, 1:] == 0, -100).contiguous()
+        # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
+        count, share = (scored != -100).sum().clamp(min=1), torch.ones((), device=scored.device)
+        if num_items is not None:
+            share = (shifted != -100).sum() / torch.as_tensor(num_items, device=scored.device)
+        added: torch.Tensor | float = 0.0
+        if self.config.block_decoding_loss is not None and outputs.context_embeds is not None:
+            added = block_decoding_loss(
+                outputs.context_embeds,
+                outputs.block_embeds,
+                outputs.block_pair_mask,
+                self.config.block_decoding_loss,
+            )
+            added = share * self.config.block_decoding_loss_weight * added
+        return scored, count / share, added
 
 
 __all__ = [

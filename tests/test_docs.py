@@ -14,6 +14,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import hf_longattn
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CHECKPOINT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -155,6 +157,12 @@ def test_every_operator_has_an_entry_in_the_reference():
     entries = set(re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE))
     operators = {path.parent.name for path in (ROOT / "hf_longattn/kernels").glob("*/api.py")}
     assert operators <= entries, f"add `::: kernels.NAME.api.NAME` for {sorted(operators - entries)}"
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    pages = (ROOT / "docs/reference").glob("*.md")
+    entries = {n for p in pages for n in re.findall(r"^::: [\w.]+\.(\w+)$", p.read_text(), re.MULTILINE)}
+    assert set(hf_longattn.__all__) <= entries
 
 
 def plot(root, *arguments):

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import auto_docstring, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -187,7 +187,6 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.channel_mixer(self.channel_norm(hidden_states))
 
 
-@auto_docstring
 class LightningPreTrainedModel(PreTrainedModel):
     """What `LightningModel` and `LightningForCausalLM` share."""
 
@@ -216,7 +215,6 @@ class LightningPreTrainedModel(PreTrainedModel):
         return attention_mask
 
 
-@auto_docstring
 class LightningModel(LightningPreTrainedModel):
     """The decoder, from `input_ids` (B, T) to hidden states (B, T, D).
 
@@ -229,6 +227,8 @@ class LightningModel(LightningPreTrainedModel):
         >>> model(torch.arange(10)[None]).last_hidden_state.shape
         torch.Size([1, 10, 64])
         ```
+
+    Source: Qin et al., TransNormerLLM, arXiv 2307.14995; the attention is that of arXiv 2401.04658.
     """
 
     def __init__(self, config: LightningConfig) -> None:
@@ -346,7 +346,6 @@ class LightningModel(LightningPreTrainedModel):
         )
 
 
-@auto_docstring
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
     """A `LightningModel` with a language modelling head: `logits[:, i]` (B, T, V) predicts token i + 1.
 

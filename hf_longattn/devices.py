@@ -1,4 +1,4 @@
-"""What there is of a device and its host: memory that may be taken, and generators of random numbers."""
+"""What there is of a device and its host: memory that may be taken, generators, copies on their way."""
 
 import contextlib
 import os
@@ -71,3 +71,24 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[
         torch.cuda.current_device() if device.index is None else device.index
     ]
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host: nothing waits for it until it is read.
+
+    Args:
+        tensor: that may be written to again once this is made.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> torch.Tensor:
+        """The copy, once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy

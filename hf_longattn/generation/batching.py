@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
+from hf_longattn.devices import HostCopy
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.linear import Products
-from hf_longattn.generation.spectator import HostCopy
 
 # Prompts wait until one row in so many is free: few rows at a time are read at less than the full rate.
 _FREE_SHARE = 8

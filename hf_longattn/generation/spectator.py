@@ -9,32 +9,13 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
+from hf_longattn.devices import HostCopy
+
 if TYPE_CHECKING:
     from hf_longattn.generation.blocks import BlockProgram
 
 # Criteria that read the last token and the length: what they say of a copy on the CPU holds.
 PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
-
-
-class HostCopy:
-    """A copy of a tensor on its way to the host: nothing waits for it until it is read.
-
-    Args:
-        tensor: that may be written to again once this is made.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._copy.copy_(tensor, non_blocking=True)
-        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> torch.Tensor:
-        """The copy, once it is there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._copy
 
 
 class Spectator:

@@ -8,7 +8,8 @@ import transformers as tf
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_longattn
-from hf_longattn.training.loss import _cross_entropy
+from hf_longattn.devices import HostCopy
+from hf_longattn.training.loss import _cross_entropy, _places
 
 BOUND = 2e-6
 IDS = tiny.tokens(2, 37)
@@ -129,3 +130,10 @@ def test_cross_entropy_against_autograd(dtype):
     assert result.item() == pytest.approx(loss.item(), rel=1e-6)
     # One rounding to the dtype of the logits.
     assert tiny.relative_error(gradient, exact.grad) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tokens_that_count_are_found_without_asking_the_device(share):
+    counts = torch.rand(1000) < share
+    known = _places(counts, HostCopy(counts.sum()))
+    assert torch.equal(known, counts.nonzero()[:, 0])

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 import hf_longattn
-from hf_longattn.training import offload
+from hf_longattn.training import liger, offload
 from hf_longattn.training.attention import MOST_KEYS
 from hf_longattn.training.offload import HostBlocks, Layout, PinnedPool
 
@@ -181,3 +181,17 @@ def test_autocast_and_the_gradient_scaler(dtype):
         result = torch.cat([p.grad.flatten().double() for p in model.parameters()]) / 2.0**10
         errors.append(error(result, exact))
     assert errors[1] <= 1.5 * (errors[0] + torch.finfo(dtype).eps)
+
+
+def test_the_host_does_not_wait_for_the_layers_before_the_loss(monkeypatch):
+    """Liger asks the device itself for the number of tokens; torch's loss is under test."""
+    monkeypatch.setattr(liger, "_INSTALLED", False)
+    model, inputs = hf_longattn.prepare_training(build("llama", torch.bfloat16)), batch(300, 40)
+    expected = model(**inputs).loss
+    hook = model.model.register_forward_hook(lambda *found: torch.cuda.set_sync_debug_mode("error"))
+    try:
+        loss = model(**inputs).loss
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        hook.remove()
+    assert torch.equal(loss, expected)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hf_longattn.devices import HostCopy
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.liger import fused_loss
@@ -163,12 +164,14 @@ class LossOptions:
         smoothing: of the labels.
         ignore_index: label of tokens that do not count.
         share: the tokens behind the hidden states, where each of several ranks has its own.
+        count: the number of tokens that count, where the host was told of it before the layers ran.
     """
 
     chunk_size: int | None
     smoothing: float
     ignore_index: int = -100
     share: SequenceShare | None = None
+    count: HostCopy | None = None
 
     def chunk(self, hidden: Tensor, vocab_size: int) -> int:
         """Tokens that go through the head at a time."""
@@ -266,7 +269,7 @@ def chunked_loss(
     """
     share, targets = options.share, shifted.to(hidden.device)
     targets = (targets if share is None else share.take(targets, 1, options.ignore_index)).reshape(-1)
-    counted = (targets != options.ignore_index).nonzero()[:, 0]
+    counted = _places(targets != options.ignore_index, options.count if share is None else None)
     parameters = head.parameters() if torch.is_grad_enabled() else []
 
     def sum_over_chunks(hidden: Tensor) -> Tensor:
@@ -275,11 +278,23 @@ def chunked_loss(
     total = head.while_whole(sum_over_chunks, hidden)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
-    count = counted.new_tensor(len(counted))
+    count: Any = len(counted)
     if share is not None:
-        total, count = share.add_up(total), share.group.add_up(count)
+        total, count = share.add_up(total), share.group.add_up(counted.new_tensor(count))
     # Without a token that counts the mean is NaN, as in transformers.
     return total / (count if num_items is None else num_items)
+
+
+def _places(counts: Tensor, count: HostCopy | None) -> Tensor:
+    """Where a (n,) mask is true.
+
+    Args:
+        counts: the mask.
+        count: how often it is; None asks the device, and waits until the layers are done.
+    """
+    if count is None:
+        return counts.nonzero()[:, 0]
+    return counts.byte().argsort(descending=True, stable=True)[: int(count.read())]
 
 
 def loss_forward(
@@ -319,16 +334,19 @@ def loss_forward(
         returns_dict = arguments.pop("return_dict", None)
         if arguments.get("use_cache") is None:
             arguments["use_cache"] = False
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        # On its way while the host is busy with the layers, which the device works on long after.
+        count = HostCopy((shifted != ignore_index).sum()) if shifted.is_cuda else None
         head = Head(model, trunk, original)
         with taking_loss(parallel, given) as call:
             output, states = head.run_trunk(arguments)
-        if shifted is None:
-            shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if num_items is not None and parallel is not None:
             num_items = num_items * parallel.copies
-        options, added = LossOptions(chunk_size, smoothing, ignore_index, call.share), 0.0
+        options, added = LossOptions(chunk_size, smoothing, ignore_index, call.share, count), 0.0
         if hasattr(model, "loss_terms"):
             # A Block Transformer does not score every label.
+            options.count = None
             shifted, num_items, added = cast(Any, model).loss_terms(states, shifted, num_items)
         output.loss = chunked_loss(head, states.last_hidden_state, shifted, num_items, options) + added
         is_dict = model.config.return_dict if returns_dict is None else returns_dict

@@ -26,13 +26,22 @@ from hf_longattn.kernels.mask_runs import Runs, known_runs
 
 MaskFunction = Callable[..., Any]
 
-# Above this many queries, one look at the mask (a device synchronisation) pays: dense attention is faster.
+# With more queries than this, waiting for the device to say where the padding is pays for itself: without
+# padding, or with some on the left alone, kernels for dense attention can be used.
 _FEW_QUERIES = 16
 
 
 @dataclass
 class Pattern:
-    """A mask function in words: every field narrows the interval of keys that a query sees."""
+    """A mask function of a known kind, as data: every field narrows the interval of keys that a query sees.
+
+    Args:
+        causal: no key after the query.
+        window: how many keys up to the query's own, itself included.
+        radius: how many keys on either side of the query's own.
+        chunk: (size, (B,) left padding): keys of the query's own chunk, counted from the first real token.
+        documents: (B, N) integer ids: keys of the query's own document.
+    """
 
     causal: bool = False
     window: int | None = None
@@ -72,8 +81,8 @@ def _read_documents(pattern: Pattern, closure: dict[str, Any]) -> bool:
     return known
 
 
-# The closures that transformers builds share one code object a kind: identity, not a name, tells what they
-# are.
+# transformers makes its mask functions as closures. All of one kind share a code object, which tells the kind;
+# a name would not, since a function of the caller's may have it too.
 _READERS: dict[Any, Callable[[Pattern, dict[str, Any]], bool]] = {
     masking_utils.and_masks(masking_utils.causal_mask_function).__code__: _read_intersection,
     masking_utils.sliding_window_overlay(1).__code__: _read_window,
@@ -90,7 +99,7 @@ def _read(function: MaskFunction, pattern: Pattern) -> bool:
         return True
     if function is masking_utils.bidirectional_mask_function:
         return True
-    # Dynamo cannot look into a closure made inside the traced region: it is evaluated by tiles there.
+    # torch.compile cannot look into a closure that is made inside the traced code: it is evaluated by tiles.
     if torch.compiler.is_compiling():
         return False
     reader = _READERS.get(getattr(function, "__code__", None))
@@ -172,7 +181,7 @@ class LazyMask:
         mask_function: transformers' `(batch, head, query, key) -> bool`, on positions.
         padding: (B, S) bool, True where a key exists, or None.
         device: where the tensors of the mask live.
-        pattern: `mask_function` in words, where it is known.
+        pattern: what `mask_function` says, where it is of a known kind.
         runs: where the tokens of `padding` lie, where it is known that each row has one run of them.
     """
 
@@ -304,8 +313,8 @@ class LazyMask:
         return lower[:, rows] - self.kv_offset, upper[:, rows] - self.kv_offset
 
     def _pad(self, limits: KeyRange, padding: Tensor) -> KeyRange:
-        # A few queries read the mask itself, a byte a key; a prefill looks once, since dense attention is
-        # worth it.
+        # For a few queries the kernel reads the mask itself, a byte a key, and nothing waits for the device.
+        # With many, the host looks at it once: an interval, or no limit at all, is faster to attend under.
         if is_tracing(padding) or (self.q_length <= _FEW_QUERIES and padding.device.type != "cpu"):
             return limits.masked(padding)
         if self.runs is None:
@@ -407,7 +416,7 @@ def lazy_mask(
         check_config(config)
     device = torch.device(device)
     q_offset, kv_offset = _snapshot(q_offset), _snapshot(kv_offset)
-    # Dynamo does not look into a weak dictionary.
+    # `known_runs` keeps what it knows in a weak dictionary, which torch.compile cannot trace.
     unknown = attention_mask is None or torch.compiler.is_compiling()
     runs = None if unknown else known_runs(attention_mask)
     if runs is not None and isinstance(kv_offset, int) and runs.fill(kv_offset, kv_offset + kv_length):

@@ -1,5 +1,4 @@
-"""`attn_implementation="blockwise_attention"`: exact attention a block of queries at a time, forward and
-    backward.
+"""`attn_implementation="blockwise_attention"`: exact attention, a block at a time, forward and backward.
 
 Memory is linear in the length in both directions (arXiv 2305.19370, section 3); the result is softmax
 attention.

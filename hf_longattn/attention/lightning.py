@@ -27,7 +27,7 @@ from hf_longattn.masking import LazyMask, is_tracing
 from hf_longattn.parallel.lightning import scan_slices
 
 NORM_EPS = 1e-6
-# Fewer new tokens than this on a GPU are not worth asking the device which of them exist.
+# For at most this many new tokens, the host does not wait for a GPU to say which of them are padding.
 FEW_TOKENS = 16
 
 _rows_of_mask: "weakref.WeakKeyDictionary[LazyMask, dict[bool, TokenRows]]" = weakref.WeakKeyDictionary()

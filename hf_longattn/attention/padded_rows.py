@@ -55,7 +55,7 @@ def attend_rows(
         (B, H, T, V); zeros where a query lies in the padding.
     """
     B, H, T, _ = query.shape
-    # Laid out as those of one row, and as the layer wants it next.
+    # (B, T, H, V) in memory: each row is contiguous, and so is what the layer takes next.
     output = query.new_empty(B, T, H, value.shape[3]).transpose(1, 2)
     for row, first in enumerate(slots):
         # Queries of the padding see nothing.

@@ -154,7 +154,8 @@ def prepare_training(
     if trunk is not None:
         _mark_heads(changes, inner, trunk)
         numbers = (setup.loss_chunk_size, setup.label_smoothing)
-        # What else a model does with hidden states it does with all of them.
+        # Ranks compute the loss of their own tokens only where the head reads the decoder's output directly;
+        # whatever else a model does with hidden states, it does with those of all tokens.
         sharing = parallel if inner._modules[trunk] is decoder else None
         changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers, sharing))
     instance.setups(inner)["training"] = changes
@@ -166,7 +167,8 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     found = model.get_decoder() if model.can_generate() else model.base_model
     if found is not model or model.get_output_embeddings() is None:
         return found
-    # Some models name a child that they do not have.
+    # `get_decoder` returns the model itself where it looks for a child under a name that this model does not
+    # use. What holds the layers is meant.
     holders = [
         c for c in model.children() if any(isinstance(m, GradientCheckpointingLayer) for m in c.modules())
     ]
@@ -244,6 +246,7 @@ def _patch_layers(
 
 
 def _mark_heads(changes: instance.Setup, model: PreTrainedModel, trunk: str) -> None:
+    """Has DeepSpeed's ZeRO stage 3 gather a head as a whole, once for all chunks of the loss."""
     for name, head in model.named_children():
         if name != trunk and zero.can_be_leaf(head, model.get_submodule(trunk)):
             changes.set(head, zero.LEAF, True)
@@ -293,8 +296,8 @@ def _saved_sizes(model: PreTrainedModel, setup: TrainingSetup) -> tuple[int, ...
 
 
 def _reserve(model: PreTrainedModel, ranks: int) -> Callable[[int], int]:
-    # Asked for every tensor that is kept, and `model.parameters()` takes as long as many launches. The tables
-    # of modules stay, whatever becomes of the parameters in them.
+    # This runs for every tensor that is kept, and walking `model.parameters()` takes as long as many kernel
+    # launches. The `_parameters` dicts of the modules stay, whatever becomes of the parameters in them.
     tables = [part._parameters for part in instance.every_module(model) if part._parameters]
 
     def reserve(num_bytes: int) -> int:

@@ -193,7 +193,7 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-    # It says of a kind of cache that is asked for by name that it cannot be had.
+    # `original` has said by now that a kind of cache that is asked for by name cannot be had.
     if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
         if group is None:
             cache = MiniMaxLongContextCache(model.config, max_cache_length)
@@ -251,7 +251,7 @@ def _forward(
 
 
 def _gated(norm: Any, states: Tensor, gate: Tensor) -> Tensor:
-    """sigmoid(gate) * norm(states), in one launch where nobody can tell the difference."""
+    """sigmoid(gate) * norm(states), in one launch where no hook, gradient or replaced norm forbids it."""
     watched = norm._forward_hooks or norm._forward_pre_hooks or _is_replaced(norm)
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
     same = states.dtype == gate.dtype == norm.weight.dtype

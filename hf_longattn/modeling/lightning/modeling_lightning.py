@@ -119,7 +119,7 @@ class LightningAttention(nn.Module):
             (B, T, D), and the attention weights of a softmax layer where its implementation returns them.
         """
         qk, vu = self.qkvu_proj(hidden_states).chunk(2, dim=-1)
-        # Of queries and keys at once.
+        # One call of the activation for queries and keys.
         qk = self.act(qk) if self.is_lightning else qk
         (q, k), (v, gate) = qk.chunk(2, dim=-1), vu.chunk(2, dim=-1)
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (q, k, v))
@@ -320,8 +320,8 @@ class LightningModel(LightningPreTrainedModel):
         """The masks of lightning layers (True) and of softmax layers (False)."""
         masks: dict[bool, Any] = {True: self._lightning_mask(embeds, attention_mask, cache)}
         if self.config.is_hybrid:
-            # An empty cache changes nothing but that transformers would not look for packed documents, unless
-            # its ranks share these tokens.
+            # transformers looks for packed documents only where it is given no cache. An empty one is left out
+            # therefore, unless the ranks that share it share these tokens too.
             fresh = cache is None or (not cache.is_compileable and is_empty(cache))
             fresh = fresh and not (isinstance(cache, ShardedCache) and cache.is_computing)
             masks[False] = create_causal_mask(

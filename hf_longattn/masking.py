@@ -81,8 +81,8 @@ def _read_documents(pattern: Pattern, closure: dict[str, Any]) -> bool:
     return known
 
 
-# transformers makes its mask functions as closures. All of one kind share a code object, which tells the kind;
-# a name would not, since a function of the caller's may have it too.
+# transformers makes its mask functions as closures. All of one kind share a code object, which tells the
+# kind; a name would not, since a function of the caller's may have it too.
 _READERS: dict[Any, Callable[[Pattern, dict[str, Any]], bool]] = {
     masking_utils.and_masks(masking_utils.causal_mask_function).__code__: _read_intersection,
     masking_utils.sliding_window_overlay(1).__code__: _read_window,

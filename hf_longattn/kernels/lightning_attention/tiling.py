@@ -49,8 +49,8 @@ class Tiling:
     gluon: bool = False
 
 
-# What is multiplied exactly, by name: everything, or all but the scores. To round the scores as well moves the
-# error of bf16 outputs from 1.66e-3 to 1.99e-3, and saves a product and the registers of its operand.
+# What is multiplied exactly, by name: everything, or all but the scores. To round the scores as well moves
+# the error of bf16 outputs from 1.66e-3 to 1.99e-3, and saves a product and the registers of its operand.
 EVERYTHING, ALL_BUT_SCORES = 7, 6
 # By the widest padded key dim that each serves: what runs where the sequences fill the GPU or can be cut,
 TILINGS = {

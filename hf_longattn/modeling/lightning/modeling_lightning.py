@@ -320,8 +320,8 @@ class LightningModel(LightningPreTrainedModel):
         """The masks of lightning layers (True) and of softmax layers (False)."""
         masks: dict[bool, Any] = {True: self._lightning_mask(embeds, attention_mask, cache)}
         if self.config.is_hybrid:
-            # transformers looks for packed documents only where it is given no cache. An empty one is left out
-            # therefore, unless the ranks that share it share these tokens too.
+            # transformers looks for packed documents only where it is given no cache. So an empty one is left
+            # out, unless the ranks that share it share these tokens too.
             fresh = cache is None or (not cache.is_compileable and is_empty(cache))
             fresh = fresh and not (isinstance(cache, ShardedCache) and cache.is_computing)
             masks[False] = create_causal_mask(

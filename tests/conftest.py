@@ -1,8 +1,12 @@
 """Fixtures that every test gets: memory that nothing wrote is NaN, and the same seed."""
 
+import os
+
 import pytest
 import torch
 
+# For the processes that tests start, as in the Makefile: ranks are forked from one that has one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `with torch.device(...)` looks the functions that make tensors up once: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)

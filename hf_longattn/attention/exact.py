@@ -181,16 +181,35 @@ def exact_attention(
             scales=scales,
         )
     else:
-        output = _blockwise(query, key, value, limits, bias, options)
+        output, _ = attend_many(query, key, value, scales, limits, options, bias)
     return output.transpose(1, 2).contiguous()
 
 
-def _blockwise(
-    query: Tensor, key: Tensor, value: Tensor, limits: KeyRange | None, bias: Tensor | None, options: Options
-) -> Tensor:
-    scales = scales_of(key)
+def attend_many(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scales: Tensor | None,
+    limits: KeyRange | None,
+    options: Options,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Blockwise attention of any number of queries, on keys and values as the cache keeps them.
+
+    Args:
+        query: (B, H, T, K).
+        key: (B, G, S, K), in the dtype of `query` or in 8 bits.
+        value: (B, G, S, V), as `key`.
+        scales: (B, G, S, 2) fp32 of keys and values in 8 bits, else None.
+        limits: which keys each query sees; all of them where None.
+        options: its scale, softcap, sinks and dropout count.
+        bias: (B or 1, H or 1, T or 1, S or 1), added to the scores.
+
+    Returns:
+        output (B, H, T, V) in the dtype of `query`, and lse (B, H, T).
+    """
     if scales is None:
-        return _attend(query, key, value, limits, bias, options)[0]
+        return _attend(query, key, value, limits, bias, options)
 
     def attend(key: Tensor, value: Tensor, columns: slice, is_last: bool) -> tuple[Tensor, Tensor]:
         # A sink is one more logit of the row: it is counted once, with the first piece.
@@ -292,6 +311,7 @@ def _attend_by_tiles(
     query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, packing: KeyRange, options: Options
 ) -> Tensor:
     """Attention under any mask function: rows are spelled out, used, dropped, and recomputed backward."""
+    scales = scales_of(key)
 
     def block(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
         rows = slice(start, start + query.shape[2])
@@ -300,7 +320,7 @@ def _attend_by_tiles(
             sizes = (mask.q_length, mask.kv_length)
             tile = tile & packing.tile(rows, slice(0, mask.kv_length), *sizes, query.device)
         bias = tile if options.bias is None else torch.where(tile, options.bias[:, :, rows], -torch.inf)
-        return _blockwise(query, key, value, None, bias, options)
+        return attend_many(query, key, value, scales, None, options, bias)[0]
 
     outputs = []
     for start in range(0, query.shape[2], _TILE_ROWS):

@@ -20,7 +20,9 @@ PIECE_TOKENS = 32768
 Attend = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor]]
 
 
-def attend_pieces(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, attend: Attend) -> Tensor:
+def attend_pieces(
+    query: Tensor, key: Tensor, value: Tensor, scales: Tensor, attend: Attend
+) -> tuple[Tensor, Tensor]:
     """Attention over the keys of all pieces.
 
     Args:
@@ -32,7 +34,7 @@ def attend_pieces(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, att
             the last, which holds the keys of the queries; returns output (B, H, T, V) and lse (B, H, T).
 
     Returns:
-        (B, H, T, V) in the dtype of `query`.
+        output (B, H, T, V) in the dtype of `query`, and lse (B, H, T).
     """
     outputs, lses = None, None
     for columns in _pieces(query, key):
@@ -45,7 +47,7 @@ def attend_pieces(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, att
         )
         if outputs is None or lses is None:
             if columns.stop == key.shape[2]:
-                return output
+                return output, lse
             # The running result is kept in fp32: many merges in 16 bits would round as many times.
             outputs, lses = (
                 output.new_zeros((2, *output.shape), dtype=lse.dtype),
@@ -55,8 +57,8 @@ def attend_pieces(query: Tensor, key: Tensor, value: Tensor, scales: Tensor, att
         else:
             outputs[1], lses[1] = output, lse
             outputs[0], lses[0] = merge_partials(outputs, lses)
-    assert outputs is not None
-    return outputs[0].to(query.dtype)
+    assert outputs is not None and lses is not None
+    return outputs[0].to(query.dtype), lses[0]
 
 
 def _pieces(query: Tensor, key: Tensor) -> Iterator[slice]:

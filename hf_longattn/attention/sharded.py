@@ -5,19 +5,26 @@ A run of the prompt is cut among the ranks, and what is fewer bytes travels. In 
 that is keys and values, of which most models have fewer heads: each rank attends its own queries to those of
 all. Behind a longer cache it is queries: every rank attends those of all to the keys it holds, and each gets
 the partial results of its own queries back. What travels does so while the ranks attend to what they have.
-Layers with a window keep a short one everywhere.
+Layers with a window keep a short one everywhere. Keys and values in 8 bits travel as they are, with their
+scales.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_longattn.attention.exact import MAX_DECODE_QUERIES, Options, unsupported
+from hf_longattn.attention.exact import (
+    MAX_DECODE_QUERIES,
+    Options,
+    attend_many,
+    of_one_dtype,
+    unsupported,
+)
 from hf_longattn.cache.placement import Slices
-from hf_longattn.cache.sharded import Shard, ShardedLayer, ShardedSlidingLayer
-from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.cache.quantized import scale_bytes, scales_of
+from hf_longattn.cache.shares import Shard, ShardedLayer, ShardedSlidingLayer
 from hf_longattn.kernels.blockwise_attention.sdpa import key_tile, prefix_pieces
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
@@ -45,15 +52,63 @@ def sharded_attention(
     Raises:
         ValueError: a mask or an option that is not supported over several processes.
     """
-    run = _run_mask(mask, options, shard)
+    run, scales = _run_mask(mask, options, shard), scales_of(key)
+    query = of_one_dtype(query)[0]
+    if scales is None:
+        key, value = of_one_dtype(key, value)
     if isinstance(shard.layer, ShardedSlidingLayer):
         assert shard.slices is not None
         output = _attend_window(query, key, value, run, options, shard, shard.slices)
     elif shard.slices is not None:
-        output = _attend_run(query, key, value, run, options, shard, shard.slices)
+        output = _attend_run(query, _States(key, value, scales), run, options, shard, shard.slices)
     else:
-        output = _attend_few(query, key, value, run, options, shard)
+        output = _attend_few(query, _States(key, value, scales), run, options, shard)
     return output.transpose(1, 2).contiguous()
+
+
+class _States(NamedTuple):
+    """Keys and values of some tokens, as the cache keeps them.
+
+    Args:
+        key: (B, G, S, K).
+        value: (B, G, S, V).
+        scales: (B, G, S, 2) fp32 where they are in 8 bits, else None.
+    """
+
+    key: Tensor
+    value: Tensor
+    scales: Tensor | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token of one head."""
+        width = self.key.shape[3] + self.value.shape[3]
+        return width * self.key.element_size() + scale_bytes(self.key.dtype)
+
+    def part(self, columns: slice) -> "_States":
+        """Those of some of the tokens."""
+        scales = None if self.scales is None else self.scales[:, :, columns]
+        return _States(self.key[:, :, columns], self.value[:, :, columns], scales)
+
+    def together(self) -> Tensor:
+        """(B, S, G, K + V, and the bytes of two scales where there are some), as they travel."""
+        parts = [self.key, self.value]
+        if self.scales is not None:
+            parts = [part.view(torch.int8) for part in (*parts, self.scales)]
+        return torch.cat([part.transpose(1, 2) for part in parts], -1)
+
+    def apart(self, together: Tensor) -> "_States":
+        """What `together` made of other tokens, whose strides follow from their shape alone where B = 1.
+
+        cuDNN's plans then serve every prompt, whatever room its cache has: see `_tokens_together`.
+        """
+        together = together[0][None] if len(together) == 1 else together
+        ends = [self.key.shape[3], self.key.shape[3] + self.value.shape[3]]
+        key, value, rest = together.transpose(1, 2).tensor_split(ends, -1)
+        if self.scales is None:
+            return _States(key, value, None)
+        scales = rest.contiguous().view(self.scales.dtype)
+        return _States(key.view(self.key.dtype), value.view(self.value.dtype), scales)
 
 
 def _run_mask(mask: LazyMask | Tensor | None, options: Options, shard: Shard) -> LazyMask:
@@ -82,66 +137,61 @@ def _run_mask(mask: LazyMask | Tensor | None, options: Options, shard: Shard) ->
     return mask.derived["run"]
 
 
-def _attend_few(
-    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, options: Options, shard: Shard
-) -> Tensor:
-    held = _held(mask, shard, query.device)
-    attend = decode_attention if query.shape[2] <= MAX_DECODE_QUERIES else blockwise_attention
-    output, lse = attend(query, key, value, mask=held, **_terms(options, shard))
+def _attend_few(query: Tensor, states: _States, mask: LazyMask, options: Options, shard: Shard) -> Tensor:
+    held, options = _held(mask, shard, query.device), _own_options(options, shard)
+    if query.shape[2] > MAX_DECODE_QUERIES:
+        output, lse = attend_many(query, *states, held, options)
+    else:
+        terms = {"scale": options.scale, "softcap": options.softcap, "sinks": options.sinks}
+        key, value, scales = states
+        output, lse = decode_attention(query, key, value, mask=held, scales=scales, **terms)
     return tree_merge(shard.group, output, lse)[0]
 
 
 def _attend_run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: LazyMask,
-    options: Options,
-    shard: Shard,
-    slices: Slices,
+    query: Tensor, states: _States, mask: LazyMask, options: Options, shard: Shard, slices: Slices
 ) -> Tensor:
     limits = mask.key_range(query.device)
     is_dense = limits is not None and limits.is_dense and options.softcap is None
-    if is_dense and _keys_are_fewer(query, key, shard.layer, slices):
-        return _attend_by_keys(query, key, value, options, shard, slices)
+    if is_dense and _keys_are_fewer(query, states, shard.layer, slices):
+        return _attend_by_keys(query, states, options, shard, slices)
     held = None if is_dense else _held_by_rank(mask, shard, slices, query.device)
-    return _attend_by_queries(query, shard, _Run(key, value, _terms(options, shard), slices, held))
+    return _attend_by_queries(query, shard, _Run(states, _own_options(options, shard), slices, held))
 
 
-def _keys_are_fewer(query: Tensor, key: Tensor, layer: ShardedLayer, slices: Slices) -> bool:
+def _keys_are_fewer(query: Tensor, states: _States, layer: ShardedLayer, slices: Slices) -> bool:
     """Whether keys and values so far are no more bytes than queries and results of the run.
 
     A rank receives (P - 1) / P of S G (K + V) numbers, or of T H (K + V), S tokens so far and T of the run.
     Where both are equal, keys are better: they are sent before there is work, and nothing has to come back.
     """
-    return layer.placement.is_even and layer.length * key.shape[1] <= slices.count * query.shape[1]
+    width = query.shape[3] + states.value.shape[3]
+    keys = layer.length * states.key.shape[1] * states.row_bytes
+    return layer.placement.is_even and keys <= slices.count * query.shape[1] * width * query.element_size()
 
 
-def _attend_by_keys(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, shard: Shard, slices: Slices
-) -> Tensor:
+def _attend_by_keys(query: Tensor, held: _States, options: Options, shard: Shard, slices: Slices) -> Tensor:
     """The queries of this rank over the keys of all, in causal order; keys come while its own are attended.
 
     Its two slices make a triangle over themselves. Both see the first slices of the ranks before it, and all
     that lies before the run, in whatever order of the ranks. Its second slice sees those of the ranks behind
     it too, first and second. So three messages are keys that are seen whole.
     """
-    rank, piece, width, scale = slices.rank, slices.piece, key.shape[3], options.scale
-    states = torch.cat([key.transpose(1, 2), value.transpose(1, 2)], -1)
+    rank, piece, states = slices.rank, slices.piece, held.together()
     past, own = states.split([states.shape[1] - 2 * piece, 2 * piece], 1)
     # The message that most work goes before comes last.
     coming = [shard.group.begin_gather(part) for part in (*own.split(piece, 1), past) if part.shape[1]]
     queries = _tokens_together(query).transpose(1, 2)
     # Every query meets its own slice once, and so its sink.
-    terms = {"mask": KeyRange(causal=True), "scale": scale, "sinks": options.sinks}
-    parts = [blockwise_attention(queries, *_side_by_side(own, width), **terms)]
+    parts = [attend_many(queries, *held.apart(own), KeyRange(causal=True), options)]
+    whole = _Whole(held, replace(options, sinks=None))
     firsts = coming[0].wait()
-    parts += _attend_whole(queries, firsts[:rank], width, piece, scale)
+    parts += whole.attend(queries, firsts[:rank], piece)
     later = _tokens_together(query[:, :, piece:]).transpose(1, 2)
-    behind = _attend_whole(later, firsts[rank + 1 :], width, piece, scale)
-    behind += _attend_whole(later, coming[1].wait()[rank + 1 :], width, piece, scale)
+    behind = whole.attend(later, firsts[rank + 1 :], piece)
+    behind += whole.attend(later, coming[1].wait()[rank + 1 :], piece)
     if past.shape[1]:
-        parts += _attend_whole(queries, coming[2].wait(), width, slices.count, scale)
+        parts += whole.attend(queries, coming[2].wait(), slices.count)
     output, lse = merge_over_first(parts)
     if not behind:
         return output
@@ -150,33 +200,31 @@ def _attend_by_keys(
     return torch.cat([part.transpose(1, 2) for part in (output[:, :, :piece], joined)], 1).transpose(1, 2)
 
 
-def _attend_whole(
-    queries: Tensor, states: Tensor, width: int, unit: int, scale: float | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Queries over keys and values of some ranks, all of which they see, in parts.
+@dataclass(frozen=True)
+class _Whole:
+    """Attention over keys and values of some ranks, all of which the queries see.
 
     Args:
-        queries: (B, H, T, K).
-        states: (ranks, B, S, G, K + V).
-        width: K.
-        unit: tokens, of which whole numbers come back.
-        scale: on the scores.
+        like: keys and values of this rank, as the others keep theirs.
+        options: of attention.
     """
-    # As they lie where B = 1; else they are copied.
-    row = states.transpose(0, 1).flatten(1, 2)
-    pieces = prefix_pieces(row.shape[1], unit, key_tile(queries, row.transpose(1, 2)))
-    parts = [_side_by_side(row[:, columns], width) for columns in pieces]
-    return [blockwise_attention(queries, key, value, scale=scale) for key, value in parts]
 
+    like: _States
+    options: Options
 
-def _side_by_side(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Keys and values in (B, S, G, K + V), whose strides follow from their shape alone where B = 1.
+    def attend(self, queries: Tensor, together: Tensor, unit: int) -> list[tuple[Tensor, Tensor]]:
+        """Output and lse of each of a few parts.
 
-    cuDNN's plans then serve every prompt, whatever room its cache has: see `_tokens_together`.
-    """
-    states = states[0][None] if len(states) == 1 else states
-    key, value = states.transpose(1, 2).tensor_split([width], -1)
-    return key, value
+        Args:
+            queries: (B, H, T, K).
+            together: (ranks, B, S, G, ...), what `_States.together` made on each.
+            unit: tokens, of which whole numbers come back.
+        """
+        # As they lie where B = 1; else they are copied.
+        row = together.transpose(0, 1).flatten(1, 2)
+        pieces = prefix_pieces(row.shape[1], unit, key_tile(queries, row.transpose(1, 2)))
+        parts = [self.like.apart(row[:, columns]) for columns in pieces]
+        return [attend_many(queries, *part, None, self.options) for part in parts]
 
 
 def _attend_by_queries(query: Tensor, shard: Shard, run: "_Run") -> Tensor:
@@ -212,16 +260,14 @@ class _Run:
     """A run of queries of all ranks over this rank's keys.
 
     Args:
-        key: (B, G, S, K), of the tokens before the run and of this rank's two slices.
-        value: (B, G, S, V).
-        terms: of attention.
+        states: those of the tokens before the run and of this rank's two slices.
+        options: of attention.
         slices: the run.
         held: where not causal order alone decides: key mask, and lower and upper bound by rank.
     """
 
-    key: Tensor
-    value: Tensor
-    terms: dict[str, Any]
+    states: _States
+    options: Options
     slices: Slices
     held: "_HeldByRank | None"
 
@@ -258,16 +304,15 @@ class _Run:
             output (B, H, T, V) and lse (B, H, T), nobody else's.
         """
         if self.held is not None:
-            mask = self.held.of(half, ranks)
-            return blockwise_attention(queries, self.key, self.value, mask=mask, **self.terms)
+            return attend_many(queries, *self.states, self.held.of(half, ranks), self.options)
         rank, piece = self.slices.rank, self.slices.piece
-        past = self.key.shape[2] - 2 * piece
+        past = self.states.key.shape[2] - 2 * piece
         if ranks.start == rank:
             return self._attend_dense(queries, slice(0, past + (half + 1) * piece), is_causal=True)
         # Of the 2P pieces of the run, this rank holds two, of which the second slices of ranks before it see
         # both and their first slices none. The slices of ranks behind it lie between its two.
         seen = past + 2 * half * piece if ranks.start < rank else past + piece
-        pieces = prefix_pieces(seen, piece, key_tile(queries, self.key))
+        pieces = prefix_pieces(seen, piece, key_tile(queries, self.states.key))
         parts = [self._attend_dense(queries, columns) for columns in pieces]
         if not parts:
             return self._nothing(queries)
@@ -278,12 +323,11 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """Causal order alone, which torch's own kernels take."""
         # Every row meets the first key of rank 0, and so its sink, once.
-        terms = self.terms if columns.start == 0 else {**self.terms, "sinks": None}
-        key, value = self.key[:, :, columns], self.value[:, :, columns]
-        return blockwise_attention(queries, key, value, mask=KeyRange(causal=is_causal), **terms)
+        options = self.options if columns.start == 0 else replace(self.options, sinks=None)
+        return attend_many(queries, *self.states.part(columns), KeyRange(causal=is_causal), options)
 
     def _nothing(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        output = queries.new_empty((*queries.shape[:3], self.value.shape[3]))
+        output = queries.new_empty((*queries.shape[:3], self.states.value.shape[3]))
         dtype = torch.promote_types(queries.dtype, torch.float32)
         return output, queries.new_full(queries.shape[:3], -torch.inf, dtype=dtype)
 
@@ -344,14 +388,12 @@ def _attend_window(
         upper=None if rows.upper is None else slices.take(rows.upper, 1),
         key_mask=rows.key_mask,
     )
-    terms = {"scale": options.scale, "softcap": options.softcap, "sinks": options.sinks}
-    return blockwise_attention(query, key, value, mask=own, **terms)[0]
+    return attend_many(query, key, value, scales_of(key), own, options)[0]
 
 
-def _terms(options: Options, shard: Shard) -> dict[str, Any]:
+def _own_options(options: Options, shard: Shard) -> Options:
     # A sink is one more logit of the row: it is counted once, by rank 0.
-    sinks = options.sinks if shard.group.rank == 0 else None
-    return {"scale": options.scale, "softcap": options.softcap, "sinks": sinks}
+    return options if shard.group.rank == 0 else replace(options, sinks=None)
 
 
 def _bounded(mask: LazyMask, device: torch.device) -> KeyRange:

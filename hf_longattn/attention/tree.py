@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_longattn.attention.exact import exact_attention, read_options
 from hf_longattn.attention.sharded import sharded_attention
 from hf_longattn.attention.shared_prefix import shared_prefix_attention
-from hf_longattn.cache.sharded import shard_of
 from hf_longattn.cache.shared_prefix import SharedStates
+from hf_longattn.cache.shares import shard_of
 from hf_longattn.masking import LazyMask
 
 

@@ -41,7 +41,7 @@ from hf_longattn.cache.head_sizes import head_sizes, layer_sizes
 from hf_longattn.cache.preallocated import rounded_capacity, sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
 from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers
-from hf_longattn.cache.sharded import share_capacity
+from hf_longattn.cache.shares import share_capacity
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
 from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
 
@@ -347,11 +347,6 @@ def plan_generation(
         ValueError: the architecture keeps something other than keys and values, or cannot be divided so.
     """
     hardware, ranks = hardware or Hardware(), ranks or Ranks()
-    if cache_dtype is not None and ranks.sequence > 1:
-        raise ValueError(
-            f"`--cache-dtype` must be left out where GPUs share a sequence, got {ranks.sequence} that do; "
-            "a shared cache keeps the dtype of the model."
-        )
     text = _as_loaded(config.get_text_config(decoder=True))
     _check_ranks(text, ranks)
     weights = count_weights(config, dtype, ranks.tensor)

@@ -115,7 +115,7 @@ class Call:
         ways = ["ask for fewer tokens"]
         if self.rows > 1:
             ways.append("pass fewer rows or beams at a time")
-        if self.dtype.itemsize > 1 and self.ranks.sequence == 1:
+        if self.dtype.itemsize > 1:
             ways.append("keep the cache in 8 bits with `cache_dtype='int8'`")
         if self.ranks.total == 1 and not self.past and (fewest := self.fewest_offloaded(room)):
             ways.append(f"keep {fewest} layers in host memory with `offload_layers='auto'`, which is slower")

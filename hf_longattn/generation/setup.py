@@ -136,11 +136,6 @@ def _check(model: PreTrainedModel, setup: GenerationSetup) -> None:
 
 def _check_shared(model: PreTrainedModel, setup: GenerationSetup, group: SequenceGroup) -> GenerationSetup:
     """The set-up of this process, refused where several cannot share a prompt."""
-    if setup.cache_dtype is not None:
-        raise ValueError(
-            "`cache_dtype` must be None where several processes share a prompt, got "
-            f"{setup.cache_dtype!r}; prepare without `accelerator` and `device_mesh` to have 8 bits."
-        )
     # Names a layer that cannot be cut, before anything is changed.
     ShardedCache(model.config, group)
     return dataclasses.replace(setup, progress=setup.progress and group.control.rank == 0)
@@ -173,8 +168,17 @@ def _replace_methods(
     else:
         run_ahead(model, changes, None if group is None else group.control)
     if group is not None:
-        share_generation(model, group, changes)
+        share_generation(model, group, changes, _shared_settings(setup))
     watch_inputs(model, changes)
+
+
+def _shared_settings(setup: GenerationSetup) -> dict[str, Any]:
+    """What decides which messages the ranks send each other, and when."""
+    return {
+        "prefill_chunk_size": setup.prefill_chunk_size,
+        "cache_dtype": str(read_cache_dtype(setup.cache_dtype)),
+        "cuda_graph": setup.cuda_graph,
+    }
 
 
 def _replace_minimax(changes: instance.Setup, model: PreTrainedModel, group: SequenceGroup | None) -> None:
@@ -219,7 +223,7 @@ def _prepare_cache(
     if group is None:
         cache = LongContextCache(model.config, max_cache_length, setup.cache_dtype)
     else:
-        cache = ShardedCache(model.config, group, capacity=max_cache_length)
+        cache = ShardedCache(model.config, group, max_cache_length, setup.cache_dtype)
     model_kwargs["past_key_values"] = cache
     if generation_config.is_assistant:
         model_kwargs["past_key_values"].activate_past_recording()

@@ -51,13 +51,16 @@ class GroupStopping(StoppingCriteriaList):
         return self.group.broadcast(done.to(torch.uint8)).bool()
 
 
-def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setup) -> None:
+def share_generation(
+    model: PreTrainedModel, group: SequenceGroup, changes: Setup, settings: dict[str, Any]
+) -> None:
     """Makes `generate` of a model check, watch and stop as one over a group.
 
     Args:
         model: the transformers model.
         group: the ranks.
         changes: where the changes are noted, to be undone.
+        settings: of `prepare_generation`, those that must be the same on every rank, by their name.
     """
     original_generate: Any = model.generate
     is_cut, group = group.world_size > 1, group.control
@@ -67,7 +70,7 @@ def share_generation(model: PreTrainedModel, group: SequenceGroup, changes: Setu
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
         with group.watch:
-            check_same(group, _fields(model, args, kwargs), model.device)
+            check_same(group, {**settings, **_fields(model, args, kwargs)}, model.device)
             if is_cut:
                 _warn_of_whole_cache(kwargs.get("past_key_values"))
             call = signature.bind_partial(*args, **kwargs)
@@ -103,12 +106,17 @@ def _fields(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         "input_ids": ids,
         "attention_mask": mask,
         "generation_config": _described(config),
-        "past_key_values": None if cache is None else [type(cache).__name__, int(cache.get_seq_length())],
+        "past_key_values": None if cache is None else _of_cache(cache),
         "arguments": _described(kwargs),
         "model config": model.config.to_dict(),
         "model dtype": str(model.dtype),
         "seed": _random_state(model) if config.get("do_sample") else None,
     }
+
+
+def _of_cache(cache: Any) -> list[Any]:
+    dtype = str(getattr(cache, "cache_dtype", None))
+    return [type(cache).__name__, int(cache.get_seq_length()), dtype]
 
 
 def _described(value: Any) -> Any:

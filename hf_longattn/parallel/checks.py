@@ -15,6 +15,10 @@ _ADVICE = {
     "model dtype": "load the model in the same dtype on every process",
     "past_key_values": "continue from caches that the same calls have filled",
     "random state": "call `accelerate.utils.set_seed(n)` with the same number on every process",
+    **dict.fromkeys(
+        ("prefill_chunk_size", "cache_dtype", "cuda_graph"),
+        "pass the same settings to `prepare_generation` on every process",
+    ),
 }
 # What the ranks share, and what all of them must do.
 _PROMPT = ("one prompt", "pass the same arguments to `generate` on every process")

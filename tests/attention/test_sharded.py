@@ -6,7 +6,7 @@ import torch
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.sharded import sharded_attention
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.sharded import ShardedLayer, shard_of
+from hf_longattn.cache.shares import ShardedLayer, shard_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import lazy_mask

@@ -13,7 +13,7 @@ import hf_longattn
 from hf_longattn import LongContextCache
 from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.recurrent import RecurrentLayer
-from hf_longattn.cache.sharded import ShardedLayer, share_capacity
+from hf_longattn.cache.shares import ShardedLayer, share_capacity
 from hf_longattn.generation.offloading import layer_bytes
 from hf_longattn.generation.planning import (
     Ranks,
@@ -79,8 +79,10 @@ class Group:
 def test_a_rank_holds_what_its_cache_makes_room_for(tokens):
     config = tiny.CONFIGS["llama"]()
     slots = ShardedLayer(Group(), None, tokens).capacity
-    held = slots * config.num_hidden_layers * 2 * config.num_key_value_heads * 16 * 2
-    assert cache_bytes(config, tokens, torch.bfloat16, Ranks(sequence=3)) == held
+    rows = slots * config.num_hidden_layers * config.num_key_value_heads
+    # Two numbers of a byte, and two scales, in the place of two numbers of two bytes.
+    for dtype, row in ((torch.bfloat16, 2 * 16 * 2), (torch.int8, 2 * 16 + 2 * 4)):
+        assert cache_bytes(config, tokens, dtype, Ranks(sequence=3)) == rows * row
 
 
 def test_windows_are_whole_on_every_rank():

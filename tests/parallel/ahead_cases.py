@@ -19,7 +19,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers as tf
-from cases import Collect, Uneven, assert_same, error_of, generate, mesh_of, prepare, result
+from several import Collect, Uneven, assert_same, error_of, generate, mesh_of, prepare, result
 from transformers.generation import utils
 from transformers.generation.streamers import TextStreamer
 

@@ -5,19 +5,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import cases
 import ranks
+import several
 import tiny
 import torch
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.sharded import ShardedCache, ShardedLayer, ShardedRecurrentLayer
+from hf_longattn.cache.sharded import ShardedCache, ShardedRecurrentLayer
+from hf_longattn.cache.shares import ShardedLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.lightning import scan_slices
 
-TIMEOUT = cases.TIMEOUT
+TIMEOUT = several.TIMEOUT
 
 # One scan of a sequence in slices, against one scan of the whole
 
@@ -145,21 +146,21 @@ def alone(name):
 
 
 def answer(name, mode, length=None):
-    ids, mask = cases.batch_for(mode) if length is None else (tiny.tokens(1, length), None)
+    ids, mask = several.batch_for(mode) if length is None else (tiny.tokens(1, length), None)
     key = (name, mode, length)
     if key not in EXPECTED:
-        EXPECTED[key] = cases.result(cases.generate(alone(name), ids, mask, **cases.MODES[mode]))
+        EXPECTED[key] = several.result(several.generate(alone(name), ids, mask, **several.MODES[mode]))
     return EXPECTED[key]
 
 
 def generation(rank, size, mesh):
     """Every kind of model in every mode, left padding, the prompt in chunks and whole."""
     for name in MODELS:
-        for mode, kwargs in cases.MODES.items():
+        for mode, kwargs in several.MODES.items():
             for chunk in (9, None) if mode == "greedy" else (None,):
                 model = prepare(name, mesh, prefill_chunk_size=chunk)
-                output = cases.generate(model, *cases.batch_for(mode), **kwargs)
-                cases.assert_same(f"{name}-{mode}-{chunk}", output, answer(name, mode))
+                output = several.generate(model, *several.batch_for(mode), **kwargs)
+                several.assert_same(f"{name}-{mode}-{chunk}", output, answer(name, mode))
                 if size > 1:
                     assert_shared(output.past_key_values)
 
@@ -182,8 +183,8 @@ def lengths(rank, size, mesh):
     for name in ("model", "flag-hybrid", "minimax"):
         model = prepare(name, mesh)
         for length in LENGTHS:
-            output = cases.generate(model, tiny.tokens(1, length), do_sample=False)
-            cases.assert_same(f"{name}-T{length}", output, answer(name, "greedy", length))
+            output = several.generate(model, tiny.tokens(1, length), do_sample=False)
+            several.assert_same(f"{name}-T{length}", output, answer(name, "greedy", length))
 
 
 def prompts(rank, size, mesh):
@@ -193,7 +194,7 @@ def prompts(rank, size, mesh):
         layer = model.model.layers[0]
         hook = lambda module, args, kwargs, widths=widths: widths.append((args or (*kwargs.values(),))[0])  # noqa: E731
         layer.register_forward_pre_hook(hook, with_kwargs=True)
-        cases.generate(model, tiny.tokens(1, 61), do_sample=False, max_new_tokens=1)
+        several.generate(model, tiny.tokens(1, 61), do_sample=False, max_new_tokens=1)
         shared = 60 // (2 * size) * 2
         tokens = [hidden.shape[1] for hidden in widths]
         assert tokens == ([61] if size == 1 else [shared, 61 - shared * size]), tokens
@@ -205,7 +206,7 @@ def turns(rank, size, mesh):
         model, conversation, cache = prepare(name, mesh, prefill_chunk_size=16), tiny.tokens(1, 30), None
         for turn, tokens in enumerate(conversations(name)):
             kwargs = {} if cache is None else {"past_key_values": cache}
-            output = cases.generate(model, conversation, do_sample=False, max_new_tokens=12, **kwargs)
+            output = several.generate(model, conversation, do_sample=False, max_new_tokens=12, **kwargs)
             assert torch.equal(output.sequences, tokens), f"{name}, turn {turn}"
             cache = output.past_key_values
             conversation = torch.cat([tokens, tiny.tokens(1, 13, seed=turn)], 1)
@@ -215,7 +216,7 @@ def conversations(name):
     if (name, "turns") not in EXPECTED:
         model, conversation, every = prepare(name), tiny.tokens(1, 30), []
         for turn in range(3):
-            every.append(cases.generate(model, conversation, do_sample=False, max_new_tokens=12).sequences)
+            every.append(several.generate(model, conversation, do_sample=False, max_new_tokens=12).sequences)
             conversation = torch.cat([every[-1], tiny.tokens(1, 13, seed=turn)], 1)
         EXPECTED[name, "turns"] = every
     return EXPECTED[name, "turns"]
@@ -250,7 +251,7 @@ class Pair:
                 for model, cache in zip(self.models, self.caches, strict=True)
             )
         error = tiny.relative_error(got, want)
-        assert error <= cases.BOUND, (self.name, self.mask.shape, error)
+        assert error <= several.BOUND, (self.name, self.mask.shape, error)
         assert self.caches[0].get_seq_length() == self.caches[1].get_seq_length() == self.mask.shape[1]
 
 
@@ -307,9 +308,9 @@ def clocks(rank, size, mesh):
                 else:
                     future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
                     call = {**step, "attention_mask": future}
-                    got = cases.step_by_clock(model, call, caches[0], known, count)
+                    got = several.step_by_clock(model, call, caches[0], known, count)
             error = tiny.relative_error(got, want)
-            assert error <= cases.BOUND, (name, start, count, error)
+            assert error <= several.BOUND, (name, start, count, error)
             assert len({layer.capacity for layer in caches[0].layers}) == 1
             start = stop
 
@@ -321,7 +322,7 @@ def expect(topics):
             EXPECTED[case] = [whole_scan(*case, dtype) for dtype in (torch.float64, torch.float32)]
     if "generation" in topics:
         for name in MODELS:
-            for mode in cases.MODES:
+            for mode in several.MODES:
                 answer(name, mode)
     if "lengths" in topics:
         for name in ("model", "flag-hybrid", "minimax"):
@@ -333,4 +334,4 @@ def expect(topics):
 
 
 if __name__ == "__main__":
-    ranks.run_topics(globals(), expect, cases.mesh_of)
+    ranks.run_topics(globals(), expect, several.mesh_of)

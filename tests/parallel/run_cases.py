@@ -10,16 +10,17 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import cases
 import ranks
 import torch
+from several import mesh_of
 
-from hf_longattn.attention import sharded
+from hf_longattn.attention import exact, quantized, sharded
 from hf_longattn.attention.exact import Options
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.sharded import ShardedLayer, shard_of
+from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer, shard_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
 from hf_longattn.masking import lazy_mask
 from hf_longattn.parallel.group import Pending, SequenceGroup
 
@@ -30,22 +31,29 @@ def states(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def layers_of(mesh, runs, capacity):
+def layers_of(mesh, runs, capacity, kind=None):
     """This rank's layer, to which runs are added, with the slices of each."""
     group = SequenceGroup(None if mesh.size() == 1 else mesh.get_group("cp"))
-    layer, start = ShardedLayer(group, Placement(group.rank, group.world_size), capacity), 0
+    placement, start = Placement(group.rank, group.world_size), 0
+    if kind is None:
+        layer = ShardedLayer(group, placement, capacity)
+    else:
+        layer = ShardedQuantizedLayer(group, placement, kind, capacity)
     for count in runs:
         layer.slices = Slices(start, count, group.rank, group.world_size)
         yield layer, layer.slices
         start += count
 
 
-def attended(mesh, runs, batch, padding=None, capacity=0, **fields):
-    """What `sharded_attention` gives of each run, put together in order, with queries, keys and values."""
+def attended(mesh, runs, batch, padding=None, capacity=0, kind=None, **fields):
+    """What `sharded_attention` gives of each run, put together in order, with queries, keys and values.
+
+    The keys and values are those that a cache in `kind` keeps.
+    """
     total = sum(runs)
     query, both = states(batch, HEADS, total, WIDTH), states(2, batch, KEY_HEADS, total, WIDTH)
     outputs = []
-    for layer, slices in layers_of(mesh, runs, capacity):
+    for layer, slices in layers_of(mesh, runs, capacity, kind):
         seen = slice(slices.start, slices.start + slices.count)
         own, key, value = (slices.take(x[:, :, seen], 2) for x in (query, *both))
         key, value = layer.update(key, value)
@@ -53,10 +61,14 @@ def attended(mesh, runs, batch, padding=None, capacity=0, **fields):
         got = sharded.sharded_attention(own, key, value, mask, Options(True, **fields), shard_of(key))
         everyone = layer.group_of_ranks.gather(got.transpose(1, 2))
         outputs.append(slices.in_order(everyone))
+    if kind is not None:
+        *both, scales = quantized_states(*both, kind)
+        pairs = zip(both, scales.split(1, -1), strict=True)
+        both = [dequantized_states(part, factor, torch.float64) for part, factor in pairs]
     return torch.cat(outputs, 2), query, *both
 
 
-def exact(query, key, value, padding=None, softcap=None, sinks=None):
+def dense(query, key, value, padding=None, softcap=None, sinks=None):
     query, (key, value) = query.double(), (x.double().repeat_interleave(2, 1) for x in (key, value))
     scores = query @ key.mT / WIDTH**0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -75,14 +87,19 @@ def runs(rank, size, mesh):
     padding = torch.arange(30 * unit) >= torch.tensor([[0], [7]])
     kinds = {"dense": {}, "softcap": {"softcap": 2.0}, "sinks": {"sinks": states(HEADS)}}
     lengths = [(5 * unit,), (4 * unit, 4 * unit, 4 * unit, 4 * unit), (3 * unit, 7 * unit, 2 * unit)]
-    for (name, fields), batch, counts, padded in itertools.product(kinds.items(), (1, 2), lengths, (0, 1)):
+    plain = [(None, counts) for counts in lengths]
+    # In 8 bits, keys are fewer than queries for longer.
+    eight = [(torch.int8, counts) for counts in ((4 * unit, 4 * unit), (7 * unit, unit))]
+    cases = itertools.product(kinds.items(), (1, 2), (0, 1), plain + eight)
+    for (name, fields), batch, padded, (kind, counts) in cases:
         seen = padding[-batch:, : sum(counts)] if padded else None
-        got, *inputs = attended(mesh, counts, batch, seen, **fields)
-        want = exact(*inputs, padding=seen, **fields)
+        with patch.object(quantized, "PIECE_TOKENS", 24):
+            got, *inputs = attended(mesh, counts, batch, seen, kind=kind, **fields)
+        want = dense(*inputs, padding=seen, **fields)
         rows = torch.ones(batch, sum(counts), dtype=torch.bool) if seen is None else seen
         error = (got.double() - want).transpose(1, 2)[rows].abs().max()
         # Sums and merges of numbers of about 3 in fp32.
-        assert error <= 32 * torch.finfo(torch.float32).eps, (name, batch, counts, padded, error)
+        assert error <= 32 * torch.finfo(torch.float32).eps, (name, batch, counts, padded, kind, error)
 
 
 def overlap(rank, size, mesh):
@@ -101,7 +118,7 @@ def overlap(rank, size, mesh):
         patch.object(SequenceGroup, "begin_gather", note("gather", SequenceGroup.begin_gather)),
         patch.object(SequenceGroup, "begin_exchange", note("exchange", SequenceGroup.begin_exchange)),
         patch.object(Pending, "wait", note("wait", Pending.wait)),
-        patch.object(sharded, "blockwise_attention", note("attend", blockwise_attention)),
+        patch.object(exact, "blockwise_attention", note("attend", blockwise_attention)),
     )
 
     def steps(fields):
@@ -143,12 +160,12 @@ def calls(rank, size, mesh):
     found = []
 
     def noted(query, key, value, **kwargs):
-        causal = kwargs.get("mask", KeyRange()).causal
+        causal = (kwargs["mask"] or KeyRange()).causal
         found.append((query.shape, key.shape, causal, *(x.stride() for x in (query, key, value))))
         return blockwise_attention(query, key, value, **kwargs)
 
     unit = 2 * size
-    with patch.object(sharded, "blockwise_attention", noted):
+    with patch.object(exact, "blockwise_attention", noted):
         for counts in ([3 * unit] * 2, [3 * unit] * 5, [2 * unit, 5 * unit]):
             found.clear()
             attended(mesh, counts, 1)
@@ -188,4 +205,4 @@ def late(rank, size, mesh):
 
 
 if __name__ == "__main__":
-    ranks.run_topics(globals(), lambda names: None, cases.mesh_of)
+    ranks.run_topics(globals(), lambda names: None, mesh_of)

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.sharded import share_capacity
+from hf_longattn.cache.shares import share_capacity
 
 CASES = Path(__file__).parent / "cases.py"
 RUN_CASES = CASES.with_name("run_cases.py")
@@ -23,6 +23,7 @@ FAST = [
     "turns",
     "memory",
     "operations",
+    "eight_bits",
     "control",
     "clocks",
     "refusals",
@@ -50,6 +51,11 @@ def test_ranks_run_ahead_together(sizes):
 @pytest.mark.slow
 def test_a_rank_that_leaves_while_all_run_ahead_is_named():
     run("3", "ends_ahead", cases=AHEAD_CASES)
+
+
+@pytest.mark.slow
+def test_every_model_and_mode_in_8_bits():
+    run("2", "more_eight_bits")
 
 
 @pytest.mark.slow

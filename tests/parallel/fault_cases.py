@@ -1,0 +1,144 @@
+"""Topics of `cases.py`: ranks that differ, die, hang, fail or run out of memory."""
+
+import functools
+import time
+from unittest.mock import patch
+
+import ranks
+import tiny
+import torch
+import transformers as tf
+from several import assert_same, error_of, expected, generate, prepare
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_longattn.generation import room
+from hf_longattn.parallel.watch import Watch
+
+
+def refusals(rank, size, mesh):
+    """What differs between ranks is named on every rank, and the next call works."""
+    if size == 1:
+        return
+    model, ids = prepare("llama", mesh), tiny.tokens(1, 23)
+    other = tiny.tokens(1, 23, seed=5) if rank == 1 else ids
+    mask = torch.ones_like(ids)
+    mask[:, : 3 * (rank == 1)] = 0
+    calls = {
+        "input_ids": lambda: generate(model, other, do_sample=False),
+        "attention_mask": lambda: generate(model, ids, mask, do_sample=False),
+        "generation_config": lambda: generate(model, ids, do_sample=False, max_new_tokens=9 + (rank == 1)),
+        "seed": lambda: generate(model, ids, seed=rank == 1, do_sample=True),
+    }
+    for field, call in calls.items():
+        message = error_of(ValueError, call)
+        assert f"`{field}`: rank 1 differs from rank 0" in message, message
+        assert_same(field, generate(model, ids, do_sample=False), expected("llama", length=23))
+    for field, values in {"prefill_chunk_size": (8, 16), "cache_dtype": (None, "int8")}.items():
+        other = prepare("llama", mesh, **{field: values[rank == 1]})
+        message = error_of(ValueError, lambda other=other: generate(other, ids, do_sample=False))
+        assert f"`{field}`: rank 1 differs" in message and "same settings" in message, message
+    model.config.bos_token_id = 1 + (rank == 1)
+    message = error_of(ValueError, lambda: generate(model, ids, do_sample=False))
+    assert "`model config`: rank 1 differs" in message, message
+    message = error_of(
+        ValueError, lambda: prepare("llama", init_device_mesh("cpu", (size,), mesh_dim_names=("dp",)))
+    )
+    assert "`device_mesh` must name a dimension 'cp'" in message, message
+
+
+def dies(rank, size, mesh):
+    """The last rank goes without a word in the middle of an answer."""
+    model, ids = prepare("llama", mesh, timeout=8.0), tiny.tokens(1, 23)
+    generate(model, ids, do_sample=False, max_new_tokens=2)
+    started = time.time()
+
+    class Die(tf.LogitsProcessor):
+        def __call__(self, ids, scores):
+            if rank == size - 1 and ids.shape[1] == 28:
+                ranks.os._exit(0)
+            return scores
+
+    die = tf.LogitsProcessorList([Die()])
+    message = error_of(RuntimeError, lambda: generate(model, ids, do_sample=False, logits_processor=die))
+    assert f"rank {size - 1} is gone" in message, message
+    assert time.time() - started < 8.0 + 8.0
+    ranks.os._exit(0)
+
+
+def hangs(rank, size, mesh):
+    """Rank 1 sleeps on; the others say so within the timeout."""
+    model, ids = prepare("llama", mesh, timeout=5.0), tiny.tokens(1, 23)
+    started = time.time()
+
+    class Sleep(tf.LogitsProcessor):
+        def __call__(self, ids, scores):
+            if rank == 1 and ids.shape[1] == 28:
+                time.sleep(20)
+            return scores
+
+    sleep = tf.LogitsProcessorList([Sleep()])
+    message = error_of(RuntimeError, lambda: generate(model, ids, do_sample=False, logits_processor=sleep))
+    if rank != 1:
+        assert "rank 1 is behind the others" in message, message
+        assert time.time() - started < 5.0 + 8.0
+    ranks.os._exit(0)
+
+
+def stays_away(rank, size, mesh):
+    """Rank 1 never calls `generate`: the others name it within the timeout, blocked as they are."""
+    model, aborted = prepare("llama", mesh, timeout=4.0), []
+    if rank == 1:
+        time.sleep(16)
+        ranks.os._exit(0)
+    started = time.time()
+    message = error_of(RuntimeError, lambda: generate(model, tiny.tokens(1, 23), do_sample=False))
+    assert "rank 1 is gone" in message, message
+    assert time.time() - started < 4.0 + 6.0
+    watch = Watch(0, [0, 1, 2], 1.0, lambda: aborted.append(True))
+    if rank == 0:
+        # What would end an operation that no timeout reaches: called once, some seconds after the fault.
+        with watch:
+            time.sleep(10)
+        assert aborted == [True]
+    ranks.os._exit(0)
+
+
+def fails(rank, size, mesh):
+    """An error on one rank reaches the others with its reason."""
+    model, ids = prepare("llama", mesh, timeout=10.0), tiny.tokens(1, 23)
+
+    class Fail(tf.LogitsProcessor):
+        def __call__(self, ids, scores):
+            if rank == 1 and ids.shape[1] == 28:
+                raise MemoryError("no room for another token")
+            return scores
+
+    fail = tf.LogitsProcessorList([Fail()])
+    call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail)
+    message = error_of(MemoryError if rank == 1 else RuntimeError, call)
+    assert "no room for another token" in message, message
+    ranks.os._exit(0)
+
+
+def runs_out(rank, size, mesh):
+    """Too little memory on one rank is refused by all; memory that runs out there stops all."""
+    model, ids = prepare("gemma2", mesh, timeout=10.0, cache_dtype="int8"), tiny.tokens(1, 23)
+    first = generate(model, ids, do_sample=False)
+    cache, held = first.past_key_values, first.past_key_values.get_seq_length()
+    conversation = torch.cat([first.sequences, tiny.tokens(1, 17, seed=4)], 1)
+    call = functools.partial(generate, model, conversation, past_key_values=cache, do_sample=False)
+    with patch.object(room, "free_memory", lambda device: 100 if rank == 1 else 1 << 40):
+        message = error_of(ValueError, call)
+    assert "tokens of prompt and answer fit" in message, message
+    assert cache.get_seq_length() == held
+
+    def hook(module, args):
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[-1].mlp.register_forward_pre_hook(hook)
+    message = error_of(torch.OutOfMemoryError if rank == 1 else RuntimeError, call)
+    assert "58 tokens of prompt and answer were asked for and about" in message, message
+    assert all(layer.get_seq_length() == held for layer in cache.layers)
+    assert cache.placement.length == held
+    ranks.os._exit(0)

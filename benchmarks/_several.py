@@ -47,8 +47,10 @@ def prefill_text(result: Result) -> str:
             "random weights, bf16. The ring passes keys and values on in every layer, for the prompt and "
             "for every token: its own key heads, K and V in one message that travels beside attention, a "
             "zigzag share of the tokens, the same kernels. What is received is what one GPU gets from the "
-            "others; the ring moves keys and values alone. Its step is not captured in a CUDA graph, so "
-            "`cuda_graph=False` is what to hold its time a token against where messages are short.",
+            "others: from the ring keys and values, always; here, for a chunk of the prompt, those or "
+            "queries and partial results, whichever is fewer bytes, and partial results for a token. The "
+            "ring's step is not captured in a CUDA graph, so `cuda_graph=False` is what to hold its time a "
+            "token against where messages are short.",
             table(["prompt", "GPUs", "form", *COLUMNS.values(), "ring / this"], lines),
         ]
     )

@@ -76,7 +76,11 @@ class Request:
 
     def hardware(self) -> Hardware:
         """The GPU to plan for."""
-        hardware = this_hardware(torch.device("cuda")) if torch.cuda.is_available() else Hardware()
+        there = torch.cuda.is_available()
+        if not there and None in (self.gpu_memory, self.bandwidth):
+            assumed = "no GPU here: planned for an H100; `--gpu-memory` and `--bandwidth` describe another"
+            Console(stderr=True).print(assumed)
+        hardware = this_hardware(torch.device("cuda")) if there else Hardware()
         if self.gpu_memory is not None:
             hardware = dataclasses.replace(hardware, memory=int(self.gpu_memory * _GIB))
         if self.bandwidth is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.direct import direct
 from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 
 _NAME = "gated_activation"
@@ -44,17 +45,19 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu", impl
     if impl == "reference" or (impl == "auto" and (wide or not gate.is_cuda)):
         return ACTIVATIONS[activation](gate) * up
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _operator(gate, up, activation)
+        return _call(gate, up, activation)
     from hf_longattn.kernels.gated_activation.triton import gate_forward
 
     return gate_forward(gate, up, activation)
 
 
-@torch.library.custom_op("hf_longattn::gated_activation", mutates_args=())
-def _operator(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _run(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     from hf_longattn.kernels.gated_activation.triton import gate_forward
 
     return gate_forward(gate, up, activation)
+
+
+_operator = torch.library.custom_op("hf_longattn::gated_activation", _run, mutates_args=())
 
 
 @_operator.register_fake
@@ -62,11 +65,16 @@ def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("hf_longattn::gated_activation_backward", mutates_args=())
-def _backward_operator(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _run_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     from hf_longattn.kernels.gated_activation.triton import gate_backward
 
     return gate_backward(grad, gate, up, activation)
+
+
+_backward_operator = torch.library.custom_op(
+    "hf_longattn::gated_activation_backward", _run_backward, mutates_args=()
+)
+_call_backward = direct(_backward_operator, _run_backward)
 
 
 @_backward_operator.register_fake
@@ -80,7 +88,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_operator(grad, *ctx.saved_tensors, ctx.activation), None
+    return *_call_backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
 _operator.register_autograd(_gradients, setup_context=_save)
+_call = direct(_operator, _run, _save, _gradients)

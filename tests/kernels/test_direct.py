@@ -1,0 +1,115 @@
+"""Operators called as plain functions: when, and with the results and gradients of torch.library."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_longattn.kernels.direct import direct
+from hf_longattn.kernels.lightning_attention import api
+
+
+class _Counts(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class _Other(torch.Tensor):
+    """A class that is not torch's own."""
+
+
+def _ways(gradients=True):
+    """What `direct` makes of x -> 2 x, and the list of the ways that its calls went."""
+    ways = []
+
+    def run(x, scale):
+        ways.append("function")
+        return x * scale
+
+    def operator(x, scale):
+        ways.append("operator")
+        return x * scale
+
+    def save(ctx, inputs, output):
+        ctx.scale = inputs[1]
+
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+    return direct(operator, run, *((save, backward) if gradients else ())), ways
+
+
+def test_plain_tensors_and_parameters_go_to_the_function_with_its_gradient():
+    call, ways = _ways()
+    call(torch.ones(2), 2.0)
+    weight = torch.nn.Parameter(torch.ones(2))
+    with torch.no_grad():
+        assert not call(weight, 2.0).requires_grad
+    output = call(weight, 3.0)
+    assert ways == ["function"] * 3 and output.grad_fn is not None
+    assert torch.autograd.grad(output.sum(), weight)[0].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2).as_subclass(_Other), torch.empty(2, device="meta")])
+def test_other_classes_and_tensors_without_data_go_to_the_operator(tensor):
+    call, ways = _ways()
+    call(tensor, 2.0)
+    assert ways == ["operator"]
+
+
+def test_modes_transforms_and_tracing_see_the_operator():
+    call, ways = _ways()
+    with _Counts():
+        call(torch.ones(2), 2.0)
+    torch.func.vmap(lambda x: call(x, 2.0))(torch.ones(2, 2))
+    torch.jit.trace(lambda x: call(x, 2.0), torch.ones(2), check_trace=False)
+    assert ways == ["operator"] * 3
+
+
+def test_a_gradient_that_was_not_registered_is_left_to_the_operator_to_refuse():
+    call, ways = _ways(gradients=False)
+    call(torch.ones(2, requires_grad=True), 2.0)
+    call(torch.ones(2), 2.0)
+    assert ways == ["operator", "function"]
+
+
+@pytest.mark.parametrize("direction", [api.FORWARD, api.BOTH], ids=["causal", "both"])
+def test_results_and_gradients_are_bit_for_bit_those_of_the_operator(direction):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 4).requires_grad_() for heads in (4, 2, 2))
+    causal = direction == api.FORWARD
+    state = torch.randn(2, 4, 4, 4).requires_grad_() if causal else None
+    slopes = torch.tensor([0.5, 0.2, 0.1, 0.0])
+    leaves = [q, k, v, state] if causal else [q, k, v]
+    found = []
+    for scan in (api._scan, api._scan_operator):
+        outputs = scan(q, k, v, slopes, state, None, 0.5, direction, causal, False, "reference")
+        loss = sum(output.square().sum() for output in outputs)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        # The gradients are scans themselves, and have gradients.
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), leaves)
+        found.append([*outputs, *first, *second])
+    assert all(map(torch.equal, *found)) and len(found[0]) == 2 + 2 * len(leaves)
+
+
+def test_a_compiled_graph_and_a_mode_still_see_the_scan():
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    arguments = (q, k, v, torch.ones(2), None, None, 1.0, api.FORWARD, True, False, "reference")
+    with _Counts() as seen:
+        api._scan(*arguments)
+    assert "hf_longattn::lightning_scan" in seen.names
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    output = torch.compile(lambda q: api._scan(q, *arguments[1:])[0], backend=backend, fullgraph=True)(q)
+    assert torch.equal(output, api._scan(*arguments)[0])
+    assert any("lightning_scan" in str(node.target) for node in graphs[0].graph.nodes)

@@ -10,12 +10,15 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 logger = logging.getLogger("hf_longattn")
 
 _OLDEST_TRITON = (3, 4)
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def _triton_version() -> str:
@@ -76,6 +79,24 @@ def triton_runs_on(device: torch.device) -> bool:
             "`pip install -U triton` with a torch that takes it; `hf-longattn doctor` shows all versions."
         )
     return has_triton() and on_device
+
+
+def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an implementation without autocast, which would round its fp32 products to 16 bits.
+
+    Args:
+        function: its first argument is a tensor, or a tuple that begins with one.
+    """
+
+    @functools.wraps(function)
+    def run(first: Any, *rest: Any, **options: Any) -> Any:
+        kind = (first if isinstance(first, torch.Tensor) else first[0]).device.type
+        if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
+            return function(first, *rest, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *rest, **options)
+
+    return run
 
 
 def lacks_fp8(device: torch.device) -> bool:

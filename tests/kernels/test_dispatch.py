@@ -6,6 +6,9 @@ import torch
 
 import hf_longattn
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.kernels.decode_attention import decode_attention
+from hf_longattn.kernels.lightning_attention import lightning_attention
 from hf_longattn.kernels.merge_partials import merge_partials
 
 
@@ -32,3 +35,25 @@ def test_a_triton_that_is_too_old_is_named_before_any_work(monkeypatch):
     # Without kernels, plain torch needs none.
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     merge_partials(torch.zeros(2, 1, 1, 1, 16), torch.zeros(2, 1, 1, 1))
+
+
+OPERATORS = {
+    "decode": lambda q, k, v: decode_attention(q.detach(), k.detach(), v.detach()),
+    "blockwise": lambda q, k, v: blockwise_attention(q, k, v, softcap=3.0),
+    "lightning": lambda q, k, v: lightning_attention(
+        q, k, v, torch.tensor([0.1, 0.2, 0.3, 0.4]), output_final_state=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_rounds_nothing_inside_an_operator(name):
+    states = [torch.randn(1, heads, 9, 16, requires_grad=True) for heads in (4, 2, 2)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            parts = OPERATORS[name](*states)
+            loss = sum((part * part).sum() for part in parts)
+            grads = torch.autograd.grad(loss, states) if loss.requires_grad else ()
+        results.append([*parts, *grads])
+    assert all(map(torch.equal, *results))

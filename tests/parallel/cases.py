@@ -226,6 +226,16 @@ def wrapped(rank, size, mesh):
     wrapper = torch.nn.parallel.DistributedDataParallel(model) if size > 1 else model
     assert hf_longattn.prepare_generation(wrapper, accelerator=accelerator, timeout=TIMEOUT) is wrapper
     assert_same("wrapped", generate(model, tiny.tokens(1, 23), do_sample=False), expected("llama", length=23))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, alone = (
+            generate(m, tiny.tokens(1, 23), do_sample=False, max_new_tokens=1)
+            for m in (model, tiny.build("llama"))
+        )
+    errors = [
+        tiny.relative_error(output.logits[0].float(), expected("llama", length=23)[1][0])
+        for output in (mixed, alone)
+    ]
+    assert errors[0] <= 1.5 * (errors[1] + torch.finfo(torch.bfloat16).eps), errors
     hf_longattn.restore(wrapper)
 
 

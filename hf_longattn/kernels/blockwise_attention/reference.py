@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_longattn.kernels.dispatch import in_its_own_dtypes
+
 from .philox import keep_tile
 from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
 
@@ -86,6 +88,7 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
+@in_its_own_dtypes
 def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """Attention of every query block over the keys it may see.
 
@@ -121,6 +124,7 @@ def _sum_to(gradient: Tensor, into: Tensor) -> None:
     into += gradient.sum(dim=dims, keepdim=True) if dims else gradient
 
 
+@in_its_own_dtypes
 def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,

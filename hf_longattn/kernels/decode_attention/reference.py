@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_longattn.kernels.dispatch import in_its_own_dtypes
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials.reference import merge_reference
 
@@ -11,6 +12,7 @@ from hf_longattn.kernels.merge_partials.reference import merge_reference
 CHUNK = 16384
 
 
+@in_its_own_dtypes
 def decode_reference(
     query: Tensor,
     key: Tensor,

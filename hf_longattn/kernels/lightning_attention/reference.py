@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_longattn.kernels.dispatch import in_its_own_dtypes
 from hf_longattn.kernels.lightning_attention import rounding
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 
@@ -81,6 +82,7 @@ def quadratic(
     return scale * (query @ key.transpose(-1, -2) * decay) @ value
 
 
+@in_its_own_dtypes
 def recurrent(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -203,6 +205,7 @@ def _entering(inputs: ScanInputs, rows: slice, batch: int) -> Tensor:
     return torch.zeros(shape, dtype=wide, device=inputs.query.device)
 
 
+@in_its_own_dtypes
 def scan(
     inputs: ScanInputs,
     output: Tensor,
@@ -233,6 +236,7 @@ def scan(
             final_state[rows] = state
 
 
+@in_its_own_dtypes
 def slope_gradient(inputs: ScanInputs, grad_output: Tensor, grad_state: Tensor | None) -> Tensor:
     """d/d slope of sum(o * grad_output) + sum(S_T * grad_state), with scale = 1, in forward mode.
 

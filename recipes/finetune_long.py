@@ -9,7 +9,7 @@ Several GPUs share each piece, a rank with its part of the tokens:
 
 SmolLM2-135M-Instruct knows 8K positions. The base of its rotary embedding is raised for the new length, and
 it trains on pieces of the King James Bible under Trainer, with `prepare_training`. Before and after, the loss
-is printed by position: tokens far from the beginning should end up the cheapest, for they have read the most.
+is printed by position: how much it falls beyond 8K is what the training is for.
 `finetune_long.json` in the output folder holds the same, for `benchmarks/plot.py`.
 """
 

@@ -44,7 +44,7 @@ def parse() -> Arguments:
     parser.add_argument("--prompt-file", type=Path, help="a text of any length")
     parser.add_argument("--question", default="\n\nA summary of the text above:", help="put after the text")
     parser.add_argument("--max-tokens", type=int, help="cut the text to this many tokens")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128, help="length of the answer at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and a prompt of 300 tokens")
     arguments = Arguments(**vars(parser.parse_args()))
@@ -121,7 +121,7 @@ def main() -> None:
         raise SystemExit("the processes answered differently")
     if accelerator.is_main_process:
         steps = sorted(b - a for a, b in zip(timed.times[1:], timed.times[2:], strict=False))
-        print(f"\n{ids.shape[1]} tokens on {accelerator.num_processes} processes")
+        print(f"\n{ids.shape[1]} tokens, number of processes: {accelerator.num_processes}")
         print(f"time to first token  {timed.times[1] - timed.times[0]:8.2f} s")
         print(f"time a token         {1e3 * steps[len(steps) // 2]:8.1f} ms" if steps else "")
         print("peak memory          " + "  ".join(f"{peak:.2f}" for peak in peaks) + " GiB")

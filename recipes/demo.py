@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER, help="folder of the model, fetched where missing")
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_FOLDER, help="folder of the model, fetched where missing"
+    )
     parser.add_argument("--tokens", type=int, help="length of the prompt (2048 on a CPU, 8000 on a GPU)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

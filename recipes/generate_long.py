@@ -121,7 +121,7 @@ def main() -> None:
         raise SystemExit("the processes answered differently")
     if accelerator.is_main_process:
         steps = sorted(b - a for a, b in zip(timed.times[1:], timed.times[2:], strict=False))
-        print(f"\n{ids.shape[1]} tokens, number of processes: {accelerator.num_processes}")
+        print(f"\n{ids.shape[1]} tokens on {accelerator.num_processes} processes")
         print(f"time to first token  {timed.times[1] - timed.times[0]:8.2f} s")
         print(f"time a token         {1e3 * steps[len(steps) // 2]:8.1f} ms" if steps else "")
         print("peak memory          " + "  ".join(f"{peak:.2f}" for peak in peaks) + " GiB")

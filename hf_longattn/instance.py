@@ -142,6 +142,9 @@ class Setup:
             later = next((other for other in on_top if other.before is change.value), None)
             if later is not None:
                 later.before = change.before
+            elif _is_own_method(change.owner, change.name):
+                # Whoever replaced ours has put the model's own back, as prompt tuning of PEFT does.
+                continue
             elif not _is_same(vars(change.owner).get(change.name, _MISSING), change.value):
                 # A wrapper that somebody put around ours, say for mixed precision, is theirs to take away.
                 logger.warning(
@@ -210,6 +213,13 @@ class Setup:
 def _is_same(found: Any, ours: Any) -> bool:
     """Whether an attribute is still the one that was set, perhaps bound to its owner since."""
     return found is ours or (isinstance(found, MethodType) and found.__func__ is ours)
+
+
+def _is_own_method(owner: Any, name: str) -> bool:
+    """Whether an instance was given the method of its class, bound to itself."""
+    found = vars(owner).get(name)
+    function = getattr(type(owner), name, None)
+    return isinstance(found, MethodType) and found.__self__ is owner and found.__func__ is function
 
 
 def _reduce_plain(owner: nn.Module, model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:

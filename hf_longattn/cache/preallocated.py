@@ -386,6 +386,9 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
             )
         self.end -= count
         self.cumulative_length = left
+        if self.record_past:
+            # What was recorded has served.
+            self.start = max(self.start, self.end - self._past - _UNDO)
 
     def reset(self) -> None:
         """Forgets everything and keeps the memory."""

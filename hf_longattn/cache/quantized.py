@@ -223,10 +223,16 @@ class QuantizedSlidingLayer(_Quantized, PreallocatedSlidingLayer):
         PreallocatedSlidingLayer.__init__(self, window, capacity)
         self.cache_dtype, self.scales = cache_dtype, PreallocatedSlidingLayer(window, capacity)
 
-    def activate_past_recording(self) -> None:
-        """Keeps every token until the next `crop`, which may then undo any number of them."""
-        super().activate_past_recording()
-        self.scales.activate_past_recording()
+    @property
+    def record_past(self) -> bool:  # type: ignore[override]
+        """Whether every token is kept until the next `crop`, which may then undo any number of them."""
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, record_past: bool) -> None:
+        self._record_past = record_past
+        if hasattr(self, "scales"):
+            self.scales.record_past = record_past
 
 
 def make_layer(cache_dtype: torch.dtype | None, window: int | None, capacity: int) -> PreallocatedLayer:

@@ -168,6 +168,9 @@ class RecurrentLayer(CacheLayerMixin):
         self._slopes = slopes
         if self.record_past:
             self._record(key, value, rows.exists)
+        else:
+            # What was recorded before is not the last any more.
+            self._recording = None
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if self.recurrent_state is not None and query.shape[2] == 1 and not gradient:
             return _step(query, key, value, slopes, scale, rows.exists, self.recurrent_state)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -65,64 +65,132 @@ def prefill(
     Returns:
         the output of the last chunk: its last logits are those of the whole prompt.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get("past_key_values")
     decoder.forget(cache)
     asked = setup.prefill_chunk_size or generation_config.prefill_chunk_size
     generation_config = copy.copy(generation_config)
     # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
     generation_config.prefill_chunk_size = None
-    if isinstance(cache, ShardedCache) and (name := counts_tokens(model)) is not None:
-        raise ValueError(
-            f"`model`: the activated LoRA of `{name}` counts tokens from the end of its input, of which each "
-            "process would see its share; generate in one process."
-        )
-    if cache is None or not _is_plain_prompt(model, cache, generation_config, model_kwargs):
+    _refuse_counting(model, cache)
+    if not is_plain_prompt(model, cache, generation_config, model_kwargs):
         return original(input_ids, generation_config, model_kwargs, is_first_iteration)
-    past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
     whole = mask is not None and mask.shape[1] == input_ids.shape[1]
-    first = past if whole else 0
-    total = input_ids.shape[1] - first
-    ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
-    chunk = asked or pick_chunk(input_ids.shape[0], input_ids.device, ranks)
-    if not asked and hasattr(model, "decode_blocks"):
-        # The layers that read a prompt see one position a block of tokens.
-        chunk *= model.config.block_length
-    causal_model = cast(Any, model)
+    total = input_ids.shape[1] - (int(cache.get_seq_length()) if whole else 0)
+    chunk = _chunk_of(model, asked, input_ids, cache)
     with _progress_bar(setup.progress, total) as advance, fused_prompt(model):
         if total <= chunk:
             outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
             advance(total)
             return outputs
-        # A look at every chunk's mask would leave the GPU without work while the next chunk is prepared.
-        runs = None if mask is None else look_for_runs(mask)
+        return _read_chunks(model, input_ids, model_kwargs, (total, 0), chunk, advance, is_first_iteration)
+
+
+def read_before(
+    model: PreTrainedModel,
+    setup: "GenerationSetup",
+    decoder: "GraphDecoder",
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Reads all of a plain prompt but its last token into the cache, a chunk at a time.
+
+    Args:
+        model: the model that generates.
+        setup: the settings of `prepare_generation`.
+        decoder: told that a new call begins.
+        input_ids: (B, T) the whole prompt.
+        generation_config: of this call.
+        model_kwargs: cache, mask and positions, as `generate` made them.
+    """
+    cache: Any = model_kwargs["past_key_values"]
+    decoder.forget(cache)
+    _refuse_counting(model, cache)
+    total = input_ids.shape[1] - int(cache.get_seq_length())
+    asked = setup.prefill_chunk_size or generation_config.prefill_chunk_size
+    chunk = _chunk_of(model, asked, input_ids, cache)
+    if total > 1:
+        with _progress_bar(setup.progress, total - 1) as advance, fused_prompt(model):
+            _read_chunks(model, input_ids, model_kwargs, (total, 1), chunk, advance, True)
+
+
+def _refuse_counting(model: PreTrainedModel, cache: Any) -> None:
+    if isinstance(cache, ShardedCache) and (name := counts_tokens(model)) is not None:
+        raise ValueError(
+            f"`model`: the activated LoRA of `{name}` counts tokens from the end of its input, of which each "
+            "process would see its share; generate in one process."
+        )
+
+
+def _ranks(cache: Any) -> int:
+    return cache.group.world_size if isinstance(cache, ShardedCache) else 1
+
+
+def _chunk_of(model: PreTrainedModel, asked: int | None, input_ids: Tensor, cache: Any) -> int:
+    """Tokens of a chunk: what was asked for, or what the device likes."""
+    if asked:
+        return asked
+    chunk = pick_chunk(input_ids.shape[0], input_ids.device, _ranks(cache))
+    # The layers of a Block Transformer that read a prompt see one position a block of tokens.
+    return chunk * model.config.block_length if hasattr(model, "decode_blocks") else chunk
+
+
+def _read_chunks(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    counts: tuple[int, int],
+    chunk: int,
+    advance: Callable[[int], None],
+    is_first_iteration: bool,
+) -> Any:
+    """The output of the last chunk of a prompt.
+
+    `counts` are the tokens at the end of `input_ids` that the cache does not hold, and how many of them, the
+    last, are left out.
+    """
+    causal_model, mask = cast(Any, model), model_kwargs.get("attention_mask")
+    (total, left_out), is_shared = counts, _ranks(model_kwargs["past_key_values"]) > 1
+    outputs = None
+    # A look at every chunk's mask would leave the GPU without work while the next chunk is prepared.
+    runs = None if mask is None else look_for_runs(mask)
+    if mask is not None:
+        # The loop goes on with a tensor that nobody else holds: the caller may write to theirs later.
+        model_kwargs["attention_mask"] = mask[:]
+        remember_runs(model_kwargs["attention_mask"], runs)
+    for start in range(0, total - left_out, chunk):
+        length = min(chunk, total - left_out - start)
+        left = total - start - length
+        inputs = _chunk_kwargs(model_kwargs, left)
         if mask is not None:
-            # The loop goes on with a tensor that nobody else holds: the caller may write to theirs later.
-            model_kwargs["attention_mask"] = mask[:]
-            remember_runs(model_kwargs["attention_mask"], runs)
-        for start in range(0, total, chunk):
-            length = min(chunk, total - start)
-            inputs = _chunk_kwargs(model_kwargs, total - start - length)
-            if mask is not None:
-                inputs["attention_mask"] = inputs["attention_mask"].bool()
-                remember_runs(inputs["attention_mask"], runs)
-            inputs = causal_model.prepare_inputs_for_generation(
-                input_ids[:, : first + start + length],
-                next_sequence_length=length,
-                is_first_iteration=is_first_iteration and start == 0,
-                **inputs,
-            )
-            if ranks > 1 and start + length < total and "logits_to_keep" in inputs:
-                # No logits are wanted here, so that every token can be shared.
-                inputs["logits_to_keep"] = input_ids.new_empty(0)
-            outputs = causal_model(**inputs, return_dict=True)
-            advance(length)
+            inputs["attention_mask"] = inputs["attention_mask"].bool()
+            remember_runs(inputs["attention_mask"], runs)
+        inputs = causal_model.prepare_inputs_for_generation(
+            input_ids[:, : input_ids.shape[1] - left],
+            next_sequence_length=length,
+            is_first_iteration=is_first_iteration and start == 0,
+            **inputs,
+        )
+        if is_shared and left and "logits_to_keep" in inputs:
+            # No logits are wanted here, so that every token can be shared.
+            inputs["logits_to_keep"] = input_ids.new_empty(0)
+        outputs = causal_model(**inputs, return_dict=True)
+        advance(length)
     return outputs
 
 
-def _is_plain_prompt(
+def is_plain_prompt(
     model: PreTrainedModel, cache: Any, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> bool:
+    """Whether a prompt can be cut: token ids on a cache, of a model in which no token sees a later one.
+
+    Args:
+        model: the model that generates.
+        cache: of the call, or None.
+        generation_config: of the call.
+        model_kwargs: mask and all else, as `generate` made them.
+    """
     mask = model_kwargs.get("attention_mask")
     # Prompt tuning of PEFT puts a method of its own here, which adds tokens to what it takes for the prompt.
     prepares = vars(model).get("prepare_inputs_for_generation")

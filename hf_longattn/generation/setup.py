@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
 from hf_longattn import instance
 from hf_longattn.cache import LongContextCache
@@ -24,6 +23,7 @@ from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
 from hf_longattn.generation.several import share_generation
+from hf_longattn.generation.speculation import read_before_guessing
 from hf_longattn.kernels.dispatch import triton_runs_on
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.prefill import ShardedForward
@@ -160,6 +160,7 @@ def _replace_methods(
     counted = functools.partial(room.prepare_cache, prepare_cache)
     changes.set(model, "_prepare_cache_for_generation", counted)
     changes.set(model, "_prefill", functools.partial(prefill, model, setup, original_prefill, decoder))
+    read_before_guessing(model, setup, decoder, changes)
     if group is None and hasattr(model, "decode_blocks"):
         decoder.stand_in = vars(model).get("forward")
         changes.set(model, "_kept_program", KeptProgram())
@@ -210,7 +211,7 @@ def _prepare_cache(
     before = model_kwargs.get("past_key_values")
     if isinstance(before, LongContextCache):
         before.check_model(model.config)
-        _check_continuation(int(before.get_seq_length()), generation_mode, model_kwargs.get("attention_mask"))
+        _check_continuation(int(before.get_seq_length()), model_kwargs.get("attention_mask"))
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation in (None, "dynamic")
@@ -229,14 +230,8 @@ def _prepare_cache(
         model_kwargs["past_key_values"].activate_past_recording()
 
 
-def _check_continuation(held: int, mode: Any, mask: Any) -> None:
+def _check_continuation(held: int, mask: Any) -> None:
     """Refuses what transformers would get wrong, silently, on a cache that holds tokens."""
-    if held and mode == GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            f"`past_key_values` holds {held} tokens, which assisted and prompt-lookup decoding of "
-            "transformers would read again; leave `assistant_model` and `prompt_lookup_num_tokens` out, or "
-            "give an empty cache."
-        )
     # It tells by the mask whether the ids are those of the whole sequence.
     if mask is not None and mask.ndim == 2 and mask.shape[1] <= held:
         raise ValueError(

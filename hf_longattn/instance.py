@@ -258,6 +258,9 @@ def read_setup(kind: type[_Fields], config: Any, fields: dict[str, Any]) -> _Fie
             "keywords."
         )
     chosen: Any = kind() if config is None else config
+    known = [field.name for field in dataclasses.fields(chosen)]
+    if unknown := [name for name in fields if name not in known]:
+        raise TypeError(f"`{unknown[0]}` is no field of {kind.__name__}, which has {', '.join(known)}.")
     return dataclasses.replace(chosen, **fields)
 
 

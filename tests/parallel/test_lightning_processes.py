@@ -1,21 +1,14 @@
 """Lightning attention of one sequence over several processes: the results of one."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 
 CASES = Path(__file__).parent / "lightning_cases.py"
-
-
-def run(sizes, *topics):
-    command = [sys.executable, str(CASES), sizes, *topics]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
 
 
 ALL = ("scan", "generation", "lengths", "prompts", "turns", "operations", "clocks")
@@ -30,7 +23,7 @@ TOPICS = [
 
 @pytest.mark.parametrize(("sizes", "topics"), TOPICS)
 def test_equals_one_process(sizes, topics):
-    run(sizes, *topics)
+    preloaded.run(CASES, sizes, *topics)
 
 
 def test_documents_by_their_bounds_cut_the_rows_and_let_the_first_state_in():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import transformers as tf
@@ -33,9 +34,7 @@ FAST = [
 
 
 def run(sizes, *topics, cases=CASES):
-    command = [sys.executable, str(cases), sizes, *topics]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+    preloaded.run(cases, sizes, *topics)
 
 
 @pytest.mark.parametrize("sizes", ["1,2", "3", pytest.param("4", marks=pytest.mark.slow)], ids="P{}".format)

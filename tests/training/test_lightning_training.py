@@ -1,10 +1,9 @@
 """Prepared lightning models against the same models unprepared: loss and every gradient."""
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import tiny
 import torch
@@ -142,9 +141,7 @@ SLOW = [pytest.param(n, ("models", "trajectory"), marks=pytest.mark.slow) for n 
 @pytest.mark.parametrize(("size", "topics"), [("2", ("models",)), *SLOW])
 def test_a_sequence_over_several_processes(size, topics):
     cases = Path(__file__).parent / "lightning_sequence_cases.py"
-    command = [sys.executable, str(cases), size, *topics]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+    preloaded.run(cases, size, *topics)
 
 
 @pytest.mark.parametrize("prepare", [hf_longattn.prepare_training, hf_longattn.prepare_generation])

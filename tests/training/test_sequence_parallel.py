@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import tiny
 import torch
@@ -12,14 +13,8 @@ CASES = Path(__file__).parent / "sequence_cases.py"
 FAST = ["families", "embeddings", "evaluation", "dropout", "refusals"]
 
 
-def run(sizes, *topics):
-    command = [sys.executable, str(CASES), sizes, *topics]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
-
-
 def test_two_ranks():
-    run("2", *FAST)
+    preloaded.run(CASES, "2", *FAST)
 
 
 @pytest.mark.slow
@@ -33,7 +28,7 @@ def test_two_ranks():
     ids=["options-P1-P2", "odd-P3", "groups-P4"],
 )
 def test_every_topic(sizes, topics):
-    run(sizes, *topics)
+    preloaded.run(CASES, sizes, *topics)
 
 
 def trained(folder, kind, size):

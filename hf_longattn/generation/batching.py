@@ -3,8 +3,8 @@
     queue of prompts -> free rows: whole blocks read, in batches of similar lengths
                      -> all rows, a block at a time, until each has ended -> its row is free
 
-Every row stands at the begin of a block, whatever the length of its prompt: the tokens behind the prompt's
-whole blocks are said again, one by one, while the other rows choose theirs. So one program of L steps, a
+Every row stands at the start of a block, whatever the length of its prompt: the tokens behind the prompt's
+whole blocks are fed in again, one by one, while the other rows choose theirs. So one program of L steps, a
 CUDA graph on a GPU, serves all that is ever in the rows. While it runs, the host reads the tokens of the
 block before.
 """

@@ -1,6 +1,6 @@
 """Decoding rows of which each begins and ends by itself, a block of every row at a time: `generate_batch`.
 
-All rows stand at the begin of a block, so that weights are read once for all of them. What differs from row
+All rows stand at the start of a block, so that weights are read once for all of them. What differs from row
 to row (how many blocks it holds) lies on the device: the same program, or CUDA graph, serves whatever prompts
 are in the rows.
 """

@@ -25,13 +25,11 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from _options import ROOT, Text, Training
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from _options import ROOT, Text, Training, say
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -201,7 +199,7 @@ def load_rows(text: Text, tokenizer: PreTrainedTokenizerFast, seed: int, unscore
             f"too little text: {len(train)} tokens to train on and {len(held_out)} held out, and a row has "
             f"{text.length}; name more files, or hold out more documents with a smaller --held_out"
         )
-    print(f"{len(train):,} tokens to train on, {len(held_out):,} held out", flush=True)
+    say(f"{len(train):,} tokens to train on, {len(held_out):,} held out")
     order = np.random.default_rng(seed).permutation(num_rows)
     return Data(
         Rows(train, text.length, order, unscored),
@@ -210,37 +208,18 @@ def load_rows(text: Text, tokenizer: PreTrainedTokenizerFast, seed: int, unscore
     )
 
 
-# ---- the tiny model of the smoke mode
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(["<end>", *alphabet])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-
-
-def tiny_model(folder: Path) -> str:
-    """A folder with a random Llama and a byte tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 # ---- training
+
+
+def read_curve(path: Path) -> list[dict]:
+    """The lines that a run has logged; none before it began."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Curve(TrainerCallback):
     """Writes every line of the log as JSON; a resumed run goes on where its checkpoint was.
+
+    Every process keeps the lines, and one writes them.
 
     Args:
         path: the file to write.
@@ -251,33 +230,33 @@ class Curve(TrainerCallback):
     def __init__(self, path: Path, step_tokens: int, first_tokens: int = 0) -> None:
         self.path, self.step_tokens, self.first_tokens = path, step_tokens, first_tokens
         self.start = time.perf_counter()
-
-    def rows(self) -> list[dict]:
-        """What has been written."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.rows: list[dict] = []
 
     def points(self) -> dict[int, float]:
         """Held-out losses by tokens."""
-        return {row["tokens"]: row["eval_loss"] for row in self.rows() if "eval_loss" in row}
+        return {row["tokens"]: row["eval_loss"] for row in self.rows if "eval_loss" in row}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forgets what was logged behind the checkpoint."""
-        kept = [row for row in self.rows() if row["step"] <= state.global_step] if state.global_step else []
-        self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        found = [row for row in read_curve(self.path) if row["step"] <= state.global_step]
+        # The file may change under whoever reads it later.
+        self.rows = broadcast_object_list([found if state.global_step else []])[0]
+        self.start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Adds a line."""
-        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
-            row = {
-                "step": state.global_step,
-                "tokens": self.first_tokens + state.global_step * self.step_tokens,
-            }
-            names = ("loss", "eval_loss", "learning_rate", "grad_norm")
-            row |= {name: float(logs[name]) for name in names if name in logs}
-            row["seconds"] = round(time.perf_counter() - self.start, 3)
+        if not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        row = {"step": state.global_step, "tokens": self.first_tokens + state.global_step * self.step_tokens}
+        names = ("loss", "eval_loss", "learning_rate", "grad_norm")
+        row |= {name: float(logs[name]) for name in names if name in logs}
+        row["seconds"] = round(time.perf_counter() - self.start, 3)
+        self.rows.append(row)
+        if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -292,6 +271,20 @@ def narrow_residual(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(follow)
+
+
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Gives the model its forward back behind the context: Trainer leaves it in autocast."""
+    before = {name: vars(model).get(name) for name in ("forward", "_original_forward")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                vars(model).pop(name, None)
+            else:
+                setattr(model, name, value)
 
 
 @contextlib.contextmanager
@@ -369,8 +362,8 @@ def train(
         network: the language model whose layers run, where it is not `model` itself.
 
     Returns:
-        held-out losses before and after, tokens, seconds with evaluations and checkpoints, and the held-out
-        losses by tokens.
+        processes, held-out losses before and after, tokens, seconds with evaluations and checkpoints, and the
+        held-out losses by tokens.
     """
     arguments = copy.copy(training)
     arguments.output_dir = str(folder)
@@ -379,7 +372,8 @@ def train(
     arguments.max_steps = max((text.tokens - first_tokens) // step_tokens, 1)
     if flops:
         work = flops * step_tokens * arguments.max_steps
-        print(f"{work:.3g} FLOP: {work / 60 / 3e14:.1f} minutes at 300 TFLOP/s", flush=True)
+        minutes = work / 60 / 3e14 / arguments.world_size
+        say(f"{work:.3g} FLOP: {minutes:.1f} minutes at 300 TFLOP/s a process")
     network = model if network is None else network
     narrow_residual(network)
     folder.mkdir(parents=True, exist_ok=True)
@@ -389,13 +383,16 @@ def train(
     )
     checkpoint = get_last_checkpoint(str(folder)) if text.resume else None
     tokens = first_tokens + arguments.max_steps * step_tokens
-    with compiled_layers(network) if training.compile_layers else contextlib.nullcontext():
+    compiled = compiled_layers(network) if training.compile_layers else contextlib.nullcontext()
+    with compiled, own_forward(model):
         worker.train(resume_from_checkpoint=checkpoint)
         if tokens not in curve.points():
             worker.evaluate()
-    draw(folder / "curve.png", {folder.name: curve.rows()})
-    points, seconds = curve.points(), curve.rows()[-1]["seconds"]
+    if worker.is_world_process_zero():
+        draw(folder / "curve.png", {folder.name: curve.rows})
+    points, seconds = curve.points(), curve.rows[-1]["seconds"]
     return {
+        "processes": arguments.world_size,
         "loss_before": points[first_tokens],
         "loss": points[tokens],
         "tokens": tokens,

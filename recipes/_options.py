@@ -110,15 +110,27 @@ def parse(*kinds: Any) -> tuple[Any, ...]:
     return options
 
 
-def parse_alone(kind: type) -> tuple[Any, Text, Training]:
-    """The same for a recipe that reads `Text`, and trains and writes in one process, on one GPU."""
+def parse_training(kind: Any) -> tuple[Any, Text, Training]:
+    """The same for a recipe that reads `Text`: each process trains the whole model on rows of its own."""
     recipe, text, training = parse(kind, Text, Training)
-    if training.world_size > 1 or training.n_gpu > 1:
+    if training.n_gpu > 1:
         raise SystemExit(
-            "this recipe trains in one process on one GPU: start it with python, and where there are more "
-            "GPUs, with CUDA_VISIBLE_DEVICES=0"
+            "one process drives one GPU: start one for each by accelerate launch --config_file "
+            "recipes/accelerate/two_gpus_ddp.yaml, or pick one with CUDA_VISIBLE_DEVICES=0"
+        )
+    cut = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if training.fsdp or training.deepspeed or any(cut):
+        raise SystemExit(
+            "this recipe keeps the whole model on every process, which FSDP and DeepSpeed do not: launch it "
+            "with recipes/accelerate/two_gpus_ddp.yaml"
         )
     return recipe, text, training
+
+
+def say(line: str) -> None:
+    """Prints on one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def smoke(text: Text, training: Training) -> None:

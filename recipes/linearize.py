@@ -6,10 +6,14 @@
     python recipes/linearize.py --text DIR --output_dir runs/softmax --keep_softmax    baseline
     python recipes/linearize.py --smoke --output_dir runs/smoke                        seconds on a CPU
 
+Several GPUs take rows of their own, each with the whole model:
+
+    accelerate launch --config_file recipes/accelerate/two_gpus_ddp.yaml recipes/linearize.py --text DIR ...
+
 Stage 1, attention transfer: the model stays softmax; beside each layer that is to become lightning a copy of
 its attention reads the same hidden states and learns to give the same output,
 
-    loss = mean over layers of |lightning(x) - softmax(x)|^2 / |softmax(x)|^2
+    loss = mean over layers and rows of |lightning(x) - softmax(x)|^2 / |softmax(x)|^2
 
 Stage 2: the copies take their places, and the whole model trains on the next token. Both stages share the
 budget, so that every run sees the same tokens. Passkeys are asked of the source and of the result.
@@ -27,11 +31,11 @@ from _common import (
     flops_a_token,
     load_rows,
     passkeys,
-    tiny_model,
     train,
     write_report,
 )
-from _options import Text, Training, parse_alone, smoke
+from _options import Text, Training, parse_training, smoke
+from _tiny import tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -119,7 +123,8 @@ class Pair(nn.Module):
             output[0].float(),
             self.student(*args, **{**kwargs, "attention_mask": None})[0].float(),
         )
-        self.loss = (found - target).square().mean() / target.square().mean()
+        # A row at a time, so that it does not matter which rows stand in one batch.
+        self.loss = ((found - target).square().mean((1, 2)) / target.square().mean((1, 2))).mean()
         return output
 
 
@@ -209,7 +214,10 @@ def distilling(teacher: PreTrainedModel, weight: float) -> type[Trainer]:
             if model.training:
                 with torch.no_grad(), self.accelerator.autocast():
                     target = teacher(inputs["input_ids"], use_cache=False).logits
-                count = inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch
+                count = inputs["labels"].numel()
+                if num_items_in_batch is not None:
+                    # Of all processes, whose gradients are averaged.
+                    count = num_items_in_batch / self.args.world_size
                 # A row at a time: fp32 logits of the whole batch are the largest tensors of the step.
                 for ours, theirs in zip(outputs["logits"], target, strict=True):
                     parts = (logits.float().log_softmax(-1) for logits in (ours, theirs))
@@ -233,21 +241,23 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def main() -> None:
-    recipe, text, training = parse_alone(Recipe)
+    recipe, text, training = parse_training(Recipe)
     folder = Path(training.output_dir)
     if training.learning_rate is None:
         training.learning_rate = 3e-4
     if text.smoke:
         smoke(text, training)
-        recipe.model = tiny_model(folder / "source")
+        recipe.model = tiny_model(folder / "source", training)
         recipe.transfer, recipe.transfer_learning_rate = 0.5, 1e-2
         recipe.passkey_lengths, recipe.passkey_trials = [400, 500], 2
-    if recipe.model is None:
-        from fetch_smollm2 import fetch
+    # What one process has fetched and tokenised, the others find.
+    with training.main_process_first():
+        if recipe.model is None:
+            from fetch_smollm2 import fetch
 
-        recipe.model = str(fetch())
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    data = load_rows(text, tokenizer, training.seed)
+            recipe.model = str(fetch())
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        data = load_rows(text, tokenizer, training.seed)
     for length in recipe.passkey_lengths:
         # What is too short for the question is to be known before the training.
         needle_prompt(tokenizer, torch.zeros(length, dtype=torch.long), length, 0.0, 1_000_000)
@@ -265,6 +275,9 @@ def main() -> None:
         kind = distilling(teacher.requires_grad_(False).eval().to(training.device), recipe.distill)
     rest, place = data.after(first // text.length), folder / "model"
     result |= train(model, training, text, rest, place, first_tokens=first, trainer=kind, flops=flops)
+    if training.process_index:
+        # The questions and the report are for one process.
+        return
     save(model, tokenizer, folder, data)
     after = passkeys(model, tokenizer, data, recipe.passkey_lengths, recipe.passkey_trials)
     source = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32).to(training.device)

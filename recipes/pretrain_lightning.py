@@ -4,6 +4,10 @@
     python recipes/pretrain_lightning.py --text DIR --preset 85M --models lightning --output_dir runs/85M
     python recipes/pretrain_lightning.py --smoke --output_dir runs/smoke              seconds on a CPU
 
+Several GPUs take rows of their own, each with the whole model:
+
+    accelerate launch --config_file recipes/accelerate/two_gpus_ddp.yaml recipes/pretrain_lightning.py ...
+
 Both models see the same rows in the same order with the same settings: AdamW (0.9, 0.95), weight decay 0.1,
 a cosine down to a tenth. The feed-forward layer of the Llama is wider by what the lightning layer's gate
 costs. Held-out losses stand side by side at the end.
@@ -15,16 +19,16 @@ from pathlib import Path
 
 import torch
 from _common import (
-    Curve,
-    byte_tokenizer,
     draw,
     flops_a_token,
     load_rows,
+    read_curve,
     train,
     write_report,
     zero_shot,
 )
-from _options import Preset, parse_alone, smoke
+from _options import Preset, parse_training, smoke
+from _tiny import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -79,35 +83,43 @@ def build(name: str, preset: Preset, tokenizer: PreTrainedTokenizerBase, length:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
+def fetch_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for."""
+    if recipe.tokenizer is None:
+        from fetch_smollm2 import fetch
+
+        recipe.tokenizer = str(fetch())
+    return AutoTokenizer.from_pretrained(recipe.tokenizer)
+
+
 def main() -> None:
-    recipe, text, training = parse_alone(Recipe)
+    recipe, text, training = parse_training(Recipe)
     if training.learning_rate is None:
         training.learning_rate = PRESETS[recipe.preset].learning_rate
     if text.smoke:
         smoke(text, training)
-        recipe.preset, tokenizer = "smoke", byte_tokenizer()
-    else:
-        if recipe.tokenizer is None:
-            from fetch_smollm2 import fetch
-
-            recipe.tokenizer = str(fetch())
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        recipe.preset = "smoke"
     preset, folder = PRESETS[recipe.preset], Path(training.output_dir)
-    data = load_rows(text, tokenizer, training.seed)
+    # What one process has fetched and tokenised, the others find.
+    with training.main_process_first():
+        tokenizer = byte_tokenizer() if text.smoke else fetch_tokenizer(recipe)
+        data = load_rows(text, tokenizer, training.seed)
     runs = {}
     for name in recipe.models:
         torch.manual_seed(training.seed)
         model = build(name, preset, tokenizer, text.length)
         size = {"parameters": model.num_parameters(), "length": text.length, "unique_tokens": data.num_tokens}
         result = train(model, copy.copy(training), text, data, folder / name, flops=flops_a_token(model))
-        result |= zero_shot(model, tokenizer, data, text.questions)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        if training.process_index == 0:
+            result |= zero_shot(model, tokenizer, data, text.questions)
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
         runs[name] = {"preset": recipe.preset, "learning_rate": training.learning_rate, **size, **result}
         del model
-    draw(folder / "curves.png", {name: Curve(folder / name / "curve.jsonl", 0).rows() for name in runs})
-    write_report("pretrain_lightning", training, {f"{n}, {recipe.preset}": r for n, r in runs.items()})
-    print("\nheld-out loss: " + ", ".join(f"{name} {run['loss']:.4f}" for name, run in runs.items()))
+    if training.process_index == 0:
+        draw(folder / "curves.png", {name: read_curve(folder / name / "curve.jsonl") for name in runs})
+        write_report("pretrain_lightning", training, {f"{n}, {recipe.preset}": r for n, r in runs.items()})
+        print("\nheld-out loss: " + ", ".join(f"{name} {run['loss']:.4f}" for name, run in runs.items()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@
     python recipes/uptrain_block_transformer.py --text DIR --output_dir runs/peer --preset 30M --keep_vanilla
     python recipes/uptrain_block_transformer.py --smoke --output_dir runs/smoke       seconds on a CPU
 
+Several GPUs take rows of their own, each with the whole model:
+
+    accelerate launch --config_file recipes/accelerate/two_gpus_ddp.yaml \
+        recipes/uptrain_block_transformer.py
+
 The first three train the same tokens: the vanilla model (SmolLM2-135M by default) cut into block decoder and
 token decoder, the same architecture with random weights, and the vanilla model itself. A preset has random
 weights and two shapes of equal training compute: with blocks of 4 tokens a block decoder layer works on a
@@ -21,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Data, flops_a_token, load_rows, tiny_model, train, write_report, zero_shot
-from _options import Preset, parse_alone, smoke
+from _common import Data, flops_a_token, load_rows, train, write_report, zero_shot
+from _options import Preset, parse_training, smoke
+from _tiny import tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,19 +91,22 @@ def preset_config(preset: Preset, vocab_size: int, length: int, recipe: Recipe) 
     )
 
 
-def build(recipe: Recipe, folder: Path, vocab_size: int, length: int) -> PreTrainedModel:
+def convert(recipe: Recipe, folder: Path) -> None:
+    """Cuts the vanilla model into a Block Transformer, where that is what is trained."""
+    if not (recipe.preset or recipe.from_scratch or recipe.keep_vanilla):
+        convert_from_vanilla(recipe.from_vanilla, folder, block_length=recipe.block_length)
+
+
+def build(recipe: Recipe, converted: Path, vocab_size: int, length: int) -> PreTrainedModel:
     """The model of a run before it is trained, its weights in fp32 for the optimizer."""
     if recipe.preset:
         config = preset_config(PRESETS[recipe.preset], vocab_size, length, recipe)
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    config = AutoConfig.from_pretrained(recipe.from_vanilla)
     if recipe.from_scratch:
+        config = AutoConfig.from_pretrained(recipe.from_vanilla)
         config = config if recipe.keep_vanilla else config_from_vanilla(config, recipe.block_length)
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    source = recipe.from_vanilla
-    if not recipe.keep_vanilla:
-        source = folder / "start"
-        convert_from_vanilla(recipe.from_vanilla, source, block_length=recipe.block_length)
+    source = recipe.from_vanilla if recipe.keep_vanilla else converted
     return AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", dtype=torch.float32)
 
 
@@ -149,22 +158,26 @@ def generation_speed(recipe: Recipe, model: PreTrainedModel, data: Data) -> dict
 
 
 def main() -> None:
-    recipe, text, training = parse_alone(Recipe)
+    recipe, text, training = parse_training(Recipe)
     folder = Path(training.output_dir)
     if training.learning_rate is None:
         training.learning_rate = PRESETS[recipe.preset].learning_rate if recipe.preset else 3e-4
     if text.smoke:
         smoke(text, training)
         recipe.generate_batch, recipe.generate_tokens = 2, [16, 16]
-        recipe.from_vanilla = tiny_model(folder / "vanilla")
-    if recipe.from_vanilla is None:
-        from fetch_smollm2 import fetch
+        recipe.from_vanilla = tiny_model(folder / "vanilla", training)
+    # What one process has fetched, tokenised and converted, the others find.
+    with training.main_process_first():
+        if recipe.from_vanilla is None:
+            from fetch_smollm2 import fetch
 
-        recipe.from_vanilla = str(fetch())
-    tokenizer = AutoTokenizer.from_pretrained(recipe.from_vanilla)
-    data = load_rows(text, tokenizer, training.seed, unscored=recipe.block_length)
+            recipe.from_vanilla = str(fetch())
+        tokenizer = AutoTokenizer.from_pretrained(recipe.from_vanilla)
+        data = load_rows(text, tokenizer, training.seed, unscored=recipe.block_length)
+        if training.process_index == 0:
+            convert(recipe, folder / "start")
     torch.manual_seed(training.seed)
-    model = build(recipe, folder, len(tokenizer), text.length)
+    model = build(recipe, folder / "start", len(tokenizer), text.length)
     result = {"parameters": model.num_parameters(), "length": text.length, "unique_tokens": data.num_tokens}
     result["learning_rate"] = training.learning_rate
     if not recipe.preset:
@@ -174,6 +187,9 @@ def main() -> None:
     flops = flops_a_token(model, shares(model.config))
     result |= {"flop_per_token": flops}
     result |= train(model, training, text, data, folder / "model", flops=flops)
+    if training.process_index:
+        # The questions and the report are for one process.
+        return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     result |= zero_shot(model, tokenizer, data, text.questions)

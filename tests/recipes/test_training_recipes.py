@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState
 
 from hf_longattn.cli.cloze import Answers
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(RECIPES))
 
 import _common  # noqa: E402
 import _options  # noqa: E402
+import _tiny  # noqa: E402
 import linearize  # noqa: E402
 import pretrain_lightning  # noqa: E402
 import uptrain_block_transformer  # noqa: E402
@@ -37,7 +40,11 @@ def held_out_story():
             return story
 
 
-def run(recipe, folder, *options):
+LAUNCH = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "0"]
+LAUNCH += ["--config_file", str(RECIPES / "accelerate" / "two_gpus_ddp.yaml")]
+
+
+def run(recipe, folder, *options, launcher=()):
     """Runs a recipe in its smoke mode and returns the rows of its result file."""
     text = folder.parent / "text"
     if not text.exists():
@@ -45,7 +52,7 @@ def run(recipe, folder, *options):
         shutil.copytree(RECIPES.parent / "docs", text, ignore=shutil.ignore_patterns("*.png"))
         (text / "story.txt").write_text(held_out_story())
     options = ["--smoke", "--text", str(text), "--output_dir", str(folder), *options]
-    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *options]
+    command = [sys.executable, *launcher, str(RECIPES / f"{recipe}.py"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "home")}
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -103,7 +110,7 @@ def test_every_document_is_kept_whole_on_one_side(corpus, monkeypatch):
     folder, documents = corpus
     monkeypatch.setattr(_common, "PART", 50)
     assert len(list(_common.parts_of(documents[0]))) > 5
-    tokenizer = _common.byte_tokenizer()
+    tokenizer = _tiny.byte_tokenizer()
     text = _common.Text(text=[str(folder)], held_out=3)
     tokens = _common.tokens_of(text, tokenizer)
     kept, held_out = split(tokens[False], tokenizer), split(tokens[True], tokenizer)
@@ -115,7 +122,7 @@ def test_every_document_is_kept_whole_on_one_side(corpus, monkeypatch):
 
 def test_text_is_tokenised_once_and_again_when_a_file_changes(corpus, monkeypatch):
     folder, _ = corpus
-    text, tokenizer = _common.Text(text=[str(folder)], held_out=3), _common.byte_tokenizer()
+    text, tokenizer = _common.Text(text=[str(folder)], held_out=3), _tiny.byte_tokenizer()
     first = _common.tokens_of(text, tokenizer)
 
     def fail(*args, **kwargs):
@@ -123,7 +130,7 @@ def test_text_is_tokenised_once_and_again_when_a_file_changes(corpus, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(_common, "tokenise", fail)
-        second = _common.tokens_of(text, _common.byte_tokenizer())
+        second = _common.tokens_of(text, _tiny.byte_tokenizer())
     assert all(np.array_equal(first[side], second[side]) for side in first)
     (folder / "a.txt").write_text("changed")
     assert sum(map(len, _common.tokens_of(text, tokenizer).values())) < sum(map(len, first.values()))
@@ -133,7 +140,7 @@ def test_rows_hold_every_token_once_in_one_order_for_a_seed(corpus):
     folder, _ = corpus
     text = _common.Text(text=[str(folder)], held_out=3, length=16, eval_rows=2)
     data, same, other = (
-        _common.load_rows(text, _common.byte_tokenizer(), seed, unscored=2) for seed in (1, 1, 2)
+        _common.load_rows(text, _tiny.byte_tokenizer(), seed, unscored=2) for seed in (1, 1, 2)
     )
     assert np.array_equal(data.train.order, same.train.order)
     assert not np.array_equal(data.train.order, other.train.order)
@@ -153,7 +160,7 @@ def test_rows_hold_every_token_once_in_one_order_for_a_seed(corpus):
 def test_too_little_text_is_told(corpus):
     folder, _ = corpus
     with pytest.raises(SystemExit, match="too little text"):
-        _common.load_rows(_common.Text(text=[str(folder)], length=4096), _common.byte_tokenizer(), 0)
+        _common.load_rows(_common.Text(text=[str(folder)], length=4096), _tiny.byte_tokenizer(), 0)
     with pytest.raises(SystemExit, match="names no file"):
         _common.find_files(_common.Text(text=[str(folder)], suffixes=[".none"]))
 
@@ -241,7 +248,7 @@ def test_pairs_are_of_equal_size_or_compute(name):
 
 
 def test_held_out_documents_are_asked_apart(monkeypatch):
-    tokenizer, seen = _common.byte_tokenizer(), []
+    tokenizer, seen = _tiny.byte_tokenizer(), []
     words = ["One document. It ends.", "Another one."]
     tokens = np.concatenate([tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in words])
     rows = _common.Rows(tokens, 8)
@@ -257,6 +264,33 @@ def test_held_out_documents_are_asked_apart(monkeypatch):
     assert _common.zero_shot(llama(), tokenizer, data, 0) == {}
 
 
+def test_autocast_ends_with_the_training():
+    # The first of a process says for all of it in what dtype they compute.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = llama()
+    with _common.own_forward(model):
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        rounded = model(torch.arange(8)[None]).logits
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "forward" not in vars(model) and not torch.equal(model(torch.arange(8)[None]).logits, rounded)
+
+
+def test_a_curve_goes_on_where_the_checkpoint_was(tmp_path):
+    path, state = tmp_path / "curve.jsonl", TrainerState(is_world_process_zero=True)
+    first = _common.Curve(path, 10, 5)
+    first.on_train_begin(None, state, None)
+    for state.global_step in (0, 1, 2):
+        first.on_log(None, state, None, {"eval_loss": 3.0 - state.global_step})
+    state.global_step = 1
+    second = _common.Curve(path, 10, 5)
+    second.on_train_begin(None, state, None)
+    assert second.points() == {5: 3.0, 15: 2.0} and _common.read_curve(path) == second.rows
+    # Another process keeps the lines and writes none.
+    state.is_world_process_zero, state.global_step = False, 2
+    second.on_log(None, state, None, {"eval_loss": 1.0})
+    assert second.points()[25] == 1.0 and len(_common.read_curve(path)) == 2
+
+
 def test_operations_a_token_of_a_llama_are_six_a_weight():
     model = llama(tie_word_embeddings=False)
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
@@ -268,7 +302,7 @@ def test_operations_a_token_of_a_llama_are_six_a_weight():
 
 def options(monkeypatch, folder, *given):
     monkeypatch.setattr(sys, "argv", ["recipe", "--output_dir", str(folder), *given])
-    return _options.parse_alone(pretrain_lightning.Recipe)
+    return _options.parse_training(pretrain_lightning.Recipe)
 
 
 def test_a_smoke_run_is_on_the_cpu_before_trainer_looks_for_processes(tmp_path, monkeypatch):
@@ -292,15 +326,15 @@ def test_a_given_learning_rate_is_told_from_none(tmp_path, monkeypatch):
     assert options(monkeypatch, tmp_path, "--use_cpu", "--learning_rate", "3e-4")[2].learning_rate == 3e-4
 
 
-def test_several_processes_or_gpus_are_refused(tmp_path, monkeypatch):
+def test_what_would_not_train_whole_models_in_step_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_options.Training, "n_gpu", 2)
     with pytest.raises(SystemExit, match="CUDA_VISIBLE_DEVICES=0"):
         options(monkeypatch, tmp_path, "--use_cpu")
     monkeypatch.setattr(_options.Training, "n_gpu", 0)
-    monkeypatch.setattr(_options.Training, "world_size", 2)
-    with pytest.raises(SystemExit, match="in one process"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SystemExit, match="two_gpus_ddp.yaml"):
         options(monkeypatch, tmp_path, "--use_cpu")
-    monkeypatch.setattr(_options.Training, "world_size", 1)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     # As a launcher leaves it where Trainer, on a machine without a GPU, does not look for the others.
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="would train apart"):
@@ -373,10 +407,11 @@ def test_attention_transfer_runs_in_compiled_layers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_linearize_falls_reloads_and_resumes_bit_by_bit(tmp_path):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    (row,) = results(run("linearize", whole, "--softmax_every", "4", "--save_total_limit", "2"))
-    assert row["run"] == "hybrid, softmax every 4"
+def test_linearize_falls_reloads_resumes_bit_by_bit_and_trains_alike_on_two_processes(tmp_path):
+    whole, again, shared = (tmp_path / name for name in ("whole", "again", "shared"))
+    common = ("--softmax_every", "4", "--distill", "0.5", "--save_total_limit", "2")
+    (row,) = results(run("linearize", whole, *common))
+    assert row["run"] == "hybrid, softmax every 4" and row["processes"] == 1
     assert row["transfer_after"] < 0.8 * row["transfer_before"]
     assert row["loss"] < row["loss_before"] - 1
     assert row["tokens"] == 40 * 8 * 64 and row["transfer_tokens"] == row["tokens"] // 2
@@ -386,11 +421,17 @@ def test_linearize_falls_reloads_and_resumes_bit_by_bit(tmp_path):
     shutil.copytree(whole, again)
     go_back(again / "model")
     (again / "model.safetensors").unlink()
-    run("linearize", again, "--softmax_every", "4", "--save_total_limit", "2", "--resume")
+    run("linearize", again, *common, "--resume")
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, again))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert curve(whole / "model") == curve(again / "model")
+    rows = run("linearize", shared, *common, "--per_device_train_batch_size", "4", launcher=LAUNCH)
+    assert results(rows)[0]["processes"] == 2 and results(rows)[0]["tokens"] == row["tokens"]
+    for stage in ("transfer", "model"):
+        expected, found = curve(whole / stage), curve(shared / stage)
+        # Sums in another order, through twenty steps of AdamW.
+        assert found == pytest.approx(expected, rel=1e-4) and len(expected) > 8
 
 
 @pytest.mark.slow

@@ -1,9 +1,5 @@
 """Attention over a shared prefix against fp64 on the same inputs, and how often it reads the prefix."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import tiny
 import torch
@@ -13,7 +9,6 @@ from hf_longattn.attention import shared_prefix
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.shared_prefix import shared_prefix_attention
 from hf_longattn.cache.shared_prefix import SharedStates
-from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.masking import lazy_mask
 
 H, G, K, V, WINDOW = 4, 2, 16, 24, 9
@@ -144,19 +139,12 @@ def test_the_prefix_is_read_once_for_sixteen_rows(rows, monkeypatch):
     assert reads == [few if rows <= 32 else ("blockwise_attention", 1, rows)]
 
 
-@pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
+@pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.parametrize("sizes", [(17, 1), (2, 9)], ids=lambda sizes: "B{}-T{}".format(*sizes))
 def test_kernels(sizes):
     check(sizes, torch.float16, WINDOW, 3.0, torch.randn(H) + 3)
     check(sizes, torch.float32)
-
-
-@pytest.mark.slow
-def test_kernels_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "test_kernels and not under"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout[-3000:]
 
 
 @gpu

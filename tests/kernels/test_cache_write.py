@@ -1,10 +1,7 @@
 """New tokens in the slots of a cache: the same bits, and nothing else touched."""
 
-import os
-
 import pytest
 import torch
-from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.cache_write import cache_write
 
@@ -37,15 +34,11 @@ def test_reference_writes_the_slots(shape, dtype):
     check("reference", dtype, shape)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_kernel_under_the_interpreter(shape):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        for dtype in (torch.float32, torch.float16, torch.int8):
-            check("triton", dtype, shape)
-        return
-    if shape is not SHAPES[0]:
-        pytest.skip("the first shape starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    for dtype in (torch.float32, torch.float16, torch.int8):
+        check("triton", dtype, shape)
 
 
 @pytest.mark.gpu

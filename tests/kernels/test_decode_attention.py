@@ -1,9 +1,5 @@
 """`decode_attention` against a dense fp64 softmax, with every slot that nobody sees full of NaN."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +7,11 @@ from hypothesis import strategies as st
 
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.decode_attention import reference as reference_module
-from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials import merge_partials
 from hf_longattn.kernels.quantized_states import quantized_states
 
-interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
+interpreted = pytest.mark.interpreted
 
 
 def make_inputs(B, H, G, T, S, K, V, dtype=torch.float32):
@@ -381,8 +376,11 @@ def test_triton_without_keys():
 
 @interpreted
 @pytest.mark.parametrize("eight", EIGHT_BITS, ids=name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
-@pytest.mark.parametrize("kind", ["all", "everything", "gaps"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("all", torch.float16), ("everything", torch.float32), ("gaps", torch.float16)],
+    ids=name,
+)
 def test_triton_in_8_bits(kind, dtype, eight):
     inputs = spread(make_inputs(2, 2, 1, 3, 90, 16, 48, dtype))
     for softcap, sinks in ((None, None), (3.0, torch.randn(2))):
@@ -447,16 +445,6 @@ def assert_exact_at_far_scales(kind, dtype, device="cpu"):
 @pytest.mark.parametrize("kind", FAR)
 def test_triton_scales_that_fp16_cannot_hold(kind):
     assert_exact_at_far_scales(kind, torch.float16)
-
-
-@pytest.mark.skipif(interpreting(), reason="is that process")
-def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_triton", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
 def test_splits_fill_the_machine():

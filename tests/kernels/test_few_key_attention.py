@@ -1,10 +1,7 @@
 """Attention over a few keys against fp64: new keys written and read, parts of heads turned, groups, pads."""
 
-import os
-
 import pytest
 import torch
-from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.few_key_attention import few_key_attention
 
@@ -97,15 +94,11 @@ def test_reference_is_attention_over_turned_keys(dtype, shape):
         assert (result.double().nan_to_num(0.0) - wanted).norm() <= bound * wanted.norm()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kernel_under_the_interpreter(dtype, shape):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        check("triton", dtype, shape)
-        return
-    if (dtype, shape) != (torch.float32, SHAPES[0]):
-        pytest.skip("the first case starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    check("triton", dtype, shape)
 
 
 @pytest.mark.gpu

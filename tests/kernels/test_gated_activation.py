@@ -1,11 +1,9 @@
 """Gated activations against their definition in fp64; the kernel in the interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
-from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.gated_activation import gated_activation
 
@@ -69,22 +67,17 @@ def test_reference(dtype, activation):
         check_gradients("reference", dtype, shape, activation)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernel_under_the_interpreter(activation):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        for shape in SHAPES:
-            for dtype in (torch.float32, torch.float16):
-                check("triton", dtype, shape, activation)
-                check_gradients("triton", dtype, shape, activation)
-        return
-    if activation != ACTIVATIONS[0]:
-        pytest.skip("the first activation starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.float16):
+            check("triton", dtype, shape, activation)
+            check_gradients("triton", dtype, shape, activation)
 
 
+@pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs beside the kernels")
     from hf_longattn.kernels.gated_activation.api import _backward_operator, _operator
 
     gate, up, grad = torch.randn(3, 4, 40)

@@ -1,18 +1,13 @@
 """Lightning attention: chunks, tokens and definition agree, states hand over, gradients hold, kernels match.
 
-The tests of the kernels run where `TRITON_INTERPRET=1`; `test_kernels_under_the_interpreter` starts them.
+The tests of the kernels are marked `interpreted`: `test_interpreter.py` starts them.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.lightning_attention import (
     combine_states,
     lightning_attention,
@@ -22,7 +17,7 @@ from hf_longattn.kernels.lightning_attention import reference as ref
 
 SLOPES = [0.84, 0.11, 3.9e-3, 3.9e-8]
 FP32_EPS = torch.finfo(torch.float32).eps
-interpreted = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreted
 
 
 def make(B=1, T=70, H=4, G=4, K=8, V=8, dtype=torch.float64, grad=False):
@@ -344,16 +339,6 @@ def test_state_after_a_million_tokens_in_chunks():
     k, v, slopes, exact = million(4)
     _, state = lightning_attention(k, k, v, slopes, output_final_state=True, impl="reference")
     assert max(head_errors(state, exact)) <= 1e-6
-
-
-@pytest.mark.skipif(interpreting(), reason="already there")
-def test_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert "passed" in run.stdout and "skipped" not in run.stdout.splitlines()[-1]
 
 
 def kernel_errors(q, k, v, slopes, state=None, **options):

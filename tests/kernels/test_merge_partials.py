@@ -1,9 +1,5 @@
 """`merge_partials`: the reduction itself, its algebra, its gradient, and the kernel in the interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +8,7 @@ from hypothesis import strategies as st
 from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.merge_partials import merge_over_first, merge_partials
 
-interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
+interpreted = pytest.mark.interpreted
 
 
 def make_parts(N, B, H, T, V, dtype=torch.float32, empty=0.3):
@@ -151,16 +147,6 @@ def test_triton_sink_is_one_more_part():
     assert output.dtype == torch.float16
     torch.testing.assert_close(output.double(), want, rtol=2**-10, atol=2**-20)
     torch.testing.assert_close(merged.double(), want_lse, rtol=0, atol=5e-6)
-
-
-@pytest.mark.skipif(interpreting(), reason="is that process")
-def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_triton", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,17 +1,12 @@
 """`quantized_states`: how far a row may lie from itself, what becomes of odd rows, the kernel in Python."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
 
 EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
-interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's own process")
+interpreted = pytest.mark.interpreted
 
 
 def name(value):
@@ -103,12 +98,3 @@ def test_triton_gives_the_bytes_of_the_reference(shape, dtype):
     key[0, 0, 1, 3], value[0, 1, 0, 2] = torch.nan, torch.inf
     scales = quantized_states(key, value, torch.int8, impl="triton")[2]
     assert scales[0, 0, 1, 0].isnan() and scales[0, 1, 0, 1].isnan() and scales.isnan().sum() == 2
-
-
-@pytest.mark.skipif(interpreting(), reason="is that process")
-def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_triton", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr

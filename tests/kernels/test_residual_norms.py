@@ -1,10 +1,7 @@
 """Residual sums with their norms against fp64: odd widths, one norm and two, offsets far from zero."""
 
-import os
-
 import pytest
 import torch
-from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.residual_norms import residual_norms
 
@@ -47,15 +44,11 @@ def check(impl, dtype, shape, device="cpu"):
         assert (result[2] is None) == (given[1] is None)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kernel_under_the_interpreter(dtype, shape):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        check("triton", dtype, shape)
-        return
-    if (dtype, shape) != (torch.float32, SHAPES[0]):
-        pytest.skip("the first case starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    check("triton", dtype, shape)
 
 
 @pytest.mark.gpu

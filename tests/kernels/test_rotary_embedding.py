@@ -1,10 +1,7 @@
 """Rotary embedding against its definition in fp64, strided inputs and the interpreted kernel included."""
 
-import os
-
 import pytest
 import torch
-from interpreted import run_under_interpreter
 
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 
@@ -82,21 +79,16 @@ def test_reference_is_a_rotation(shape, dtype):
     check_gradients("reference", dtype, shape)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_kernel_under_the_interpreter(shape):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        check("triton", torch.float32, shape)
-        if shape[3] < 70:
-            check_gradients("triton", torch.float32, shape)
-        return
-    if shape is not SHAPES[0]:
-        pytest.skip("the first shape starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    check("triton", torch.float32, shape)
+    if shape[3] < 70:
+        check_gradients("triton", torch.float32, shape)
 
 
+@pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs beside the kernels")
     from hf_longattn.kernels.rotary_embedding.api import _operator
 
     query, key, cos, sin = inputs(2, 4, 2, 5, 16, 12, torch.float32)

@@ -1,10 +1,7 @@
 """Norms against their definition in fp64 and transformers' own modules; the kernel in the interpreter."""
 
-import os
-
 import pytest
 import torch
-from interpreted import run_under_interpreter
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -128,29 +125,24 @@ def test_reference_gives_the_bits_of_the_modules(kind):
     assert torch.equal(result, own) or (kind == "layer" and (result != own).double().mean() < 0.02)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernel_under_the_interpreter(kind):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        for shape in SHAPES:
-            for dtype in (torch.float32, torch.float16):
-                check("triton", dtype, shape, kind)
-                check_gated("triton", dtype, shape, kind, shape[0] == 2)
-                # The interpreter takes a second for the many programs of the third.
-                if shape[1] < 2000 or kind == "layer":
-                    check_gradients("triton", dtype, shape, kind)
-        states = torch.randn(6, 40, 3).transpose(1, 2)
-        expected = row_norm(states, None, eps=EPS, kind=kind, impl="reference")
-        torch.testing.assert_close(row_norm(states, None, eps=EPS, kind=kind, impl="triton"), expected)
-        return
-    if kind != KINDS[0]:
-        pytest.skip("the first kind starts the interpreter for all of them")
-    run_under_interpreter(__file__)
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.float16):
+            check("triton", dtype, shape, kind)
+            check_gated("triton", dtype, shape, kind, shape[0] == 2)
+            # The interpreter takes a second for the many programs of the third.
+            if shape[1] < 2000 or kind == "layer":
+                check_gradients("triton", dtype, shape, kind)
+    states = torch.randn(6, 40, 3).transpose(1, 2)
+    expected = row_norm(states, None, eps=EPS, kind=kind, impl="reference")
+    torch.testing.assert_close(row_norm(states, None, eps=EPS, kind=kind, impl="triton"), expected)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("wants", [(True, False), (False, True)], ids=["states", "weight"])
 def test_one_gradient_alone_under_the_interpreter(wants):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs beside the kernels")
     states, weight, _ = inputs((3, 5, 48), torch.float32, "rms")
     grad = torch.randn_like(states)
     states, weight = (x.requires_grad_(wanted) for x, wanted in zip((states, weight), wants, strict=True))
@@ -161,9 +153,8 @@ def test_one_gradient_alone_under_the_interpreter(wants):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs beside the kernels")
     from hf_longattn.kernels.row_norm.api import _backward_operator, _operator
 
     states, weight, bias = inputs((3, 5, 48), torch.float32, "layer")

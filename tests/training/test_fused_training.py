@@ -7,7 +7,6 @@ import sys
 import pytest
 import tiny
 import torch
-from interpreted import run_under_interpreter
 
 import hf_longattn
 from hf_longattn import fusion
@@ -211,17 +210,18 @@ def test_on_a_gpu_the_kernels_are_as_exact_as_the_model(family, dtype, monkeypat
     assert set(found) == FUSED[family] - left
 
 
-def test_kernels_in_a_layer_under_the_interpreter(called):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("runs beside the kernels")
+@pytest.mark.slow
+@pytest.mark.interpreted
+def test_kernels_keep_less_of_a_block(called):
+    test_a_block_keeps_what_the_kernels_need_and_no_more(called)
+
+
+@pytest.mark.slow
+@pytest.mark.interpreted
+def test_kernels_in_a_layer(called):
     models = [build("llama"), build("llama")]
     for model in models:
         model.model.layers = model.model.layers[:1]
     hf_longattn.prepare_training(models[1], block_size=4)
     assert_same(step(models[1], 6), step(models[0], 6))
     assert {name for name, wanted in called if wanted} == FUSED["llama"]
-
-
-@pytest.mark.slow
-def test_the_kernels_themselves():
-    run_under_interpreter(__file__, "interpreter or keeps")

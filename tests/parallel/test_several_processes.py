@@ -37,9 +37,18 @@ def run(sizes, *topics, cases=CASES):
     preloaded.run(cases, sizes, *topics)
 
 
-@pytest.mark.parametrize("sizes", ["1,2", "3", pytest.param("4", marks=pytest.mark.slow)], ids="P{}".format)
-def test_every_topic(sizes):
-    run(sizes, *FAST)
+# What an odd number of ranks divides otherwise.
+ODD = FAST[: FAST.index("memory")]
+MORE = [("3", FAST[len(ODD) :]), ("4", FAST)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "topics"),
+    [("1,2", FAST), ("3", ODD), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE)],
+    ids=["P1-P2", "odd-P3", "more-P3", "P4"],
+)
+def test_every_topic(sizes, topics):
+    run(sizes, *topics)
 
 
 @pytest.mark.parametrize("sizes", ["2", pytest.param("1,3,4", marks=pytest.mark.slow)], ids="P{}".format)

@@ -20,10 +20,10 @@ demo: setup
 test: test-fast test-slow
 
 test-fast: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu and not network"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network"
 
 test-slow: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

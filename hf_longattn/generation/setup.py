@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -214,6 +214,10 @@ def _prepare_cache(
         _check_continuation(int(before.get_seq_length()), model_kwargs.get("attention_mask"))
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
+    if group is not None and before is None and made is not None and hasattr(model, "shared_cache"):
+        _check_dtype_of(made, setup, False)
+        model_kwargs["past_key_values"] = cast(Any, model).shared_cache(group)
+        return
     wanted = generation_config.cache_implementation in (None, "dynamic")
     # A model with a cache of its own kind keeps it; one of ours can be had in 8 bits, or shared.
     plain = setup.cache_dtype is None and group is None

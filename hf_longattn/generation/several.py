@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.dispatch import warn_slow
 from hf_longattn.parallel.checks import check_same, digest
@@ -86,7 +85,7 @@ def share_generation(
 
 
 def _warn_of_whole_cache(cache: Any) -> None:
-    if cache is not None and not isinstance(cache, ShardedCache):
+    if cache is not None and getattr(cache, "group", None) is None:
         warn_slow(
             "generate", f"`past_key_values` is a {type(cache).__name__}, which every process holds whole"
         )

@@ -21,6 +21,7 @@ from hf_longattn.cache.preallocated import PreallocatedLayer
 
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
+from .held import EndsMask
 from .layout import BlockLayout
 
 CONTRASTIVE_TEMPERATURE = 0.07
@@ -226,6 +227,9 @@ def block_attention_mask(
     if write is not None:
         valid = cache.attended_blocks(valid, inputs.shape[1] // each)
     valid = None if valid is None else valid.repeat_interleave(each, dim=1)
+    if cache is not None and cache.group is not None:
+        ends = (position_ids // each + 1) * each
+        return EndsMask(ends.expand(inputs.shape[0], -1), write.length, valid)
     ragged = write is not None and not write.uniform
     if not ragged and each == 1:
         return valid
@@ -275,3 +279,40 @@ def block_decoding_loss(
         return F.mse_loss(predicted, wanted)
     similarities = F.normalize(predicted, dim=-1) @ F.normalize(wanted, dim=-1).T / CONTRASTIVE_TEMPERATURE
     return F.cross_entropy(similarities, torch.arange(similarities.shape[0], device=similarities.device))
+
+
+def loss_terms(
+    config: BlockTransformerConfig,
+    outputs: BlockTransformerModelOutput,
+    shifted: torch.Tensor,
+    num_items: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """What the loss of a batch is made of.
+
+        loss = share (mean cross-entropy of the scored tokens + weight x auxiliary loss)
+
+    Whoever counts the labels of a step (Trainer) counts those of first blocks, which nothing predicts, so
+    that their number is only good for telling which share of the step this batch is.
+
+    Args:
+        config: of the model.
+        outputs: of the model, for the whole batch.
+        shifted: (B, T), the label of the token that follows each.
+        num_items: labels of the step that this batch is a part of; None: the batch is all of it.
+
+    Returns:
+        the labels (B, T) that are scored, what their summed cross-entropy is divided by, and what is added to
+        that.
+    """
+    mask = outputs.label_mask
+    assert mask is not None
+    scored = shifted.masked_fill(mask[:, 1:] == 0, -100).contiguous()
+    # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
+    count, share = (scored != -100).sum().clamp(min=1), torch.ones((), device=scored.device)
+    if num_items is not None:
+        share = (shifted != -100).sum() / torch.as_tensor(num_items, device=scored.device)
+    kind, contexts = config.block_decoding_loss, outputs.context_embeds
+    if kind is None or contexts is None:
+        return scored, count / share, 0.0
+    added = block_decoding_loss(contexts, outputs.block_embeds, outputs.block_pair_mask, kind)
+    return scored, count / share, share * config.block_decoding_loss_weight * added

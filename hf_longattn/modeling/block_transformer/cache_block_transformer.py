@@ -80,10 +80,15 @@ class BlockLayer(CacheLayerMixin):
         self.extend(write.length)
         return self._write(self._keys, key_states, write), self._write(self._values, value_states, write)
 
+    @property
+    def used(self) -> int:
+        """Slots of the buffers that are in use."""
+        return self.length
+
     def extend(self, length: int) -> None:
         """Notes that the first `length` key positions are in use."""
         self.length = max(self.length, length)
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
 
     def reserve(self, batch_size: int, length: int, written: int = 0) -> None:
         """Makes room for `length` key positions of `batch_size` rows.
@@ -140,7 +145,7 @@ class BlockLayer(CacheLayerMixin):
         """Forgets the key positions from `length` on."""
         if self.is_initialized and length < self.length:
             self.length = length
-            self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+            self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
 
     def select(self, index: torch.Tensor) -> None:
         """Keeps the rows `index` of the batch, in this order."""
@@ -152,7 +157,7 @@ class BlockLayer(CacheLayerMixin):
                     buffer.copy_(buffer.index_select(0, index))
                 return
             self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
-            self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+            self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
 
 
 class BlockTransformerCache(Cache):
@@ -169,6 +174,9 @@ class BlockTransformerCache(Cache):
         >>> model(next_ids, past_key_values=cache)
         ```
     """
+
+    # The ranks that share the keys and values, where several do.
+    group: Any = None
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
         self.block_length = config.block_length
@@ -280,6 +288,15 @@ class BlockTransformerCache(Cache):
         table[:, :kept] = held[:, :kept]
         places = self.num_slots.to(held.device)[:, None] + slotted.cumsum(dim=1) - 1
         return table.scatter(1, torch.where(slotted, places, width), new)[:, :width]
+
+    def run_length(self, counts: torch.Tensor, block_mask: torch.Tensor | None) -> int:
+        """0: how many of the next blocks several ranks compute together.
+
+        Args:
+            counts: (B,) on the CPU, blocks that each row is about to get.
+            block_mask: (B, N) bool, those with attended tokens; None: all.
+        """
+        return 0
 
     def begin_blocks(self, rows: torch.Tensor | None, count: int) -> BlockWrite:
         """Says that `rows` (None: all) get `count` blocks; the block decoder's `update` calls follow."""

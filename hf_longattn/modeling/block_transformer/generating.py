@@ -10,6 +10,7 @@ from .cache_block_transformer import BlockTransformerCache
 from .decoding import BlockDecoding, key_shape
 from .layout import prompt_offset
 from .rows import RowDecoding
+from .shared import SharedBlockCache
 from .steps import few_launches
 
 
@@ -43,6 +44,14 @@ class BlockGenerationMixin(GenerationMixin):
         """
         return BlockDecoding.of_prompts(self, cache, input_ids, steps, at_once)
 
+    def shared_cache(self, group: Any) -> SharedBlockCache:
+        """An empty cache whose keys and values lie on the ranks of a group.
+
+        Args:
+            group: the `SequenceGroup`.
+        """
+        return SharedBlockCache(self.config, group)
+
     def decode_rows(self, rows: int, tokens: int) -> RowDecoding:
         """Steps of a block at a time for rows that begin and end one by one.
 
@@ -70,8 +79,8 @@ class BlockGenerationMixin(GenerationMixin):
             ValueError: the model is not prepared.
         """
         raise ValueError(
-            "`generate_batch` of a Block Transformer needs a prepared model: its cache holds blocks of "
-            "tokens, which the pages of transformers' continuous batching do not; call "
+            "`generate_batch` of a Block Transformer needs a model prepared for one process: its cache holds "
+            "blocks of tokens, which the pages of transformers' continuous batching do not; call "
             "`hf_longattn.prepare_generation(model)` first."
         )
 

@@ -188,3 +188,21 @@ class HeldMask(LazyMask):
     def _build_range(self, pattern: Pattern) -> KeyRange:
         limits = KeyRange().narrowed(upper=self.lengths.expand(-1, self.q_length))
         return limits if self.padding is None else limits.masked(self.padding)
+
+
+class EndsMask(LazyMask):
+    """Each query sees the first `ends` (R, T) keys of S, but for those that `key_mask` (R, S) leaves out."""
+
+    def __init__(self, ends: Tensor, keys: int, key_mask: Tensor | None) -> None:
+        first = keys - ends.shape[1]
+
+        def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return key < ends[batch, query - first]
+
+        sizes = (ends.shape[0], ends.shape[1], keys, first, 0)
+        super().__init__(*sizes, visible, key_mask, ends.device, Pattern())
+        self.ends = ends
+
+    def _build_range(self, pattern: Pattern) -> KeyRange:
+        limits = KeyRange().narrowed(upper=self.ends)
+        return limits if self.padding is None else limits.masked(self.padding)

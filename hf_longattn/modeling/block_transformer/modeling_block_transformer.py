@@ -11,7 +11,7 @@ Both decoders are models of transformers (GPT-NeoX, Llama, Qwen2, Qwen3, T5); th
 # pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportReturnType=false
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from .blocks import (
     BlockTransformerModelOutput,
     TokenDecoder,
     block_attention_mask,
-    block_decoding_loss,
+    loss_terms,
     without_table,
 )
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
@@ -273,17 +273,35 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         if cache is None:
             contexts, attentions = self._run_block_decoder(embeds, layout, None, output_attentions)
             return embeds, contexts, attentions
+        done = cache.run_length(counts, layout.block_mask)
+        if not done:
+            return embeds, *self._decode_new(embeds, counts, layout, cache, output_attentions)
+        contexts, attentions = [cast(Any, cache).compute_run(self.block_decoder, embeds[:, :done])], None
+        if number > done:
+            rest, counts = embeds[:, done:], counts - done
+            rest, attentions = self._decode_new(rest, counts, layout, cache, output_attentions)
+            contexts.append(rest)
+        return embeds, torch.cat(contexts, dim=1), attentions
+
+    def _decode_new(
+        self,
+        embeds: torch.Tensor,
+        counts: torch.Tensor,
+        layout: BlockLayout,
+        cache: BlockTransformerCache,
+        output_attentions: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """Contexts (B, N, n_e, D) of new blocks behind those of the cache, of which each row has `counts`."""
         rows = None if bool((counts > 0).all()) else counts.nonzero()[:, 0]
-        write = cache.begin_blocks(rows, number)
+        write = cache.begin_blocks(rows, embeds.shape[1])
         index = None if rows is None else rows.to(embeds.device)
         own = embeds if index is None else embeds[index]
         contexts, attentions = self._run_block_decoder(own, layout, cache, output_attentions, write)
         if index is not None:
             contexts = contexts.new_zeros(embeds.shape).index_copy(0, index, contexts)
-        cache.end_blocks(
-            contexts, counts, None if layout.block_mask is None else layout.block_mask[:, :number]
-        )
-        return embeds, contexts, attentions
+        mask = None if layout.block_mask is None else layout.block_mask[:, : embeds.shape[1]]
+        cache.end_blocks(contexts, counts, mask)
+        return contexts, attentions
 
     def _run_block_decoder(
         self,
@@ -453,39 +471,8 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
         shifted: torch.Tensor,
         num_items: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """What the loss of a batch is made of.
-
-            loss = share (mean cross-entropy of the scored tokens + weight x auxiliary loss)
-
-        Whoever counts the labels of a step (Trainer) counts those of first blocks, which nothing predicts, so
-        that their number is only good for telling which share of the step this batch is.
-
-        Args:
-            outputs: of the model, for the whole batch.
-            shifted: (B, T), the label of the token that follows each.
-            num_items: labels of the step that this batch is a part of; None: the batch is all of it.
-
-        Returns:
-            the labels (B, T) that are scored, what their summed cross-entropy is divided by, and what is
-            added to that.
-        """
-        mask = outputs.label_mask
-        assert mask is not None
-        scored = shifted.masked_fill(mask[:, 1:] == 0, -100).contiguous()
-        # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
-        count, share = (scored != -100).sum().clamp(min=1), torch.ones((), device=scored.device)
-        if num_items is not None:
-            share = (shifted != -100).sum() / torch.as_tensor(num_items, device=scored.device)
-        added: torch.Tensor | float = 0.0
-        if self.config.block_decoding_loss is not None and outputs.context_embeds is not None:
-            added = block_decoding_loss(
-                outputs.context_embeds,
-                outputs.block_embeds,
-                outputs.block_pair_mask,
-                self.config.block_decoding_loss,
-            )
-            added = share * self.config.block_decoding_loss_weight * added
-        return scored, count / share, added
+        """What the loss of a batch is made of, see `blocks.loss_terms`."""
+        return loss_terms(self.config, outputs, shifted, num_items)
 
 
 __all__ = [

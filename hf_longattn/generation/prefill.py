@@ -23,7 +23,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.fusion import fused_prompt
-from hf_longattn.kernels.mask_runs import look_for_runs, remember_runs
+from hf_longattn.kernels.mask_runs import Runs, look_for_runs, remember_runs
 
 if TYPE_CHECKING:
     from hf_longattn.generation.graph import GraphDecoder
@@ -80,6 +80,7 @@ def prefill(
     chunk = _chunk_of(model, asked, input_ids, cache)
     with _progress_bar(setup.progress, total) as advance, fused_prompt(model):
         if total <= chunk:
+            _look_at_mask(model_kwargs)
             outputs = original(input_ids, generation_config, model_kwargs, is_first_iteration)
             advance(total)
             return outputs
@@ -113,6 +114,16 @@ def read_before(
     if total > 1:
         with _progress_bar(setup.progress, total - 1) as advance, fused_prompt(model):
             _read_chunks(model, input_ids, model_kwargs, (total, 1), chunk, advance, True)
+
+
+def _look_at_mask(model_kwargs: dict[str, Any]) -> Runs | None:
+    """Where the tokens of the prompt's mask lie: steps behind a prompt without padding take no mask."""
+    if (mask := model_kwargs.get("attention_mask")) is None:
+        return None
+    # The loop goes on with a tensor that nobody else holds: the caller may write to theirs later.
+    model_kwargs["attention_mask"], runs = mask[:], look_for_runs(mask)
+    remember_runs(model_kwargs["attention_mask"], runs)
+    return runs
 
 
 def _refuse_counting(model: PreTrainedModel, cache: Any) -> None:
@@ -154,11 +165,7 @@ def _read_chunks(
     (total, left_out), is_shared = counts, _ranks(model_kwargs["past_key_values"]) > 1
     outputs = None
     # A look at every chunk's mask would leave the GPU without work while the next chunk is prepared.
-    runs = None if mask is None else look_for_runs(mask)
-    if mask is not None:
-        # The loop goes on with a tensor that nobody else holds: the caller may write to theirs later.
-        model_kwargs["attention_mask"] = mask[:]
-        remember_runs(model_kwargs["attention_mask"], runs)
+    runs = _look_at_mask(model_kwargs)
     for start in range(0, total - left_out, chunk):
         length = min(chunk, total - left_out - start)
         left = total - start - length

@@ -57,13 +57,14 @@ def test_steps_by_the_clock_equal_ordinary_ones(family, side):
             start = stop
 
 
+@pytest.mark.parametrize("chunk", [8, None])
 @pytest.mark.parametrize("pads", [0, 3])
-def test_a_mask_without_pads_is_known_to_the_end_of_the_answer(pads, monkeypatch):
+def test_a_mask_without_pads_is_known_to_the_end_of_the_answer(pads, chunk, monkeypatch):
     ids, mask = tiny.tokens(1, 20), tiny.padding([20 - pads], 20, "left")
     model = tiny.build("llama")
     call = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
     expected, masks = model.generate(ids, **call), []
-    hf_longattn.prepare_generation(model, prefill_chunk_size=8)
+    hf_longattn.prepare_generation(model, prefill_chunk_size=chunk)
     forward = model.forward
 
     def looked_at(**kwargs):
@@ -78,7 +79,7 @@ def test_a_mask_without_pads_is_known_to_the_end_of_the_answer(pads, monkeypatch
     # What was known of a tensor that the caller has written to since is known no more.
     mask[:, :5] = 0
     model.generate(ids, **call)
-    model.generate(ids[:, -6:], **{**call, "attention_mask": mask[:, -6:]})
+    model.generate(ids[:, -16:], **{**call, "attention_mask": mask[:, -16:]})
     assert not any(seen is None for seen in masks)
     hf_longattn.restore(model)
     assert "_update_model_kwargs_for_generation" not in vars(model)

@@ -6,7 +6,7 @@ import os
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -19,7 +19,7 @@ from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers, recurrent_layers
 from hf_longattn.cache.shared_prefix import share_layers
 
-_FORMAT = "hf_longattn.cache.1"
+_FORMAT, _VERSION = "hf_longattn.cache.", "1"
 
 
 class LongContextCache(Cache):
@@ -73,7 +73,8 @@ class LongContextCache(Cache):
                 result takes a batch of `rows` suffixes, with `tree_attention` or `blockwise_attention`.
 
         Raises:
-            ValueError: `rows` of a cache that is empty, holds several sequences, or has layers without keys.
+            ValueError: a number below 1, or `rows` of a cache that is empty, holds several sequences, or has
+                layers without keys.
         """
         if rows is not None:
             if batch_size != 1:
@@ -81,6 +82,8 @@ class LongContextCache(Cache):
             twin = copy.copy(self)
             twin.layers = cast(Any, share_layers(self.layers, rows))
             return twin
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         twin = copy.deepcopy(self)
         if batch_size != 1:
             twin.batch_repeat_interleave(batch_size)
@@ -103,7 +106,11 @@ class LongContextCache(Cache):
                 )
             lengths.append(layer.get_seq_length())
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state().items()}
-        metadata = {"format": _FORMAT, "model": json.dumps(self.signature), "lengths": json.dumps(lengths)}
+        metadata = {
+            "format": _FORMAT + _VERSION,
+            "model": json.dumps(self.signature),
+            "lengths": json.dumps(lengths),
+        }
         if (name := cache_dtype_name(self.cache_dtype)) is not None:
             metadata["cache_dtype"] = name
         save_file(tensors, path, metadata=metadata)
@@ -129,24 +136,41 @@ class LongContextCache(Cache):
             offload_layers: as in the constructor; the saved cache may have had another number.
 
         Raises:
-            ValueError: the file is not such a cache, or was made by another model, or in another
-                `cache_dtype`.
+            ValueError: the file is not such a cache, not all of one, or was made by another model, in another
+                `cache_dtype` or by another version of this library.
         """
         cache = cls(config, capacity, cache_dtype, offload_layers)
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"`path`={path} is not a saved cache: its format is {metadata.get('format')!r}."
-                )
-            cache._check_signature(json.loads(metadata["model"]))
-            cache.check_dtype(metadata.get("cache_dtype"), f"`path`={path}")
-            lengths = json.loads(metadata["lengths"])
-            names = set(file.keys())
-            for index, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
-                state = _layer_state(file, names, index)
-                layer.load_state(state, length)  # type: ignore[union-attr]
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                cache._read(file, f"`path`={path}")
+        except SafetensorError as error:
+            raise ValueError(f"`path`={path} is not a saved cache, or not all of one: {error}.") from error
         return cache
+
+    def _read(self, file: Any, owner: str) -> None:
+        """Takes over what an open file holds, if it is a cache of this kind."""
+        metadata = file.metadata() or {}
+        name, version = metadata.get("format"), str(metadata.get("format")).removeprefix(_FORMAT)
+        if version == name or "model" not in metadata:
+            raise ValueError(f"{owner} is not a saved cache: its format is {name!r}.")
+        if version != _VERSION:
+            raise ValueError(
+                f"{owner} is a cache in version {version} of the format, and this library reads version "
+                f"{_VERSION}; save it again, or use the library that made it."
+            )
+        self._check_signature(json.loads(metadata["model"]))
+        self.check_dtype(metadata.get("cache_dtype"), owner)
+        lengths, names = json.loads(metadata.get("lengths", "[]")), set(file.keys())
+        states = [_layer_state(file, names, index) for index in range(len(lengths))]
+        if len(lengths) != len(self.layers) or any(
+            length and not state for length, state in zip(lengths, states, strict=True)
+        ):
+            raise ValueError(
+                f"{owner} does not hold all layers of the cache that it says it is; save it again."
+            )
+        layers: list[Any] = self.layers
+        for layer, state, length in zip(layers, states, lengths, strict=True):
+            layer.load_state(state, length)
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Refuses a model other than the one this cache was made for.
@@ -213,11 +237,14 @@ def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dty
 
 def _signature(config: PreTrainedConfig) -> dict[str, Any]:
     fields = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    # By these, keys at the same place differ.
+    fields += ("head_dim", "sliding_window", "layer_types", "rope_parameters")
     # Behind a layer of another kind, or other slopes, the same weights make other keys.
     lightning = sorted(lightning_layers(config))
-    return {name: field_of(config, name) for name in fields} | {
+    signature = {name: field_of(config, name) for name in fields} | {
         "vocab_size": getattr(config, "vocab_size", None),
         "lightning_layers": lightning or None,
-        # As they come back from a file.
-        "lightning_slopes": json.loads(json.dumps(getattr(config, "lightning_slopes", None))),
+        "lightning_slopes": getattr(config, "lightning_slopes", None),
     }
+    # As it comes back from a file, and apart from the config, which may be changed.
+    return json.loads(json.dumps(signature))

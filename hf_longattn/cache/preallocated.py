@@ -182,6 +182,11 @@ class PreallocatedLayer(CacheLayerMixin):
                 f"`past_key_values` holds {self._keys.shape[0]} sequences, got a batch of "
                 f"{key_states.shape[0]}; pass a new cache, or `cache.fork(batch_size)`."
             )
+        if key_states.dtype != self._keys.dtype:
+            raise ValueError(
+                f"`past_key_values` holds keys in {self._keys.dtype}, got {key_states.dtype}; use the model "
+                "in the dtype that filled it, or pass a new cache."
+            )
         self._make_room(count)
 
     def share(self) -> tuple[Tensor, Tensor]:

@@ -230,6 +230,7 @@ class QuantizedSlidingLayer(_Quantized, PreallocatedSlidingLayer):
 
     @record_past.setter
     def record_past(self, record_past: bool) -> None:
+        """Has the scales do as their keys."""
         self._record_past = record_past
         if hasattr(self, "scales"):
             self.scales.record_past = record_past

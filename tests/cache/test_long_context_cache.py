@@ -4,6 +4,8 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_longattn import LongContextCache
@@ -110,17 +112,70 @@ def test_save_and_load_continue_where_it_stopped(family, tmp_path):
     assert torch.equal(result, expected)
 
 
-def test_a_cache_of_another_model_or_no_cache_is_refused(tmp_path):
-    model, other = tiny.build("llama", "tree_attention"), tiny.build("qwen3", "tree_attention")
+@pytest.fixture
+def saved(tmp_path):
+    """A model with windows, and the file of a cache that it filled."""
+    model, path = tiny.build("gemma2", "tree_attention"), tmp_path / "cache.safetensors"
     cache = LongContextCache(model.config)
     with torch.no_grad():
         model(input_ids=tiny.tokens(1, 5), past_key_values=cache)
-    cache.save(tmp_path / "cache.safetensors")
-    with pytest.raises(ValueError, match="model_type"):
-        LongContextCache.load(tmp_path / "cache.safetensors", other.config)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a saved cache"):
-        LongContextCache.load(tmp_path / "model.safetensors", model.config)
+    cache.save(path)
+    return model, path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model_type", None), ("head_dim", 8), ("sliding_window", 9), ("rope_parameters", {"rope_theta": 5e5})],
+)
+def test_a_cache_of_another_model_is_refused(saved, field, value):
+    model, path = saved
+    config = tiny.CONFIGS["gemma2" if value else "qwen3"](**{field: value} if value else {})
+    with pytest.raises(ValueError, match=field):
+        LongContextCache.load(path, config)
+    cache = LongContextCache.load(path, model.config)
+    with pytest.raises(ValueError, match=field):
+        cache.check_model(config)
+
+
+def test_what_is_no_cache_or_not_all_of_one_is_refused(saved):
+    model, path = saved
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    others = {
+        "not a saved cache: its format is 'pt'": (tensors, {"format": "pt"}),
+        "version 7 of the format, and this library reads version 1": (
+            tensors,
+            {**metadata, "format": "hf_longattn.cache.7"},
+        ),
+        "does not hold all layers": (
+            {name: tensor for name, tensor in tensors.items() if "layers.1." not in name},
+            metadata,
+        ),
+    }
+    for words, (held, notes) in others.items():
+        save_file(held, path, metadata=notes)
+        with pytest.raises(ValueError, match=f"`path`=.*cache.safetensors .*{words}"):
+            LongContextCache.load(path, model.config)
+    for content in (b"a letter, and not a cache" * 9, path.read_bytes()[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="`path`=.*not a saved cache, or not all of one"):
+            LongContextCache.load(path, model.config)
+
+
+def test_a_model_in_another_dtype_is_refused_before_a_token_is_added(saved):
+    _, path = saved
+    model = tiny.build("gemma2", "tree_attention", dtype=torch.bfloat16)
+    cache = LongContextCache.load(path, model.config)
+    with pytest.raises(ValueError, match="holds keys in torch.float32, got torch.bfloat16"), torch.no_grad():
+        model(input_ids=tiny.tokens(1, 5), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+def test_a_fork_has_rows():
+    cache = LongContextCache(tiny.CONFIGS["llama"]())
+    with pytest.raises(ValueError, match="`batch_size` must be positive, got 0"):
+        cache.fork(0)
 
 
 def test_forks_are_independent():

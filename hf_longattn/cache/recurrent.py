@@ -45,17 +45,25 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     return frozenset(chosen)
 
 
+def keeps_latents(config: PreTrainedConfig) -> bool:
+    """Whether a model of latent attention (DeepSeek) keeps compressed keys and expands them behind its cache.
+
+    Args:
+        config: of the model.
+    """
+    return bool(getattr(config, "kv_lora_rank", None))
+
+
 def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
     """The lightning layers whose cache is a state: all, unless the model keeps latents.
 
-    Models of latent attention (DeepSeek) hand compressed keys to the cache and expand what it returns, all of
-    which lightning attention then reads at every step.
+    Then lightning attention reads all that was kept at every step.
 
     Args:
         config: as for `lightning_layers`.
     """
     found = lightning_layers(config)
-    if found and getattr(config, "kv_lora_rank", None):
+    if found and keeps_latents(config):
         warn_slow(
             IMPLEMENTATION,
             f"models of type {config.model_type!r} keep compressed keys, not a state, and expand all of them "

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
 from hf_longattn.cache.head_sizes import head_sizes
-from hf_longattn.cache.recurrent import lightning_layers
+from hf_longattn.cache.recurrent import keeps_latents, lightning_layers
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
@@ -196,6 +196,8 @@ def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer
          "auxiliary loss, which needs every token at once; set it to False"),
         (getattr(config, "num_kv_shared_layers", 0), "its layers share keys and values"),
         (config.model_type == "phimoe", "its router draws random numbers token by token"),
+        (lightning_layers(config) and keeps_latents(config), "its lightning layers expand compressed keys "
+         "behind the place where a state would go from block to block"),
     ]  # fmt: skip
     mixers = {
         type(m).__name__ for layer in layers for m in layer.modules() if _MIXERS.search(type(m).__name__)

@@ -448,6 +448,8 @@ def test_latent_attention_keeps_its_latents_and_says_so(caplog):
         hf_longattn.prepare_generation(model, prefill_chunk_size=5)
         assert generate(model, ids, mask)[1][17:] == expected
     assert "'deepseek_v3' keep compressed keys" in caplog.text
+    with pytest.raises(ValueError, match="its lightning layers expand compressed keys"):
+        hf_longattn.prepare_training(hf_longattn.restore(model))
 
 
 def test_a_batch_of_another_size_is_refused():

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -26,7 +26,8 @@ from hf_longattn.devices import HostCopy
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.liger import fused_loss
-from hf_longattn.training.sequence import SequenceParallel, taking_loss
+from hf_longattn.training.randomness import BlockRandomness
+from hf_longattn.training.sequence import SequenceParallel, drops_anything, taking_loss
 from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.zero import in_one_call, is_cut
 
@@ -124,11 +125,18 @@ class Head:
 
         return in_one_call(child, without_hooks, hidden)
 
+    def _children(self) -> list[nn.Module]:
+        return [child for name, child in self.model.named_children() if name != self.trunk]
+
+    def seed(self) -> int | None:
+        """A number that what the head draws may follow from; None where it draws nothing."""
+        drops = any(drops_anything(part) for child in self._children() for part in child.modules())
+        return int(torch.randint(2**62, ()).item()) if self.model.training and drops else None
+
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, each once."""
-        model = self.model
-        heads = [child for name, child in model.named_children() if name != self.trunk]
-        found = [*model._parameters.values(), *(p for child in heads for p in child.parameters())]
+        heads = self._children()
+        found = [*self.model._parameters.values(), *(p for child in heads for p in child.parameters())]
         unique = {id(parameter): parameter for parameter in found if parameter is not None}
         return [parameter for parameter in unique.values() if parameter.requires_grad]
 
@@ -275,7 +283,10 @@ def chunked_loss(
     def sum_over_chunks(hidden: Tensor) -> Tensor:
         return _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
 
-    total = head.while_whole(sum_over_chunks, hidden)
+    # Ranks have other numbers of chunks: their generators must go on alike all the same.
+    numbers = BlockRandomness(None if share is None else head.seed(), hidden.device, draws=True)
+    place = 0 if share is None else share.group.rank
+    total = numbers.run(place, lambda: head.while_whole(sum_over_chunks, hidden))
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     count: Any = len(counted)

@@ -73,7 +73,7 @@ class SequenceParallel:
         """
         parameter = next(self.decoder.parameters())
         fields = {name: _described(arguments.get(name)) for name in _FIELDS}
-        drops = self.decoder.training and any(_drops(module) for module in self.decoder.modules())
+        drops = self.decoder.training and any(map(drops_anything, self.decoder.modules()))
         fields["random state"] = digest(torch.get_rng_state()) if drops else None
         check_same(self.group, fields, parameter.device, _TASK)
 
@@ -168,7 +168,12 @@ def _described(value: Any) -> Any:
     return type(value).__name__ if isinstance(value, nn.Module) or hasattr(value, "layers") else value
 
 
-def _drops(module: nn.Module) -> bool:
+def drops_anything(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training, as dropout of its own or of attention.
+
+    Args:
+        module: any module.
+    """
     if isinstance(module, nn.Dropout):
         return module.p > 0
     rates = (getattr(module, name, 0) for name in ("attention_dropout", "dropout", "attn_dropout"))

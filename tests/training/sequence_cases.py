@@ -273,6 +273,12 @@ def dropout(rank, size, mesh):
             assert result[0].isfinite()
         else:
             assert_same(f"dropout-T{length}", result, expected_dropout(length))
+    model = with_adapters(dropout=0.2)
+    hf_longattn.prepare_training(model, device_mesh=mesh, block_size=5, loss_chunk_size=3)
+    torch.manual_seed(5)
+    for _ in range(2):
+        # The head drops too, in other numbers of chunks: the second call would find ranks that ran apart.
+        step(model, **batch("left"))
     model = with_dropout(mesh)
     torch.manual_seed(rank)
     with (
@@ -404,10 +410,11 @@ def expected_rope(kind):
     return step(with_rope(kind), **batch("full"), use_cache=False)
 
 
-def with_adapters():
+def with_adapters(dropout=0.0):
     torch.manual_seed(0)
     names = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
-    model = get_peft_model(tiny.build_to_train("llama"), LoraConfig(r=4, target_modules=names))
+    adapters = LoraConfig(r=4, target_modules=names, lora_dropout=dropout)
+    model = get_peft_model(tiny.build_to_train("llama"), adapters)
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.1)

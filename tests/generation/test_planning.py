@@ -15,6 +15,7 @@ from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.shares import ShardedLayer, share_capacity
 from hf_longattn.generation.offloading import layer_bytes
+from hf_longattn.generation import planning
 from hf_longattn.generation.planning import (
     Ranks,
     cache_bytes,
@@ -50,6 +51,15 @@ def test_there_are_measurements_to_hold_the_plan_against():
 def test_the_tables_of_the_page_are_up_to_date():
     text = TABLES["PAGE"].read_text()
     assert TABLES["filled"](text) == text, "run `python benchmarks/plan_tables.py`"
+
+
+def test_the_page_gives_the_constants_of_the_plan():
+    text = " ".join(TABLES["PAGE"].read_text().split())
+    products, attention = 100 * planning._PRODUCT_SHARE, 100 * planning._ATTENTION_SHARE
+    assert f"add {1e6 * planning._OVERHEAD_A_LAYER:.0f} µs a layer" in text
+    assert f"({products:.3g} % and {attention:.3g} % of 989 TFLOP/s)" in text
+    assert f"plus {1e3 * planning._START:.0f} ms to start with" in text
+    assert f"`start`, {1e6 * Links().start:.3g} µs," in text
 
 
 def test_the_reduction_is_that_measured_with_two_gpus():

@@ -14,8 +14,8 @@ from hf_longattn import LongContextCache
 from hf_longattn.cache.preallocated import sliding_capacity
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.shares import ShardedLayer, share_capacity
-from hf_longattn.generation.offloading import layer_bytes
 from hf_longattn.generation import planning
+from hf_longattn.generation.offloading import layer_bytes
 from hf_longattn.generation.planning import (
     Ranks,
     cache_bytes,

@@ -244,6 +244,43 @@ def test_dropout_draws_the_same_numbers_again():
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [
+        ("forward", torch.OutOfMemoryError),
+        ("loss", KeyboardInterrupt),
+        ("backward", torch.OutOfMemoryError),
+    ],
+)
+def test_a_step_that_was_interrupted_leaves_no_trace(moment, error):
+    model = hf_longattn.prepare_training(build("gpt2"), block_size=16, keep_every=2, loss_chunk_size=9)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+
+    def step():
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = model(**batch("left")).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected, calls = step(), 0
+
+    def interrupt(*found):
+        nonlocal calls
+        calls += 1
+        if calls == {"forward": 2, "loss": 4, "backward": 5}[moment]:
+            raise error("in the middle")
+
+    where = model.lm_head if moment == "loss" else model.transformer.h[1].mlp
+    hook = where.register_forward_hook(interrupt)
+    with pytest.raises(error):
+        step()
+    hook.remove()
+    assert all(map(torch.equal, step(), expected))
+
+
 def test_autocast_computes_in_its_dtype():
     inputs = batch("left")
     model, prepared = build("llama"), hf_longattn.prepare_training(build("llama"), block_size=16)

@@ -38,9 +38,9 @@ class Losses(TrainerCallback):
                 self.values[name, state.global_step] = logs[name]
 
 
-def train(folder, prepare, resume=None, **changes):
+def train(folder, prepare, resume=None, make=lambda: tiny.build("llama"), **changes):
     """(losses by step, the model)."""
-    model, losses = tiny.build("llama"), Losses()
+    model, losses = make(), Losses()
     if prepare:
         hf_longattn.prepare_training(model, block_size=16, loss_chunk_size=20)
     options = {
@@ -90,9 +90,20 @@ def test_losses_equal_those_of_the_plain_model(tmp_path, unprepared, checkpointi
     assert tiny.relative_error(moved, theirs) <= 1e-2
 
 
-def test_a_resumed_run_repeats_the_losses_bit_by_bit(tmp_path):
-    whole, model = train(tmp_path / "whole", prepare=True)
-    resumed, again = train(tmp_path / "again", prepare=True, resume=str(tmp_path / "whole" / "checkpoint-3"))
+def adapted():
+    """GPT-2, which drops, with LoRA that drops too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    return peft.get_peft_model(
+        tiny.build("gpt2"), peft.LoraConfig(target_modules=["c_attn"], lora_dropout=0.2)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("dropout-lora", marks=pytest.mark.slow)])
+def test_a_resumed_run_repeats_the_losses_bit_by_bit(tmp_path, name):
+    options = {"prepare": True, **({} if name == "llama" else {"make": adapted})}
+    whole, model = train(tmp_path / "whole", **options)
+    resumed, again = train(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-3"), **options)
     tail = {name: value for name, value in whole.items() if name[1] > 3}
     assert tail and {name: value for name, value in resumed.items() if name[1] > 3} == tail
     for name, value in model.state_dict().items():

@@ -43,6 +43,8 @@ class LongContextCache(Cache):
 
     # For caches of models that make their layers themselves.
     cache_dtype: torch.dtype | None = None
+    # Tokens of a chunk of each row, where the call under way has no room for those that the device likes.
+    fitting_chunk: int | None = None
 
     def __init__(
         self,

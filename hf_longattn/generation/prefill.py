@@ -139,8 +139,8 @@ def _ranks(cache: Any) -> int:
 
 
 def _chunk_of(model: PreTrainedModel, asked: int | None, input_ids: Tensor, cache: Any) -> int:
-    """Tokens of a chunk: what was asked for, or what the device likes."""
-    if asked:
+    """Tokens of a chunk: what was asked for, what fits, or what the device likes."""
+    if asked or (asked := getattr(cache, "fitting_chunk", None)):
         return asked
     chunk = pick_chunk(input_ids.shape[0], input_ids.device, _ranks(cache))
     # The layers of a Block Transformer that read a prompt see one position a block of tokens.

@@ -40,6 +40,8 @@ _GIB = 1024**3
 # Nothing that fits may be refused. What is counted, 4 F + 3 D elements a token, is for gate and up in one
 # product; apart, 3 F + 4 D of them are alive together, and 2 F + 4 D where there is no gate: at least half.
 _CERTAIN = 0.5
+# Chunks of fewer tokens, all rows of a rank together, read the weights more often than they compute.
+_SMALLEST_CHUNK = 512
 _PLANNED = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -172,11 +174,17 @@ class Room:
         if call is None:
             return
         before = self.before = self._free(cache)
+        if before is not None and not self._asked(args[0]):
+            call = self.call = _fit_chunk(cache, call, before)
         if before is not None and self.offload_layers == "auto":
             call = self.call = self._offload_to_fit(cache, call, before)
         if before is not None and call.need(call.total) > before:
             raise ValueError(call.refusal(before))
         _reserve(cache, call.total)
+
+    def _asked(self, generation_config: Any) -> int | None:
+        """Tokens of a chunk that somebody has asked for."""
+        return self.chunk or generation_config.prefill_chunk_size
 
     def _offload_to_fit(self, cache: Any, call: Call, room: int) -> Call:
         """The call with as many layers in host memory as it takes to fit, where that can be had."""
@@ -217,7 +225,8 @@ class Room:
         known = isinstance(mask, torch.Tensor) and mask.ndim == 2
         prompt = mask.shape[1] if known else max_cache_length + 1 - new
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        chunk = self.chunk or pick_chunk(rows, self.model.device, ranks)
+        chunk = self._asked(generation_config) or pick_chunk(rows, self.model.device, ranks)
+        cache.fitting_chunk = None
         return Call(
             model=self.model,
             rows=rows,
@@ -263,6 +272,17 @@ class Room:
             f"{words}: {self.call.total + 1:,} tokens of prompt and answer were asked for and about "
             f"{fitting:,} fit; {left}."
         )
+
+
+def _fit_chunk(cache: LongContextCache, call: Call, room: int) -> Call:
+    """The call with its chunks halved until it fits beside the reserve, or until they are the shortest."""
+    smallest = max(_SMALLEST_CHUNK, 64 * call.rows) * call.ranks.sequence
+    shorter = call
+    while shorter.need(call.total, certain=1.0) > room - RESERVE and shorter.chunk >= 2 * smallest:
+        shorter = replace(shorter, chunk=shorter.chunk // 2)
+    if shorter is not call:
+        cache.fitting_chunk = shorter.chunk // call.rows
+    return shorter
 
 
 def _left_behind(cache: Any, snapshot: Snapshot | None) -> str:

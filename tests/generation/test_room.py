@@ -90,6 +90,31 @@ def test_a_call_of_another_thread_is_not_taken_for_this_one(monkeypatch):
         generate(model, ids, max_new_tokens=41)
 
 
+@pytest.mark.parametrize(("fits", "widest"), [(300, 300), (128, 128), (100, 64), (64, 64), (33, 64)])
+def test_chunks_are_as_long_as_there_is_room(free, monkeypatch, fits, widest):
+    monkeypatch.setattr(room, "_SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(room, "RESERVE", 0)
+    model, ids, widths = prepare(prefill_chunk_size=None), tiny.tokens(1, 300), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+
+    def read(work, cache, **call):
+        widths.clear()
+        free(cache_bytes(model.config, 301, torch.float32) + work)
+        tokens = generate(model, ids, past_key_values=cache, max_new_tokens=2, **call)
+        return tokens, max(widths)
+
+    work = activation_bytes(model.config, fits, torch.float32)
+    plenty = read(1 << 30, None)
+    assert plenty[1] == 300
+    cache = LongContextCache(model.config)
+    assert read(work, cache) == (plenty[0], widest)
+    cache.reset()
+    assert read(1 << 30, cache) == plenty, "another call had less room"
+    # What somebody asks for is not shortened: what is certain of it fits.
+    half = activation_bytes(model.config, 150, torch.float32)
+    assert read(half, None, prefill_chunk_size=300)[1] == 300
+
+
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
 def test_beams_and_returned_sequences_are_rows(free, kwargs):
     model, ids = prepare(), tiny.tokens(2, 23)

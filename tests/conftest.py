@@ -1,9 +1,13 @@
 """Fixtures that every test gets: memory that nothing wrote is NaN, and the same seed."""
 
+import gc
 import os
 
 import pytest
 import torch
+
+# Imports and collection make millions of objects that stay: the collector never walks over them.
+gc.disable()
 
 # For the processes that tests start, as in the Makefile: ranks are forked from one that has one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +37,11 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -63,10 +63,7 @@ class Host:
 def no_collector():
     gc.collect()
     gc.disable()
-    # What is there before the test is not looked through in it: millions of objects.
-    gc.freeze()
     yield
-    gc.unfreeze()
     gc.enable()
 
 

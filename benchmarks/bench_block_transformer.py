@@ -4,6 +4,7 @@
     python benchmarks/bench_block_transformer.py --cases 128/2048:512,1024 --peers block --deadline 280
     python benchmarks/bench_block_transformer.py --cases 2048/128:1 128/2048:1 --deadline 120
     python benchmarks/bench_block_transformer.py --queue 2048/128:256 --requests 1024 --deadline 200
+    python benchmarks/bench_block_transformer.py --train 16,32 --name block_training --deadline 150
     python benchmarks/bench_block_transformer.py --check        correctness alone, tiny shapes; CPU too
 
 A case is prompt/new tokens and batches. Weights are random, in the shapes of the released Block
@@ -18,6 +19,11 @@ the other. Before anything is timed, every peer must give the tokens of the plai
 new tokens, drawn uniformly. "block-queue" is one call of `generate_batch`, "block-batches" are calls of
 `generate` with as many prompts as rows, sorted by length and padded, until the longest answer of each batch.
 Both count the tokens that were asked for; nothing ends early.
+
+`--train` times steps of the 420M model at 2048 tokens: forward, backward and fused AdamW, all in bf16, as it
+is ("block") and with each layer and the loss compiled ("block-compiled"). `share_of_matmul` is that of the
+rate of a large matrix product: six operations for each use of a weight, the head's included, attention scores
+not.
 """
 
 import argparse
@@ -29,6 +35,7 @@ import torch
 from _report import Report
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_longattn
 from hf_longattn.modeling.block_transformer import BlockTransformerConfig, BlockTransformerForCausalLM
@@ -297,6 +304,64 @@ def time_peer(report, peer, cases, card, dtype, tiny):
             free()
 
 
+def training_flops(model):
+    """Operations a token of a training step, for each use of a weight by its share of the tokens."""
+    config, sizes = model.config, {}
+    parts = {"block": model.model.block_decoder, "token": model.model.token_decoder.decoder}
+    parts |= {"expansion": model.model.token_decoder.expansion, "head": model.lm_head}
+    for name, part in parts.items():
+        sizes[name] = sum(weight.numel() for weight in part.parameters())
+    in_blocks = sizes["block"] + sizes["expansion"]
+    rows = config.num_prefix_tokens + config.block_length - 1
+    return 6 * (in_blocks / config.block_length + sizes["token"] * rows / config.block_length + sizes["head"])
+
+
+@torch.enable_grad()
+def time_training(report, batches, card, dtype, tiny):
+    """Two rows a batch: steps of the model as it is, and with compiled layers."""
+    length = 32 if tiny else 2048
+    changes = {"vocab_size": 997, "max_position_embeddings": 256} if tiny else {}
+    for peer in ("block", "block-compiled"):
+        model = build("block-tiny" if tiny else "block-420m", dtype, **changes).train()
+        if peer == "block-compiled":
+            backend = "aot_eager" if tiny else "inductor"
+            model.loss_function = torch.compile(model.loss_function, backend=backend, dynamic=False)
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile(backend=backend, dynamic=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        for batch in batches:
+            row = {"section": "training", "peer": peer, "batch": batch, "length": length, **card}
+            if report.time_left() < 30:
+                report.add(**row, error="deadline")
+                continue
+            try:
+                row["step_s"] = time_steps(model, optimizer, prompts(model.config.vocab_size, batch, length))
+            except torch.OutOfMemoryError as error:
+                report.add(**row, error=str(error).splitlines()[0][:100])
+                break
+            rate = training_flops(model) * batch * length / row["step_s"]
+            row |= {"tokens_per_s": batch * length / row["step_s"], "tflop_per_s": rate / 1e12}
+            report.add(**row, share_of_matmul=rate / card["matmul_rate"])
+            free()
+        del model, optimizer
+        free()
+        torch.compiler.reset()
+
+
+def time_steps(model, optimizer, ids, repeats=5):
+    """Seconds of one step, behind two that warm up."""
+
+    def step():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    return seconds_of(lambda: [step() for _ in range(repeats)]) / repeats
+
+
 def read_case(text):
     """`2048/128:1,256` as (2048, 128, [1, 256])."""
     lengths, _, batches = text.partition(":")
@@ -314,6 +379,7 @@ def main():
     parser.add_argument(
         "--queue", nargs="+", default=[], help="cases of many requests, in the place of --cases"
     )
+    parser.add_argument("--train", help="batches of training steps, in the place of --cases")
     parser.add_argument("--requests", type=int, default=1024, help="of each case of --queue")
     parser.add_argument("--peers", default=DEFAULT_PEERS, help=f"of {', '.join(PEERS)}")
     parser.add_argument("--name", default="block_transformer")
@@ -323,6 +389,11 @@ def main():
     print("tokens compared", check(), flush=True)
     cases = [(14, 9, [2])] if arguments.check else [read_case(case) for case in arguments.cases]
     card, dtype = (NOMINAL, torch.float32) if arguments.check else (rates(), torch.bfloat16)
+    if arguments.train or arguments.check:
+        batches = [2] if arguments.check else [int(batch) for batch in arguments.train.split(",")]
+        time_training(report, batches, card, dtype, arguments.check)
+    if arguments.train:
+        return
     if arguments.queue or arguments.check:
         queue = [(24, 16, [3])] if arguments.check else [read_case(case) for case in arguments.queue]
         count = 9 if arguments.check else arguments.requests

@@ -213,12 +213,17 @@ def cut_mask(call, length):
     return {**call, "attention_mask": call["attention_mask"][:, :length]}
 
 
+def draw(model, shape, generator):
+    """Random ids of ordinary tokens."""
+    vocabulary = min(128000, model.config.vocab_size)
+    return torch.randint(0, vocabulary, shape, device=DEVICE, generator=generator)
+
+
 @torch.inference_mode()
 def measure(model, length, batch, pad, new_tokens=NEW_TOKENS, **options):
     """(time to first token, median time a token, peak bytes, the tokens), in seconds and bytes."""
     generator = torch.Generator(DEVICE).manual_seed(1)
-    vocabulary = min(128000, model.config.vocab_size)
-    ids = torch.randint(0, vocabulary, (batch, length), device=DEVICE, generator=generator)
+    ids = draw(model, (batch, length), generator)
     mask = torch.ones_like(ids)
     mask[:1, :pad] = 0
     call = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
@@ -236,7 +241,7 @@ def measure(model, length, batch, pad, new_tokens=NEW_TOKENS, **options):
 def ask(model, cache, rows, width):
     """As `measure`, for `rows` questions of `width` tokens behind the document that `cache` holds."""
     generator = torch.Generator(DEVICE).manual_seed(2)
-    ids = torch.randint(0, 128000, (rows, width), device=DEVICE, generator=generator)
+    ids = draw(model, (rows, width), generator)
     mask = torch.ones(rows, cache.get_seq_length() + width, dtype=torch.long, device=DEVICE)
     call = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     clock = Clock()
@@ -244,7 +249,7 @@ def ask(model, cache, rows, width):
     # The first step is eager where it makes the graph: the median leaves it out.
     steps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
     first = clock.times[1] - clock.times[0]
-    return first, steps[len(steps) // 2], torch.cuda.max_memory_allocated(), tokens[:, width:].tolist()
+    return first, steps[len(steps) // 2], peak_bytes(), tokens[:, width:].tolist()
 
 
 @torch.inference_mode()
@@ -253,7 +258,7 @@ def ask_all(model, length, arguments, rate, report):
     hf_longattn.prepare_generation(model)
     document = hf_longattn.LongContextCache(model.config, capacity=length + 512)
     generator = torch.Generator(DEVICE).manual_seed(1)
-    ids = torch.randint(0, 128000, (1, length), device=DEVICE, generator=generator)
+    ids = draw(model, (1, length), generator)
     model.generate(ids, past_key_values=document, max_new_tokens=1, do_sample=False, pad_token_id=0)
     ways = {
         "alone": lambda: (document.fork(), 1),

@@ -17,6 +17,7 @@ only for a state that enters or leaves behind a ragged end, and there the last f
 Triton kernel.
 """
 
+import functools
 import threading
 
 import torch
@@ -254,12 +255,18 @@ def _enter_context(device: torch.device) -> None:
         entered.add(device)
 
 
+@functools.cache
+def _layout(element_size: int) -> gl.NVMMASharedLayout:
+    """How chunks lie in shared memory. Made once: checking its fields takes as long as a launch."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * element_size, rank=4)
+
+
 def _descriptor(tensor: Tensor, chunk: int) -> TensorDescriptor:
     """How chunks of one head of a (B, H, T, D) tensor are copied. Strides of dims of size 1 do not count."""
     *_, width = shape = tensor.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=4)
     strides = [stride if size > 1 else width for size, stride in zip(shape, tensor.stride(), strict=True)]
-    return TensorDescriptor(tensor, list(shape), [*strides[:3], 1], [1, 1, chunk, width], layout)
+    sizes = [1, 1, chunk, width]
+    return TensorDescriptor(tensor, list(shape), [*strides[:3], 1], sizes, _layout(tensor.element_size()))
 
 
 def _scan_chunks(

@@ -253,8 +253,8 @@ class Room:
             if snapshot is not None:
                 snapshot.restore()
             raise OutOfMemoryError(self._explain(error, _left_behind(cache, snapshot))) from error
-        except RuntimeError:
-            # What stops another rank stops this one too.
+        except BaseException:
+            # What stops one rank stops all, and their shares must fit together afterwards.
             if snapshot is not None and isinstance(cache, ShardedCache):
                 snapshot.restore()
             raise

@@ -62,13 +62,17 @@ def share_generation(
         settings: of `prepare_generation`, those that must be the same on every rank, by their name.
     """
     original_generate: Any = model.generate
-    is_cut, group = group.world_size > 1, group.control
+    is_cut, groups = group.world_size > 1, {id(each): each for each in (group, group.control)}
+    group = group.control
     original_criteria: Any = model._get_stopping_criteria
     signature = inspect.signature(original_generate)
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
         with group.watch:
+            if group.watch.is_out_of_step:
+                for each in groups.values():
+                    each.renew()
             check_same(group, {**settings, **_fields(model, args, kwargs)}, model.device)
             if is_cut:
                 _warn_of_whole_cache(kwargs.get("past_key_values"))

@@ -69,7 +69,9 @@ class SequenceGroup:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
-        self._levels = [self._group] if levels is None else list(levels)
+        self._levels = [self._group]
+        if levels is not None:
+            self._levels = [_with_timeout(level, timeout) for level in levels]
         # By level, once asked for: None where the GPUs do not reach each other's memory.
         self._boards: dict[int, PeerBoards | None] = {}
         self.watch = Watch(self.rank, self.ranks, timeout, self._abort)
@@ -132,6 +134,31 @@ class SequenceGroup:
         if accelerator is not None and accelerator.num_processes > 1:
             return cls(dist.group.WORLD, timeout=timeout)
         return None
+
+    def renew(self) -> None:
+        """Opens new connections in the place of those on which a fault has left operations that never met.
+
+        Every rank must call it.
+
+        Raises:
+            RuntimeError: not all of them did, with the ranks that are to blame.
+        """
+        if self._group is None:
+            return
+        # What reads the memory of peers belongs to the old groups, and may have been told to stop.
+        self._boards.clear()
+        old = {id(group): group for group in (self._group, *self._levels) if group is not None}
+        try:
+            fresh = {
+                key: _group_of(
+                    dist.get_process_group_ranks(group), self.watch.timeout, dist.get_backend(group)
+                )
+                for key, group in old.items()
+            }
+        except RuntimeError as error:
+            raise self.watch.diagnosis(error) from error
+        self._group = fresh[id(self._group)]
+        self._levels = [None if group is None else fresh[id(group)] for group in self._levels]
 
     @property
     def ranks(self) -> list[int]:
@@ -304,5 +331,8 @@ def _with_timeout(group: Any, timeout: float) -> Any:
     """A gloo group of our own, whose operations end after `timeout`; others keep the timeout they have."""
     if dist.get_backend(group) != "gloo":
         return group
-    members = dist.get_process_group_ranks(group)
-    return dist.new_group(members, timedelta(seconds=timeout), "gloo", use_local_synchronization=True)
+    return _group_of(dist.get_process_group_ranks(group), timeout, "gloo")
+
+
+def _group_of(members: list[int], timeout: float, backend: str) -> Any:
+    return dist.new_group(members, timedelta(seconds=timeout), backend, use_local_synchronization=True)

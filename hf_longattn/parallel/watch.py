@@ -42,11 +42,18 @@ class Watch:
         self._operations = 0
         self._fault: str | None = None
         self._store: Any = None
+        # That of the last call in which a fault was known.
+        self._left: Any = None
+        # Whether that fault has ended it at different operations, the same answer on every rank: what one has
+        # sent and another never took would meet the next operation of the same connections.
+        self.is_out_of_step = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watch":
         if len(self.ranks) > 1:
+            # First of all: others may take until the timeout to leave the last call.
+            self.is_out_of_step = self._compare_counts()
             self._operations, self._fault = 0, None
             self._store = self._open_store()
             self._stop.clear()
@@ -61,6 +68,8 @@ class Watch:
             return
         if error is not None and self._fault is None:
             self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}".rstrip("."))
+        if self._fault is not None:
+            self._leave_count()
         self._stop.set()
         self._thread.join()
         self._thread = None
@@ -75,6 +84,33 @@ class Watch:
             # Nobody looks at a call that all have left.
             store.delete_key(key)
         return dist.PrefixStore(str(call), store)
+
+    def _compare_counts(self) -> bool:
+        store, self._left = self._left, None
+        if store is None:
+            return False
+        counts = {self._count_left(store, rank) for rank in range(len(self.ranks))}
+        return len(counts - {None}) > 1
+
+    def _leave_count(self) -> None:
+        self._left = self._store
+        try:
+            self._store.set(f"left/{self.rank}", str(self._operations))
+        except RuntimeError:
+            # The store went with the process that held it: the next call says so.
+            self._left = None
+
+    def _count_left(self, store: Any, rank: int) -> int | None:
+        """The operations that a rank had begun when it left a call; None where it is gone."""
+        signs, since = None, time.monotonic()
+        while not store.check([f"left/{rank}"]):
+            known = store.get(f"signs/{rank}") if store.check([f"signs/{rank}"]) else None
+            if known != signs:
+                signs, since = known, time.monotonic()
+            if time.monotonic() - since > 4 * _BEAT:
+                return None
+            time.sleep(_BEAT / 10)
+        return int(store.get(f"left/{rank}"))
 
     def check(self) -> None:
         """Counts an operation.
@@ -120,7 +156,7 @@ class Watch:
         return signs
 
     def _beat(self) -> None:
-        beat, since, seen = 0, 0.0, {}
+        beat, since, seen, is_over = 0, 0.0, {}, False
         try:
             while not self._stop.is_set():
                 beat += 1
@@ -128,10 +164,10 @@ class Watch:
                 if self._fault is None:
                     self._look_around(seen)
                     since = time.monotonic()
-                elif self._abort is not None and time.monotonic() - since > _GRACE:
+                elif not is_over and self._abort is not None and time.monotonic() - since > _GRACE:
                     logger.error("one prompt over several processes: %s.", self._fault)
                     self._abort()
-                    return
+                    is_over = True
                 self._stop.wait(_BEAT)
         except RuntimeError:
             # The store went with the process that held it: the next operation says so.

@@ -28,6 +28,7 @@ from several import (
     Uneven,
     assert_same,
     batch_for,
+    error_of,
     expected,
     generate,
     mesh_of,
@@ -161,6 +162,19 @@ def nodes(rank, size, mesh):
         assert_same(family, generate(model, *batch_for("greedy"), do_sample=False), expected(family))
     group = SequenceGroup.from_mesh(both, TIMEOUT)
     assert group.levels == 2 and (group.rank, group.world_size) == (rank, size)
+    model, started = hf_longattn.prepare_generation(model, device_mesh=both, timeout=4.0), time.time()
+
+    class Fail(tf.LogitsProcessor):
+        def __call__(self, ids, scores):
+            if rank == 3 and ids.shape[1] == 28:
+                raise MemoryError("no room for another token")
+            return scores
+
+    fail = tf.LogitsProcessorList([Fail()])
+    call = functools.partial(generate, model, *batch_for("greedy"), do_sample=False)
+    message = error_of(MemoryError if rank == 3 else RuntimeError, lambda: call(logits_processor=fail))
+    assert "no room for another token" in message and time.time() - started < 4.0 + 8.0, message
+    assert_same("after an error", call(), expected("gpt-oss"))
 
 
 def tensor_parallel(rank, size, mesh):
@@ -256,7 +270,7 @@ def expect(topics):
         even_vocabulary("llama"), even_vocabulary("qwen3")
     if "tensor_parallel_alone" in topics:
         even_vocabulary("llama")
-    if "refusals" in topics or "wrapped" in topics:
+    if {"refusals", "wrapped", "fails"} & set(topics):
         expected("llama", length=23)
     cache_cases.expect(topics)
 

@@ -104,20 +104,29 @@ def stays_away(rank, size, mesh):
 
 
 def fails(rank, size, mesh):
-    """An error on one rank reaches the others with its reason."""
-    model, ids = prepare("llama", mesh, timeout=10.0), tiny.tokens(1, 23)
+    """An error on one rank reaches the others with its reason, and the next calls work, on its cache too."""
+    model, ids = prepare("llama", mesh, timeout=4.0), tiny.tokens(1, 23)
+    cache = generate(model, ids[:, :15], do_sample=False, max_new_tokens=2).past_key_values
 
     class Fail(tf.LogitsProcessor):
+        def __init__(self, who):
+            self.who = who
+
         def __call__(self, ids, scores):
-            if rank == 1 and ids.shape[1] == 28:
+            if rank in self.who and ids.shape[1] == 28:
                 raise MemoryError("no room for another token")
             return scores
 
-    fail = tf.LogitsProcessorList([Fail()])
-    call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail)
-    message = error_of(MemoryError if rank == 1 else RuntimeError, call)
-    assert "no room for another token" in message, message
-    ranks.os._exit(0)
+    for who, given in (([1], {}), (range(size), {}), ([0], {"past_key_values": cache})):
+        fail = tf.LogitsProcessorList([Fail(who)])
+        call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail, **given)
+        message = error_of(MemoryError if rank in who else RuntimeError, call)
+        assert "no room for another token" in message, message
+        assert cache.get_seq_length() == 16
+        cache.crop(15)
+        again = generate(model, ids, do_sample=False, past_key_values=cache)
+        assert_same(f"after {who}", again, expected("llama", length=23))
+        cache.crop(16)
 
 
 def runs_out(rank, size, mesh):

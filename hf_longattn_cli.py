@@ -139,19 +139,29 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or an id on the hub.")],
     prompt_file: Annotated[str, typer.Option(help="A text file, or - for stdin.")] = "-",
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
+    question: Annotated[str | None, typer.Option(help="Put behind the text.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Use the chat template; so by default where there are a question and a template."),
+    ] = None,
     sample: Annotated[bool, typer.Option(help="Draw tokens in place of taking the likeliest.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a bar while the prompt is read.")] = True,
     cache_dtype: CacheDtype = None,
+    offload_layers: Annotated[
+        str, typer.Option(help="Layers whose keys and values wait in host memory: a number, or auto.")
+    ] = "0",
 ) -> None:
     """Answer one long prompt: the text goes to stdout as it comes, statistics to stderr."""
     from transformers.utils import logging
 
-    from hf_longattn.cli.generate import generate as answer
-    from hf_longattn.cli.generate import read_prompt
+    from hf_longattn.cli import generate as generation
 
     logging.disable_progress_bar()
-    text = _or_exit(lambda: read_prompt(prompt_file))
-    statistics = _or_exit(lambda: answer(model, text, new_tokens, sample, progress, cache_dtype))
+    text = _or_exit(lambda: generation.read_prompt(prompt_file))
+    waiting = int(offload_layers) if offload_layers.isdecimal() else offload_layers
+    options = (question, chat, sample, progress, cache_dtype, waiting)
+    request = generation.Request(model, text, new_tokens, *options)
+    statistics = _or_exit(lambda: generation.generate(request))
     for line in statistics.lines():
         typer.echo(line, err=True)
 
@@ -226,7 +236,10 @@ def _or_exit(work: Callable[[], Any]) -> Any:
     """The result of `work`, or one line on stderr and exit status 2 for what a caller can cause."""
     try:
         return work()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        # Out of memory is a RuntimeError whose class only torch knows, which is loaded by now or never.
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(2) from None
 

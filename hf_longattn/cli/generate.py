@@ -11,6 +11,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from hf_longattn import prepare_generation
 from hf_longattn.cache.quantized import read_cache_dtype
+from hf_longattn.cli.measure import read_config
+from hf_longattn.generation.offloading import read_offload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `hf-longattn generate` is asked, by the names of its options.
+
+    Args:
+        model: folder or hub id.
+        prompt: the text.
+        new_tokens: length of the answer at most.
+        question: put behind the text.
+        chat: give text and question as a user's turn in the tokenizer's chat template; None where there are
+            a question and a template.
+        sample: draw tokens in place of taking the likeliest.
+        progress: show a bar on stderr while the prompt is read.
+        cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits.
+        offload_layers: layers that keep keys and values in host memory, or "auto".
+    """
+
+    model: str
+    prompt: str
+    new_tokens: int
+    question: str | None = None
+    chat: bool | None = None
+    sample: bool = False
+    progress: bool = True
+    cache_dtype: str | None = None
+    offload_layers: Any = 0
 
 
 @dataclass
@@ -61,49 +91,61 @@ def read_prompt(path: str) -> str:
     return text
 
 
-def generate(
-    model_name: str,
-    prompt: str,
-    new_tokens: int,
-    sample: bool,
-    progress: bool,
-    cache_dtype: str | None = None,
-) -> Statistics:
+def _tokens(request: Request, tokenizer: Any) -> Any:
+    """Ids and mask (1, T) of the text and the question behind it."""
+    text = "\n\n".join(part for part in (request.prompt, request.question) if part)
+    chat = request.chat
+    if chat is None:
+        chat = bool(request.question and tokenizer.chat_template)
+    if not chat:
+        inputs = tokenizer(text, return_tensors="pt")
+    elif not tokenizer.chat_template:
+        raise ValueError(
+            f"`--chat`: the tokenizer of {request.model!r} has no chat template; leave `--chat` out."
+        )
+    else:
+        turns = [{"role": "user", "content": text}]
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = tokenizer.apply_chat_template(turns, **options)
+    if inputs["input_ids"].numel() == 0:
+        raise ValueError(
+            f"`--prompt-file`: the tokenizer of {request.model!r} makes no tokens of this text; give another "
+            "text, or look whether the folder holds the model's own tokenizer."
+        )
+    return inputs
+
+
+def generate(request: Request) -> Statistics:
     """Loads a model, reads the prompt and streams the answer to stdout.
 
     Args:
-        model_name: folder or hub id.
-        prompt: the text.
-        new_tokens: at most so many.
-        sample: draw tokens in place of taking the likeliest.
-        progress: show a bar on stderr while the prompt is read.
-        cache_dtype: "int8" or "fp8" keeps keys and values in 8 bits.
+        request: the options.
 
     Raises:
-        ValueError: a `cache_dtype` that is unknown, or that the device does not have; a prompt of no tokens.
+        ValueError: there is no such model; an option that is unknown, or that the device does not have; a
+            prompt of no tokens, or one that does not fit.
     """
-    read_cache_dtype(cache_dtype)
+    read_cache_dtype(request.cache_dtype)
+    read_offload(request.offload_layers)
+    read_config(request.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(request.model)
+    # Before the weights are loaded, which takes longer.
+    inputs = _tokens(request, tokenizer).to(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_name, attn_implementation="tree_attention", dtype="auto"
+        request.model, attn_implementation="tree_attention", dtype="auto"
     )
     model = model.to(device).eval()
-    prepare_generation(model, progress=progress, cache_dtype=cache_dtype)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    if inputs.input_ids.numel() == 0:
-        raise ValueError(
-            f"`--prompt-file`: the tokenizer of {model_name!r} makes no tokens of this text; give another "
-            "text, or look whether the folder holds the model's own tokenizer."
-        )
+    options = {"cache_dtype": request.cache_dtype, "offload_layers": request.offload_layers}
+    prepare_generation(model, progress=request.progress, **options)
     streamer = TimedStreamer(tokenizer)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    call = {"max_new_tokens": new_tokens, "do_sample": sample, "streamer": streamer}
-    model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **call)
+    call = {"max_new_tokens": request.new_tokens, "do_sample": request.sample, "streamer": streamer}
+    model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **call)
     first, last, count = streamer.times[1], streamer.times[-1], len(streamer.times) - 1
     return Statistics(
-        prompt_tokens=inputs.input_ids.shape[1],
+        prompt_tokens=inputs["input_ids"].shape[1],
         new_tokens=count,
         first_token=first - streamer.times[0],
         per_token=(last - first) / max(count - 1, 1),

@@ -96,13 +96,25 @@ def _pick_implementations(name: str) -> list[str]:
     return [name]
 
 
-def read_config(name: str) -> Any:
-    """The configuration of a causal language model, read before any weight is."""
+def refuse_missing(name: str) -> None:
+    """Refuses what reads as a path and leads nowhere, before the hub is asked for it.
+
+    Args:
+        name: of a model, as the caller gave it.
+
+    Raises:
+        ValueError: there is no such folder or file.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local and not Path(name).expanduser().exists():
         raise ValueError(
             f"`MODEL`: there is no folder {name!r}; give a model folder, or an id such as org/name."
         )
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a causal language model, read before any weight is."""
+    refuse_missing(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_longattn import devices
 from hf_longattn.cache.quantized import read_cache_dtype
+from hf_longattn.cli.measure import refuse_missing
 from hf_longattn.generation.offloading import OffloadPlan, PlanWithOffload, with_offload
 from hf_longattn.generation.planning import (
     Hardware,
@@ -95,12 +96,24 @@ def read_config(model: str) -> PreTrainedConfig:
         model: path or id.
 
     Raises:
-        OSError: there is no such model.
+        ValueError: there is no such folder or file.
+        OSError: there is no such model on the hub, or no config in the folder.
     """
-    local = Path(model).exists()
+    refuse_missing(model)
+    local = Path(model).expanduser().exists()
     if not local:
         Console(stderr=True).print(f"reading the config of {model} from the hub, or from its cache")
-    return AutoConfig.from_pretrained(model, local_files_only=local)
+    return AutoConfig.from_pretrained(Path(model).expanduser() if local else model, local_files_only=local)
+
+
+def _warn_of_positions(config: PreTrainedConfig, context: int) -> None:
+    """Says on stderr where a context is longer than what the model was made for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        Console(stderr=True).print(
+            f"note: the config names {limit:,} positions; more need a model that was trained on more, or a "
+            "scaled rotary embedding"
+        )
 
 
 def make_plan(request: Request) -> PlanWithOffload:
@@ -126,6 +139,7 @@ def make_plan(request: Request) -> PlanWithOffload:
         hardware=request.hardware(),
     )
     text = config.get_text_config(decoder=True)
+    _warn_of_positions(text, request.context)
     return with_offload(text, plan, ranks, request.batch, cache_dtype or dtype)
 
 
@@ -149,6 +163,7 @@ def make_training_plan(request: Request) -> TrainingPlan:
     # What cannot be prepared is not planned; the model has no memory, and nobody else has it.
     model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
+    _warn_of_positions(text, request.context)
     host = request.host_memory
     bytes_of_host = devices.host_memory(torch.device("cuda")) if host is None else int(host * _GIB)
     sizes = TrainingRequest(

@@ -172,6 +172,55 @@ def test_generate_refuses_in_one_line(folder):
         assert "`--prompt-file`" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+def test_generate_puts_a_question_behind_the_text(folder):
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "w90 {{ messages[0]['content'] }} w91"
+    arguments = ("generate", folder, "--new-tokens", 3, "--no-progress", "--offload-layers", 0)
+    plain = run(*arguments, input="w1 w2 w3 w4")
+    asked = run(*arguments, "--question", "w3 w4", input="w1 w2")
+    assert plain.exit_code == 0 and (asked.stdout, "4 tokens" in asked.stderr) == (plain.stdout, True)
+    refused = run(*arguments, "--chat", input="w1")
+    assert refused.exit_code == 2 and "`--chat`" in refused.stderr
+    tokenizer.save_pretrained(folder)
+    framed = run(*arguments, "--no-chat", input="w90 w1 w2 w3 w4 w91")
+    asked = run(*arguments, "--question", "w3 w4", input="w1 w2")
+    assert (asked.stdout, "6 tokens" in asked.stderr) == (framed.stdout, True)
+    assert "4 tokens" in run(*arguments, "--question", "w3 w4", "--no-chat", input="w1 w2").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--offload-layers", "all"], "`offload_layers` must be"),
+        (["--cache-dtype", "4"], "`cache_dtype` must be"),
+    ],
+)
+def test_generate_refuses_an_option_before_it_loads(folder, options, words):
+    result = run("generate", folder, "--no-progress", *options, input="w1")
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+    result = run("generate", folder / "gone", "--no-progress", input="w1")
+    assert result.exit_code == 2 and "there is no folder" in result.stderr, result.stderr
+
+
+def test_generate_says_in_one_line_that_memory_is_short(folder, monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("4 tokens do not fit.")
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "generate", short)
+    result = run("generate", folder, "--no-progress", input="w1")
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: memory ran out") and "4 tokens do not fit" in lines[0]
+
+
+def test_plan_says_what_the_model_was_made_for(folder):
+    limit = tf.AutoConfig.from_pretrained(folder).max_position_embeddings
+    assert f"{limit:,} positions" in run("plan", folder, "--context", limit + 1).stderr
+    assert "positions" not in run("plan", folder, "--context", limit).stderr
+    result = run("plan", folder / "gone", "--context", 8)
+    assert result.exit_code == 2 and "there is no folder" in result.stderr, result.stderr
+
+
 def test_generate_refuses_a_prompt_of_no_tokens(folder):
     Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
     result = run("generate", folder, "--no-progress", input="hello")

@@ -6,12 +6,14 @@ and backward. Who traces or intercepts calls needs that; a model that trains wai
 """
 
 from collections.abc import Callable
+from types import new_class
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+_BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
 
 
 def direct(
@@ -34,25 +36,29 @@ def direct(
         and where a gradient is wanted that was not registered, which it refuses.
     """
 
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = function(*inputs)
-            assert save is not None
-            save(ctx, inputs, output)
-            return output
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function(*inputs)
+        assert save is not None
+        save(ctx, inputs, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            assert gradients is not None
-            return gradients(ctx, *grads)
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        assert gradients is not None
+        return gradients(ctx, *grads)
+
+    # Profilers, `grad_fn` and the detection of anomalies show the name of the class.
+    name = getattr(operator, "_name", "direct")
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    differentiable: Any = new_class(
+        name, (torch.autograd.Function,), exec_body=lambda body: body.update(methods)
+    )
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched() or not all(map(_is_plain, inputs)):
             return operator(*inputs)
-        if not (torch.is_grad_enabled() and any(map(_wants_gradient, inputs))):
+        if not (_records_gradients() and any(map(_wants_gradient, inputs))):
             return function(*inputs)
-        return operator(*inputs) if gradients is None else Direct.apply(*inputs)
+        return operator(*inputs) if gradients is None else differentiable.apply(*inputs)
 
     return call
 
@@ -60,7 +66,15 @@ def direct(
 def _is_watched() -> bool:
     """Whether modes, transforms or a tracer are to see every operator."""
     modes = torch._C._len_torch_dispatch_stack()
-    return modes > 0 or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    if modes > 0 or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    # Modes that trace what comes before autograd lie on a stack of their own.
+    return torch._C._dispatch_tls_is_dispatch_key_included(_BEFORE_AUTOGRAD)
+
+
+def _records_gradients() -> bool:
+    """Whether autograd does; it never does in inference mode, where `enable_grad` may be asked for too."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _is_plain(value: Any) -> bool:

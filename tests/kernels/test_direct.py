@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longattn.kernels.direct import direct
@@ -69,7 +70,21 @@ def test_modes_transforms_and_tracing_see_the_operator():
         call(torch.ones(2), 2.0)
     torch.func.vmap(lambda x: call(x, 2.0))(torch.ones(2, 2))
     torch.jit.trace(lambda x: call(x, 2.0), torch.ones(2), check_trace=False)
-    assert ways == ["operator"] * 3
+    for before_autograd in (False, True):
+        make_fx(lambda x: call(x, 2.0), pre_dispatch=before_autograd)(torch.ones(2))
+    assert ways == ["operator"] * 5
+
+
+def test_nothing_is_recorded_in_inference_mode():
+    call, _ = _ways()
+    with torch.inference_mode(), torch.enable_grad():
+        assert not call(torch.nn.Parameter(torch.ones(2)), 2.0).requires_grad
+
+
+def test_the_graph_shows_the_name_of_the_operator():
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    output = api._scan(q, q, q, torch.ones(2), None, None, 1.0, api.FORWARD, True, False, "reference")[0]
+    assert output.grad_fn.name() == "lightning_scanBackward"
 
 
 def test_a_gradient_that_was_not_registered_is_left_to_the_operator_to_refuse():

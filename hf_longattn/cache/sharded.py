@@ -261,6 +261,22 @@ class ShardedCache(LongContextCache):
         super().reset()
         self.placement.truncate(0)
 
+    @classmethod
+    def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a file holds a whole cache.
+
+        Args:
+            args: unused.
+            kwargs: unused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`load`: a cache shared by several processes is not read from a file in this version; "
+            "`LongContextCache.load` reads one that every process then holds whole."
+        )
+
     def save(self, path: Any) -> NoReturn:
         """Refused: no rank holds the whole cache.
 

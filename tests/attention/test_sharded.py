@@ -6,9 +6,10 @@ import torch
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.sharded import sharded_attention
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.shares import ShardedLayer, shard_of
+from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer, shard_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
 from hf_longattn.masking import lazy_mask
 from hf_longattn.parallel.group import Pending
 
@@ -51,11 +52,18 @@ def rounds(ranks, attend):
     return [attend(rank) for rank in ranks]
 
 
-def attended(states, count, size, sinks):
+def make_layer(rank, size, capacity, kind):
+    placement = Placement(rank.rank, size)
+    if kind is None:
+        return ShardedLayer(rank, placement, capacity)
+    return ShardedQuantizedLayer(rank, placement, kind, capacity)
+
+
+def attended(states, count, size, sinks, kind=None):
     """Output of every run of `count` tokens, in order."""
     query, *both = states
     ranks, outputs = [Rank(rank, size) for rank in range(size)], []
-    layers = {rank: ShardedLayer(rank, Placement(rank.rank, size), query.shape[2] + 100) for rank in ranks}
+    layers = {rank: make_layer(rank, size, query.shape[2] + 100, kind) for rank in ranks}
     for start in range(0, query.shape[2], count):
         seen, found = slice(start, start + count), {}
         for rank, layer in layers.items():
@@ -87,5 +95,23 @@ def test_keys_of_all_ranks_are_seen_once(device, dtype, count, width, batch, siz
     want = blockwise_attention(*(x.double() for x in states), sinks=wide, impl="reference", **terms)[0]
     alone = blockwise_attention(*states, sinks=sinks, **terms)[0]
     got = attended(states, count, size, sinks)
+    error, bound = ((x.double() - want).abs().max() / want.abs().max() for x in (got, alone))
+    assert error <= 1.5 * (bound + torch.finfo(dtype).eps), (error, bound)
+
+
+@pytest.mark.parametrize(("device", "dtype", "count", "width"), DEVICES)
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("size", [2, 3], ids="P{}".format)
+def test_bytes_and_scales_of_all_ranks_are_seen_once(device, dtype, count, width, size, kind):
+    shapes = [(1, heads, 4 * count, width) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    query, *plain = (torch.randn(shape).to(device, dtype) for shape in shapes)
+    *eight, scales = quantized_states(*plain, kind)
+    factors = list(zip(eight, scales.split(1, -1), strict=True))
+    causal = KeyRange(causal=True)
+    wide = [dequantized_states(part, factor, torch.float64) for part, factor in factors]
+    want = blockwise_attention(query.double(), *wide, mask=causal, impl="reference")[0]
+    alone = [dequantized_states(part, factor, dtype) for part, factor in factors]
+    alone = blockwise_attention(query, *alone, mask=causal)[0]
+    got = attended([query, *plain], count, size, None, kind)
     error, bound = ((x.double() - want).abs().max() / want.abs().max() for x in (got, alone))
     assert error <= 1.5 * (bound + torch.finfo(dtype).eps), (error, bound)

@@ -20,6 +20,8 @@ from hf_longattn.kernels.key_range import KeyRange
 # Run as it is, this file tests the torch implementations; `test_interpreter_runs_the_kernels` runs it again
 # with TRITON_INTERPRET=1, and then the same cases go through the Triton kernels.
 IMPLS = ("triton",) if interpreting() else ("reference", "sdpa")
+# The interpreter takes its time for every head.
+HEADS = 2 if interpreting() else 4
 torch_only = pytest.mark.skipif(interpreting(), reason="does not depend on the implementation")
 
 
@@ -146,21 +148,24 @@ OPTIONS = {
     "holes": lambda: {"mask": KeyRange(causal=True, key_mask=torch.rand(2, 63) > 0.4)},
     "nothing": lambda: {"mask": KeyRange(upper=rows(0, 9))},
     "bool-bias": lambda: {"bias": torch.rand(2, 1, 63, 63) > 0.5},
-    "bias": lambda: {"mask": KeyRange(causal=True), "bias": torch.randn(2, 4, 63, 63)},
-    "bias-of-a-head": lambda: {"bias": torch.randn(1, 4, 63, 63)},
+    "bias": lambda: {"mask": KeyRange(causal=True), "bias": torch.randn(2, HEADS, 63, 63)},
+    "bias-of-a-head": lambda: {"bias": torch.randn(1, HEADS, 63, 63)},
     "bias-of-a-key": lambda: {"bias": torch.randn(2, 1, 1, 63)},
     "bias-with-inf": lambda: {
         "bias": torch.randn(1, 1, 63, 63).masked_fill(torch.rand(63, 63) > 0.8, -torch.inf)
     },
     "softcap": lambda: {"mask": KeyRange(causal=True), "softcap": 2.0},
-    "sinks": lambda: {"mask": KeyRange(causal=True), "sinks": torch.randn(4)},
-    "sinks-and-padding": lambda: {"mask": KeyRange(causal=True, lower=rows(5, 40)), "sinks": torch.randn(4)},
+    "sinks": lambda: {"mask": KeyRange(causal=True), "sinks": torch.randn(HEADS)},
+    "sinks-and-padding": lambda: {
+        "mask": KeyRange(causal=True, lower=rows(5, 40)),
+        "sinks": torch.randn(HEADS),
+    },
     "dropout": lambda: {"mask": KeyRange(causal=True), "dropout": (0.3, 1234)},
     "dropout-wide-seed": lambda: {"dropout": (0.1, 2**41 + 17)},
     "softcap-sinks-window-dropout": lambda: {
         "mask": KeyRange(causal=True, lower=positions() - 8),
         "softcap": 1.5,
-        "sinks": torch.randn(4),
+        "sinks": torch.randn(HEADS),
         "dropout": (0.2, 3),
     },
 }
@@ -172,9 +177,16 @@ def test_options(name, impl):
     options = OPTIONS[name]()
     if not supported(impl, options):
         pytest.skip("torch's kernels do not cover it")
-    check(make_inputs(), impl, **options)
+    inputs = make_inputs(H=HEADS, G=HEADS // 2)
+    check(inputs, impl, **options)
     if impl == "sdpa":
-        check(make_inputs(), impl, with_lse=False, **options)
+        check(inputs, impl, with_lse=False, **options)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["left-padding", "bias-of-a-key", "softcap-sinks-window-dropout"])
+def test_some_options_of_the_kernels(name):
+    check(make_inputs(H=HEADS, G=HEADS // 2), "triton", **OPTIONS[name]())
 
 
 SHAPES = {
@@ -637,15 +649,8 @@ def test_refuses_what_is_of_another_type():
 
 
 @torch_only
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        "test_options and (left-padding or bias-of-a-key or softcap-sinks)",
-        pytest.param("", marks=pytest.mark.slow),
-    ],
-    ids=["some", "all"],
-)
-def test_interpreter_runs_the_kernels(chosen):
+@pytest.mark.slow
+def test_interpreter_runs_the_kernels():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [
@@ -657,10 +662,8 @@ def test_interpreter_runs_the_kernels(chosen):
         "-p",
         "no:cacheprovider",
         "-m",
-        "not slow",
-        "-k",
-        chosen,
+        "not slow and not interpreted",
+        str(Path(__file__)),
     ]
-    command.append(str(Path(__file__)))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -8,8 +8,15 @@ from transformers import GenerationConfig
 import hf_longattn  # noqa: F401  registers the implementation
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
-@pytest.mark.parametrize("name", ["tree_attention", "paged|tree_attention"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "tree_attention"),
+        ("gemma2", "tree_attention"),
+        ("gpt-oss", "tree_attention"),
+        ("llama", "paged|tree_attention"),
+    ],
+)
 def test_requests_of_different_lengths_get_the_tokens_they_get_alone(family, name):
     prompts = [tiny.tokens(1, length, seed=length)[0].tolist() for length in (5, 23, 40)]
     plain = tiny.build(family)

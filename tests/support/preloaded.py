@@ -19,7 +19,7 @@ def run(script, *arguments, timeout=280):
     with tempfile.TemporaryDirectory() as folder:
         out, error = Path(folder, "out"), Path(folder, "error")
         out.touch(), error.touch()
-        code = _ask([str(script), *arguments], str(out), str(error), timeout)
+        code = _ask([str(script), *map(str, arguments)], str(out), str(error), timeout)
         printed = out.read_text()
         assert code == "0", f"exit code {code}\n{printed}{error.read_text()[-6000:]}"
     return printed

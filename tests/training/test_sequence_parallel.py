@@ -1,7 +1,5 @@
 """One sequence on several ranks in training: loss, gradients and refusals, each as of one process."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import preloaded
@@ -31,24 +29,15 @@ def test_every_topic(sizes, topics):
     preloaded.run(CASES, sizes, *topics)
 
 
-def trained(folder, kind, size):
-    """(losses by step, weights) of Trainer on `size` processes."""
-    script, out = Path(__file__).parent / "sequence_trainer.py", folder / f"{kind}.pt"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command = [sys.executable, *(launcher if size > 1 else []), str(script), str(out), kind]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr[-6000:]
-    return torch.load(out)
-
-
 @pytest.mark.slow
 def test_trainer_on_two_ranks_trains_as_on_one(tmp_path):
-    losses, weights = trained(tmp_path, "plain", 1)
+    preloaded.run(CASES.with_name("sequence_trainer.py"), tmp_path)
+    losses, weights = torch.load(tmp_path / "plain.pt")
     before = tiny.build("gemma2").state_dict()
     moved = torch.cat([(weights[name] - before[name]).flatten() for name in before])
     assert len(losses) == 4
     for kind in ("prepared", "configured"):
-        found, theirs = trained(tmp_path, kind, 2)
+        found, theirs = torch.load(tmp_path / f"{kind}.pt")
         assert found == pytest.approx(losses, rel=1e-5), kind
         apart = torch.cat([(theirs[name] - weights[name]).flatten() for name in before])
         # Adam divides by the roots of tiny second moments, which makes rounding grow.

@@ -1,9 +1,8 @@
 """The blocks of one prompt over several processes: the tokens of one."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -18,9 +17,7 @@ RUNS = [("2", ("few", "shares", "refusals")), ("3", ("more", "shares"))]
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "topics"), RUNS)
 def test_equals_one_process(sizes, topics):
-    command = [sys.executable, str(CASES), sizes, *topics]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+    preloaded.run(CASES, sizes, *topics)
 
 
 def test_every_key_lies_on_one_rank():

@@ -32,6 +32,7 @@ class Arguments:
     max_tokens: int | None
     new_tokens: int
     temperature: float
+    cache_dtype: str | None
     smoke: bool
 
 
@@ -46,6 +47,7 @@ def parse() -> Arguments:
     parser.add_argument("--max-tokens", type=int, help="cut the text to this many tokens")
     parser.add_argument("--new-tokens", type=int, default=128, help="length of the answer at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--cache-dtype", choices=("int8", "fp8"), help="keys and values in 8 bits")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and a prompt of 300 tokens")
     arguments = Arguments(**vars(parser.parse_args()))
     if not arguments.smoke and (arguments.model is None or arguments.prompt_file is None):
@@ -102,7 +104,9 @@ def main() -> None:
     accelerator = Accelerator(cpu=arguments.smoke and not torch.cuda.is_available())
     model, ids, streamer = load(arguments, accelerator.device)
     # The one line that shares the prompt: `generate` is called alike everywhere, and answers alike.
-    hf_longattn.prepare_generation(model, accelerator=accelerator, progress=not arguments.smoke)
+    hf_longattn.prepare_generation(
+        model, accelerator=accelerator, progress=not arguments.smoke, cache_dtype=arguments.cache_dtype
+    )
 
     ids = ids.to(accelerator.device)
     timed = Timed(streamer)

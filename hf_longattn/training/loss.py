@@ -352,8 +352,6 @@ def loss_forward(
         head = Head(model, trunk, original)
         with taking_loss(parallel, given) as call:
             output, states = head.run_trunk(arguments)
-        if num_items is not None and parallel is not None:
-            num_items = num_items * parallel.copies
         options, added = LossOptions(chunk_size, smoothing, ignore_index, call.share, count), 0.0
         if hasattr(model, "loss_terms"):
             # A Block Transformer does not score every label.

@@ -237,6 +237,26 @@ def _joined(output: Any, share: SequenceShare) -> Any:
     return output
 
 
+def partial_loss_forward(
+    original: Callable[..., Any], copies: int, is_active: Callable[[], bool]
+) -> Callable[..., Any]:
+    """What stands in for the forward of a model whose loss is counted once for each of its ranks.
+
+    Args:
+        original: computes the loss of the whole sequence on every rank.
+        copies: how often the loss is counted where `num_items_in_batch` divides it, see `SequenceParallel`.
+        is_active: whether the set-up still holds.
+    """
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if is_active() and kwargs.get("num_items_in_batch") is not None:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * copies
+        return original(*args, **kwargs)
+
+    return forward
+
+
 def whole_rotary_forward(module: nn.Module) -> Callable[..., Any]:
     """What stands in for the forward of a rotary embedding whose frequencies depend on the length.
 

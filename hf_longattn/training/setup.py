@@ -25,6 +25,7 @@ from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime
 from hf_longattn.training.loss import loss_forward
 from hf_longattn.training.offload import Offloader, working_bytes
+from hf_longattn.training.sequence import partial_loss_forward
 from hf_longattn.training.several import make_parallel, share_sequences
 
 logger = logging.getLogger("hf_longattn")
@@ -158,6 +159,8 @@ def prepare_training(
         # whatever else a model does with hidden states, it does with those of all tokens.
         sharing = parallel if inner._modules[trunk] is decoder else None
         changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers, sharing))
+    if parallel is not None and parallel.copies > 1:
+        changes.set_forward(inner, partial_loss_forward(inner.forward, parallel.copies, runtime.is_active))
     instance.setups(inner)["training"] = changes
     return model
 

@@ -1,8 +1,8 @@
 """Trains under Trainer, plain on one rank and prepared on two. Run as `sequence_trainer.py FOLDER`.
 
-What is logged and learnt is saved as FOLDER/plain.pt, prepared.pt and configured.pt.
+What is logged and learnt is saved as FOLDER/plain.pt, prepared.pt, configured.pt and whole-logits.pt.
 
-"configured" has accelerate's `ParallelismConfig`, which takes no CPU: its check is left out, the rest runs.
+The last two have accelerate's `ParallelismConfig`, which takes no CPU: its check is left out, the rest runs.
 """
 
 import os
@@ -27,7 +27,7 @@ def train(rank, size, folder, kind):
     options = {"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "eval_strategy": "steps"}
     options |= {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
-    if kind == "configured":
+    if kind in ("configured", "whole-logits"):
         ParallelismConfig._validate_accelerator = lambda *args: None
         options["parallelism_config"] = ParallelismConfig(cp_size=int(os.environ["WORLD_SIZE"]))
     model, losses = tiny.build("gemma2"), Losses()
@@ -36,14 +36,13 @@ def train(rank, size, folder, kind):
     trainer = Trainer(model, arguments, callbacks=[losses], **rows)
     assert trainer.accelerator.num_processes == size
     if kind != "plain":
-        hf_longattn.prepare_training(
-            model, accelerator=trainer.accelerator, block_size=16, loss_chunk_size=20
-        )
+        loss = {"loss": "model"} if kind == "whole-logits" else {"loss_chunk_size": 20}
+        hf_longattn.prepare_training(model, accelerator=trainer.accelerator, block_size=16, **loss)
     trainer.train()
     if arguments.process_index == 0:
         torch.save((losses.values, model.state_dict()), Path(folder, f"{kind}.pt"))
 
 
 if __name__ == "__main__":
-    for kind, size in (("plain", 1), ("prepared", 2), ("configured", 2)):
+    for kind, size in (("plain", 1), ("prepared", 2), ("configured", 2), ("whole-logits", 2)):
         ranks.run(train, size, sys.argv[1], kind)

@@ -36,7 +36,7 @@ def test_trainer_on_two_ranks_trains_as_on_one(tmp_path):
     before = tiny.build("gemma2").state_dict()
     moved = torch.cat([(weights[name] - before[name]).flatten() for name in before])
     assert len(losses) == 4
-    for kind in ("prepared", "configured"):
+    for kind in ("prepared", "configured", "whole-logits"):
         found, theirs = torch.load(tmp_path / f"{kind}.pt")
         assert found == pytest.approx(losses, rel=1e-5), kind
         apart = torch.cat([(theirs[name] - weights[name]).flatten() for name in before])

@@ -10,6 +10,9 @@ from hf_longattn.cache.head_sizes import field_of
 _TOKENS, _WIDTH, _INNER = 16384, 2048, 8192
 _MOST = 4 * _TOKENS
 _FEWEST = 256
+# What layers with states take of that measure in 16 bits: softmax layers hold keys and values of the whole
+# sequence beside a block, with fp32 sums, and what is left free for those is there for larger blocks.
+_STATE_SHARE = 2
 # Blocks begin where vector loads do.
 _STEP = 128
 
@@ -41,19 +44,21 @@ def token_numbers(width: int, inner: int) -> int:
     return (15 * width + 10 * inner) // 2
 
 
-def block_tokens(device: torch.device, rows: int, numbers: int) -> int:
+def block_tokens(device: torch.device, rows: int, numbers: int, dtype: torch.dtype | None = None) -> int:
     """Most tokens of each row in a block, where nobody asks for a number.
 
     Args:
         device: of the hidden states.
         rows: of the batch.
         numbers: that one token takes, `token_numbers`.
+        dtype: of the hidden states of a layer that hands on states; None for one that keeps keys and values.
     """
     if device.type == "cpu":
         return max(1024 // max(rows, 1), _FEWEST)
     # Large enough that products run at full rate and launches are few, small enough that a block is little
     # beside the sequence: narrow models take more tokens in the same bytes.
-    tokens = _TOKENS * token_numbers(_WIDTH, _INNER) // max(numbers, 1)
+    share = _STATE_SHARE if dtype is not None and dtype.itemsize <= 2 else 1
+    tokens = share * _TOKENS * token_numbers(_WIDTH, _INNER) // max(numbers, 1)
     return max(min(max(tokens, _TOKENS), _MOST) // max(rows, 1), _FEWEST)
 
 

@@ -64,7 +64,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         if arguments.get("use_cache"):
             arguments["use_cache"] = False
         share = runtime.block_rows.share_of(arguments)
-        rows = runtime.rows(hidden, share)
+        rows = runtime.rows(hidden, share, has_state)
         if has_state:
             attention = _states(runtime, arguments, rows, hidden, share, cache_name)
         else:

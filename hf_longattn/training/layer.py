@@ -63,12 +63,21 @@ class Runtime:
         """Whether the set-up that made it still holds."""
         return self.active
 
-    def rows(self, hidden: Tensor, share: SequenceShare | None = None) -> list[slice]:
-        """The blocks of (B, T, D) hidden states, none of them across the two slices of a share."""
+    def rows(
+        self, hidden: Tensor, share: SequenceShare | None = None, has_state: bool = False
+    ) -> list[slice]:
+        """The blocks of (B, T, D) hidden states, none of them across the two slices of a share.
+
+        Args:
+            hidden: of one call.
+            share: what this rank computes of a sequence over several.
+            has_state: whether the layer hands states from block to block, and keeps no keys.
+        """
         piece = hidden.shape[1] if share is None else share.slices.piece
         size = self.block_size
         if size is None:
-            size = even_size(piece, block_tokens(hidden.device, hidden.shape[0], self.numbers))
+            dtype = hidden.dtype if has_state else None
+            size = even_size(piece, block_tokens(hidden.device, hidden.shape[0], self.numbers, dtype))
         first = split_rows(piece, size)
         if share is None:
             return first

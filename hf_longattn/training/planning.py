@@ -31,7 +31,9 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
                   embeddings where they are one
 
 A block is 16,384 tokens, or up to 65,536 of a narrow model whose activations then take no more bytes than
-those of 16,384 tokens where D = 2048 and F = 8192. Its graph is that of layers whose norms and gates run as
+those of 16,384 tokens where D = 2048 and F = 8192; of a lightning layer in 16 bits, which holds no keys and
+values, those of 32,768 such tokens. Of a model with both kinds the layer that takes more counts. The graph of
+a block is that of layers whose norms and gates run as
 single kernels: of D the outputs of both norms, queries, the output of attention, the sum with the residual,
 the layer's output, and half as much of keys and values; of F gate, up and their product. In plain torch a
 norm keeps three D more, and a gate one F, which is counted where a token goes through experts, for they run
@@ -49,6 +51,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.training.attention import MOST_KEYS
 from hf_longattn.training.blocks import block_tokens, feed_forward_width, token_numbers
 from hf_longattn.training.groups import pick_every, waiting
@@ -279,25 +282,40 @@ class _Step:
         return 2 * self.heads[2] * self.request.dtype.itemsize + 6 * 8
 
     @property
-    def _states(self) -> int:
+    def _kinds(self) -> list[bool]:
+        """Whether layers hand states on: both answers where the model has layers of both kinds."""
+        number = len(lightning_layers(self.config))
+        return [
+            has_state
+            for has_state, among in ((True, number), (False, self.config.num_hidden_layers - number))
+            if among
+        ]
+
+    def _keys(self, has_state: bool) -> int:
         """Numbers in the keys and values of one token of this rank's, with those that other ranks add."""
+        if has_state:
+            return 0
         _, groups, key_width, value_width = self.heads
         # Those of all ranks, and once more while they are put in order.
         copies = 2 * self.request.ranks if self.request.ranks > 1 else 1
         return copies * groups * (key_width + value_width)
 
-    def _rows(self, tokens: int) -> tuple[int, int]:
+    def _rows(self, tokens: int, has_state: bool) -> tuple[int, int]:
         """(tokens of a block, width of its feed-forward layer)."""
         config, request = self.config, self.request
         inner = feed_forward_width(config)
         numbers = token_numbers(config.hidden_size, inner)
-        rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size, numbers)
+        dtype = request.dtype if has_state else None
+        rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size, numbers, dtype)
         return min(rows * request.batch_size, tokens), inner
 
     def _forward(self, tokens: int, offloads: bool) -> int:
+        return max(self._forward_of(tokens, offloads, has_state) for has_state in self._kinds)
+
+    def _forward_of(self, tokens: int, offloads: bool, has_state: bool) -> int:
         item = self.request.dtype.itemsize
-        rows, inner = self._rows(tokens)
-        whole = (2 if offloads else 1) * self._hidden + self._states * item + self._tables
+        rows, inner = self._rows(tokens, has_state)
+        whole = (2 if offloads else 1) * self._hidden + self._keys(has_state) * item + self._tables
         return tokens * whole + rows * (2 * self.config.hidden_size + 3 * inner) * item
 
     def _forward_again(self, tokens: int, offloads: bool) -> int:
@@ -316,11 +334,15 @@ class _Step:
         return tokens * whole + max(plain, fused) + sums
 
     def _backward(self, tokens: int) -> int:
+        return max(self._backward_of(tokens, has_state) for has_state in self._kinds)
+
+    def _backward_of(self, tokens: int, has_state: bool) -> int:
         item = self.request.dtype.itemsize
         heads, _, key_width, value_width = self.heads
-        rows, inner = self._rows(tokens)
-        whole = self._hidden + self._states * (item + 4) + self._tables
+        rows, inner = self._rows(tokens, has_state)
+        whole = self._hidden + self._keys(has_state) * (item + 4) + self._tables
         keys = min(tokens * self.request.ranks, MOST_KEYS) * heads * (key_width + value_width)
+        keys = 0 if has_state else keys
         has_experts = getattr(self.config, "num_experts_per_tok", None)
         block = int(rows * 7.5 * self.config.hidden_size) + max(
             rows * (6 if has_experts else 5) * inner, keys

@@ -49,16 +49,26 @@ def peak(step):
     return top
 
 
-@pytest.mark.parametrize("save_attention", [True, False])
-def test_a_token_takes_what_is_planned(monkeypatch, save_attention):
+@pytest.mark.parametrize(
+    ("kind", "save_attention", "block_size"),
+    [
+        ("blockwise_attention", True, 256),
+        ("blockwise_attention", False, 256),
+        # Blocks long enough for their states, which the plan leaves out, to be little.
+        pytest.param("lightning_attention", False, 1024, marks=pytest.mark.slow),
+    ],
+    ids=["saved", "again", "lightning"],
+)
+def test_a_token_takes_what_is_planned(monkeypatch, kind, save_attention, block_size):
     # Memory that comes as zeros from the system is not in the profile.
     monkeypatch.setattr(torch, "zeros_like", lambda like, **kwargs: torch.empty_like(like, **kwargs).zero_())
     # What one call of the kernel takes for its keys is bounded: here below the lengths of the test.
     for module in (attention, planning):
         monkeypatch.setattr(module, "MOST_KEYS", 256)
-    config = tf.LlamaConfig(**SMALL)
+    config = tf.LlamaConfig(**SMALL, attn_implementation=kind)
     model = tf.AutoModelForCausalLM.from_config(config).train()
-    sizes = {"block_size": 256, "loss_chunk_size": 128, "save_attention": save_attention, "offload": False}
+    sizes = {"block_size": block_size, "save_attention": save_attention}
+    sizes |= {"loss_chunk_size": 128, "offload": False}
     hf_longattn.prepare_training(model, **sizes)
 
     def step(length):
@@ -86,6 +96,21 @@ def test_the_law_of_a_layer_is_that_of_the_specification():
         layers = SHAPES[shape].num_hidden_layers
         rest = plans[0].backward - slope * (1 << 19)
         assert rest == block + 2 * plans[0].gradients // layers
+
+
+def test_lightning_layers_hold_no_keys_and_take_larger_blocks():
+    tokens, fields = 1 << 20, {"offload": True, "lora": 16, "keep_every": 1}
+    softmax = plan_of(SHAPES["1B"], tokens, **fields)
+    config = tf.LlamaConfig(**{**SHAPES["1B"].to_dict(), "attn_implementation": "lightning_attention"})
+    config.lightning_layers = list(range(16))
+    lightning = plan_of(config, tokens, **fields)
+    keys, block = tokens * 2 * 8 * 64, 16384 * (15 * 2048 + 10 * 8192) // 2
+    assert softmax.backward - lightning.backward == keys * (2 + 4) - block * 2
+    config.lightning_layers = [1]
+    assert plan_of(config, tokens, **fields).backward == softmax.backward
+    # Keys of a short sequence take less than the larger block.
+    short = [plan_of(c, 1 << 15, **fields).backward for c in (SHAPES["1B"], config)]
+    assert short[0] < short[1]
 
 
 def test_weights_gradients_and_optimizer():

@@ -236,11 +236,21 @@ class Curve(TrainerCallback):
         """Held-out losses by tokens."""
         return {row["tokens"]: row["eval_loss"] for row in self.rows if "eval_loss" in row}
 
+    def _tokens_at(self, step: int) -> int:
+        return self.first_tokens + step * self.step_tokens
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forgets what was logged behind the checkpoint."""
+        """Forgets what was logged behind the checkpoint; refuses one whose steps had other sizes."""
         found = [row for row in read_curve(self.path) if row["step"] <= state.global_step]
         # The file may change under whoever reads it later.
         self.rows = broadcast_object_list([found if state.global_step else []])[0]
+        for row in self.rows:
+            if row["tokens"] != (tokens := self._tokens_at(row["step"])):
+                # Its checkpoint counts steps: what is left would be counted, and skipped, in others.
+                raise SystemExit(
+                    f"--resume: step {row['step']} was at {row['tokens']:,} tokens and would now be at "
+                    f"{tokens:,}; start as many processes as before, with the same batches and --length"
+                )
         self.start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         if state.is_world_process_zero:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -251,7 +261,7 @@ class Curve(TrainerCallback):
         """Adds a line."""
         if not logs or not ("loss" in logs or "eval_loss" in logs):
             return
-        row = {"step": state.global_step, "tokens": self.first_tokens + state.global_step * self.step_tokens}
+        row = {"step": state.global_step, "tokens": self._tokens_at(state.global_step)}
         names = ("loss", "eval_loss", "learning_rate", "grad_norm")
         row |= {name: float(logs[name]) for name in names if name in logs}
         row["seconds"] = round(time.perf_counter() - self.start, 3)

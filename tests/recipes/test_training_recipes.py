@@ -289,6 +289,9 @@ def test_a_curve_goes_on_where_the_checkpoint_was(tmp_path):
     state.is_world_process_zero, state.global_step = False, 2
     second.on_log(None, state, None, {"eval_loss": 1.0})
     assert second.points()[25] == 1.0 and len(_common.read_curve(path)) == 2
+    # Twice as many processes: the checkpoint's one step would count as two, and rows be left out.
+    with pytest.raises(SystemExit, match="step 1 was at 15 tokens and would now be at 25; .* processes"):
+        _common.Curve(path, 20, 5).on_train_begin(None, state, None)
 
 
 def test_operations_a_token_of_a_llama_are_six_a_weight():

@@ -12,6 +12,8 @@ from hf_longattn.kernels.dispatch import interpreting
 TESTS = Path(__file__).parents[1]
 
 
+# Many tests in one, of a minute: on a machine that does other work as well they may take ten.
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreting(), reason="is that process")
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels_under_the_interpreter(chosen):

@@ -356,7 +356,8 @@ def loss_forward(
         if hasattr(model, "loss_terms"):
             # A Block Transformer does not score every label.
             options.count = None
-            shifted, num_items, added = cast(Any, model).loss_terms(states, shifted, num_items)
+            terms = cast(Any, model).loss_terms(states, shifted, num_items, ignore_index)
+            shifted, num_items, added = terms
         output.loss = chunked_loss(head, states.last_hidden_state, shifted, num_items, options) + added
         is_dict = model.config.return_dict if returns_dict is None else returns_dict
         return output if is_dict else output.to_tuple()

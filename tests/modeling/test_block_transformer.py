@@ -526,6 +526,31 @@ def test_the_batches_of_a_step_add_up_to_its_loss():
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
+@pytest.mark.parametrize("loss", ["chunked", "model", None])
+def test_unequal_documents_add_up_where_first_blocks_have_no_labels(loss):
+    import hf_longattn
+
+    model, ids, lengths = make().train(), tokens(3, 24), torch.tensor([24, 10, 3])
+    if loss is not None:
+        hf_longattn.prepare_training(model, loss=loss, loss_chunk_size=5)
+    mask = (torch.arange(24) < lengths[:, None]).long()
+    # The first block of 4; the third row has no label at all.
+    labels = ids.masked_fill(mask == 0, 60).index_fill(1, torch.arange(4), 60)
+    count, parameters = (labels[:, 1:] != 60).sum(), list(model.parameters())
+
+    def gradient(*rows):
+        batches = ((part[row] for part in (ids, mask, labels)) for row in rows)
+        losses = [
+            model(part, attention_mask=own, labels=wanted, ignore_index=60, num_items_in_batch=count).loss
+            for part, own, wanted in batches
+        ]
+        total = torch.stack(losses).sum()
+        return torch.cat([total[None], *(part.flatten() for part in torch.autograd.grad(total, parameters))])
+
+    whole, parts = gradient(slice(3)), gradient(*(slice(row, row + 1) for row in range(3)))
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
 @pytest.mark.parametrize("variant", ["prefix", "llama-gqa", "roberta"])
 @pytest.mark.parametrize("loss", ["chunked", "model"])
 def test_prepared_layers_train_as_they_are(loss, variant):

@@ -286,19 +286,23 @@ def loss_terms(
     outputs: BlockTransformerModelOutput,
     shifted: torch.Tensor,
     num_items: torch.Tensor | int | None,
+    ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """What the loss of a batch is made of.
 
         loss = share (mean cross-entropy of the scored tokens + weight x auxiliary loss)
 
     Whoever counts the labels of a step (Trainer) counts those of first blocks, which nothing predicts, so
-    that their number is only good for telling which share of the step this batch is.
+    that their number is only good for telling which share of the step this batch is. Where the labels of
+    first blocks are ignored anyway, the shares are those of the scored tokens, and the losses of a step add
+    up to the mean over all of these; else only batches in which the same part is scored do.
 
     Args:
         config: of the model.
         outputs: of the model, for the whole batch.
         shifted: (B, T), the label of the token that follows each.
         num_items: labels of the step that this batch is a part of; None: the batch is all of it.
+        ignore_index: the label of tokens that are not to be scored.
 
     Returns:
         the labels (B, T) that are scored, what their summed cross-entropy is divided by, and what is added to
@@ -306,11 +310,11 @@ def loss_terms(
     """
     mask = outputs.label_mask
     assert mask is not None
-    scored = shifted.masked_fill(mask[:, 1:] == 0, -100).contiguous()
+    scored = shifted.masked_fill(mask[:, 1:] == 0, ignore_index).contiguous()
     # A batch of documents shorter than a block scores nothing: a loss of 0, not 0 / 0.
-    count, share = (scored != -100).sum().clamp(min=1), torch.ones((), device=scored.device)
+    count, share = (scored != ignore_index).sum().clamp(min=1), torch.ones((), device=scored.device)
     if num_items is not None:
-        share = (shifted != -100).sum() / torch.as_tensor(num_items, device=scored.device)
+        share = (shifted != ignore_index).sum() / torch.as_tensor(num_items, device=scored.device)
     kind, contexts = config.block_decoding_loss, outputs.context_embeds
     if kind is None or contexts is None:
         return scored, count / share, 0.0

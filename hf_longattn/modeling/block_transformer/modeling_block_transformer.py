@@ -421,7 +421,7 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
             logits_to_keep: how many of the last rows to compute (0: all), or the indices of the rows.
             block_offset: (B,), pads that stand in the first block before the first token.
             **kwargs: `num_items_in_batch`, the labels of a step of which this batch is a part (`loss_terms`),
-                and `shift_labels`.
+                `shift_labels` and `ignore_index`.
 
         Returns:
             loss, logits (B, T or `logits_to_keep`, V), zeros where no block stands before, and the cache.
@@ -452,15 +452,16 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, outputs: BlockTransformerModelOutput, kwargs: dict
     ) -> torch.Tensor:
-        shifted = kwargs.get("shift_labels")
+        shifted, ignored = kwargs.get("shift_labels"), kwargs.get("ignore_index", -100)
         if shifted is None:
-            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        scored, divisor, added = self.loss_terms(outputs, shifted, kwargs.get("num_items_in_batch"))
+            shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+        scored, divisor, added = self.loss_terms(outputs, shifted, kwargs.get("num_items_in_batch"), ignored)
         loss = self.loss_function(
             logits=logits,
             labels=labels,
             vocab_size=self.config.vocab_size,
             num_items_in_batch=divisor,
+            ignore_index=ignored,
             shift_labels=scored,
         )
         return loss + added
@@ -470,9 +471,10 @@ class BlockTransformerForCausalLM(BlockTransformerPreTrainedModel, BlockGenerati
         outputs: BlockTransformerModelOutput,
         shifted: torch.Tensor,
         num_items: torch.Tensor | int | None,
+        ignore_index: int = -100,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
         """What the loss of a batch is made of, see `blocks.loss_terms`."""
-        return loss_terms(self.config, outputs, shifted, num_items)
+        return loss_terms(self.config, outputs, shifted, num_items, ignore_index)
 
 
 __all__ = [

@@ -9,8 +9,9 @@ import torch
 # Imports and collection make millions of objects that stay: the collector never walks over them.
 gc.disable()
 
-# For the processes that tests start, as in the Makefile: ranks are forked from one that has one thread.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As in the Makefile, also for the processes that tests start: ranks are forked from one that has one thread, and
+# sums are taken in one order.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # `with torch.device(...)` looks the functions that make tensors up once: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)

@@ -9,8 +9,8 @@ import torch
 # Imports and collection make millions of objects that stay: the collector never walks over them.
 gc.disable()
 
-# As in the Makefile, also for the processes that tests start: ranks are forked from one that has one thread, and
-# sums are taken in one order.
+# As in the Makefile, also for the processes that tests start: ranks are forked from one that has one thread,
+# and sums are taken in one order.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # `with torch.device(...)` looks the functions that make tensors up once: before they are replaced below.
 with torch.device("cpu"):

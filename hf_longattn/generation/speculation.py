@@ -42,13 +42,22 @@ def read_before_guessing(
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        with _recording_as_before(kwargs.get("past_key_values")):
-            return original_generate(*args, **kwargs)
+        given, config = kwargs.get("past_key_values"), kwargs.get("generation_config")
+        with _recording_as_before(given):
+            output = original_generate(*args, **kwargs)
+        # The cache of an assistant goes on to its next call, which takes guesses back.
+        if given is None and not getattr(config, "is_assistant", False):
+            for layer in _recording_layers(getattr(output, "past_key_values", None)):
+                layer.record_past = False
+        return output
 
     def get_candidate_generator(
         generation_config: Any, input_ids: Tensor, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         found = original_generator(generation_config, input_ids, *args, model_kwargs=model_kwargs, **kwargs)
+        if input_ids.shape[0] > 1:
+            # The loop refuses it next, and the cache stays as it is.
+            return found
         cache: Any = model_kwargs["past_key_values"]
         held, mask = int(cache.get_seq_length()), model_kwargs.get("attention_mask")
         # Some generators learn from the outputs of the first forward, which are those of the whole prompt.

@@ -77,6 +77,24 @@ def test_windows_stay_windows(cache_dtype):
         assert (window.scales.start, window.scales.end) == (window.start, window.end)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_that_a_call_returns_records_no_more(kind):
+    model = hf_longattn.prepare_generation(build("gemma3"), prefill_chunk_size=64)
+    options = KINDS[kind] or {"assistant_model": hf_longattn.prepare_generation(build("gemma3"))}
+    output = generate(model, return_dict_in_generate=True, **options)
+    cache, ids = output.past_key_values, torch.cat([output.sequences, tiny.tokens(1, 300)], 1)
+    assert generate(model, ids, cache).equal(generate(build("gemma3"), ids))
+    assert cache.layers[0].capacity <= 2 * (7 + 64) + 64
+
+
+def test_a_batch_is_refused_before_the_cache_is_filled():
+    model = hf_longattn.prepare_generation(build("llama"))
+    cache = LongContextCache(model.config)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        generate(model, IDS.repeat(2, 1), cache, prompt_lookup_num_tokens=3)
+    assert cache.get_seq_length() == 0
+
+
 def test_what_the_caller_records_stays_recorded():
     model = hf_longattn.prepare_generation(build("gemma3"))
     cache = LongContextCache(model.config)

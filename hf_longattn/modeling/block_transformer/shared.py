@@ -107,7 +107,7 @@ class SharedBlockCache(BlockTransformerCache):
     """A `BlockTransformerCache` of which every rank holds its share of the keys and values.
 
     Every rank must do the same to its part, in the same order: it is what `generate` does when every process
-    calls it alike.
+    calls it alike. Of attention implementations, `tree_attention` alone reads it; others fail on its length.
 
     Args:
         config: a `BlockTransformerConfig`.

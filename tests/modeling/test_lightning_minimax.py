@@ -70,6 +70,17 @@ def test_logits_equal_the_original(order, length):
     assert tiny.relative_error(logits(prepared(order), ids, use_cache=True), expected) <= BOUND
 
 
+def test_a_model_in_fp64_equals_the_original():
+    ids, models = tiny.tokens(2, 20), [build().double(), prepared().double()]
+    for model in models:
+        # The grouped products of torch know no fp64.
+        model.set_experts_implementation("eager")
+    expected = logits(models[0], ids, use_cache=False)
+    assert tiny.relative_error(logits(models[1], ids, use_cache=False), expected) <= BOUND
+    assert tiny.relative_error(logits(models[1], ids, use_cache=True), expected) <= BOUND
+    assert generate(models[1], ids) == generate(models[0], ids, use_cache=False)
+
+
 def test_norm_and_gate_are_one_launch_unless_somebody_could_tell(monkeypatch):
     calls = []
 

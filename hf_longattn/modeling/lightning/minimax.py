@@ -233,7 +233,7 @@ def _forward(
     states = layer.act_fn(layer.qkv_proj(hidden_states))
     states = states.unflatten(-1, (layer.num_attention_heads, 3 * layer.head_dim)).transpose(1, 2)
     query, key, value = states.split(layer.head_dim, dim=-1)
-    slopes = slopes.to(hidden_states.device)
+    slopes = slopes.to(hidden_states.device, torch.promote_types(hidden_states.dtype, slopes.dtype))
     shape = hidden_states.shape[:2]
 
     def rows() -> TokenRows:
@@ -270,7 +270,7 @@ def _scan_beside(
 ) -> Tensor:
     """The scan with the state in transformers' own cache, kept in fp32 there."""
     held = None if cache is None else cache.get_linear_cache(layer_idx)
-    state = held.float() if isinstance(held, Tensor) else None
+    state = held.to(slopes.dtype) if isinstance(held, Tensor) else None
     output, state = scan_rows(query, key, value, slopes, 1.0, rows, state, stateful=cache is not None)
     if cache is not None:
         cache.set_linear_cache(layer_idx, state)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
-from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity
+from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity, tokens_to_drop
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
 from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers, recurrent_layers
 from hf_longattn.cache.shared_prefix import share_layers
@@ -90,6 +90,22 @@ class LongContextCache(Cache):
         if batch_size != 1:
             twin.batch_repeat_interleave(batch_size)
         return twin
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens: in every layer or, where one of them cannot, in none.
+
+        Args:
+            tokens_to_remove: a negative number of tokens to drop, or a positive length to keep.
+
+        Raises:
+            RuntimeError: a layer has not recorded them.
+        """
+        drop = tokens_to_drop(self, tokens_to_remove)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            # Layers of transformers have none.
+            getattr(layer, "check_drop", id)(drop)
+        super().crop(-drop)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the cache to one safetensors file, without the spare room.

@@ -45,6 +45,19 @@ def rounded_capacity(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def tokens_to_drop(held: Any, tokens_to_remove: int) -> int:
+    """How many of the last tokens `crop` forgets.
+
+    Args:
+        held: a cache or a layer of one.
+        tokens_to_remove: a negative number of tokens to drop, or a positive length to keep.
+    """
+    # Assisted decoding counts with tensors.
+    tokens_to_remove, length = int(tokens_to_remove), int(held.get_seq_length())
+    drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+    return min(drop, length)
+
+
 class Clock:
     """Where a group of layers writes next, kept on the device, so that a CUDA graph needs no host.
 
@@ -241,11 +254,12 @@ class PreallocatedLayer(CacheLayerMixin):
             tokens_to_remove: a negative number of tokens to drop. A positive number, which transformers
                 deprecates, is the length to keep.
         """
-        # Assisted decoding counts with tensors.
-        tokens_to_remove = int(tokens_to_remove)
-        length = self.get_seq_length()
-        drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
-        self._drop(min(drop, length))
+        drop = tokens_to_drop(self, tokens_to_remove)
+        self.check_drop(drop)
+        self._drop(drop)
+
+    def check_drop(self, count: int) -> None:
+        """Refuses to forget the last `count` tokens where that cannot be; changes nothing."""
 
     def _drop(self, count: int) -> None:
         self.end -= count
@@ -381,16 +395,18 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
         """The window."""
         return self.sliding_window
 
-    def _drop(self, count: int) -> None:
-        left = self.cumulative_length - count
-        needed = min(left, self.sliding_window - 1)
+    def check_drop(self, count: int) -> None:
+        """Refuses to forget more tokens than there are kept before the window."""
+        needed = min(self.cumulative_length - count, self.sliding_window - 1)
         if self.end - count - self.start < needed:
             raise RuntimeError(
                 f"`crop` would remove {count} tokens, more than this sliding-window layer can restore; call "
                 "`activate_past_recording` before the tokens are added."
             )
+
+    def _drop(self, count: int) -> None:
         self.end -= count
-        self.cumulative_length = left
+        self.cumulative_length -= count
         if self.record_past:
             # What was recorded has served.
             self.start = max(self.start, self.end - self._past - _UNDO)

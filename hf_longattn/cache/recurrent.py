@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hf_longattn.cache.preallocated import Clock, grown_capacity
+from hf_longattn.cache.preallocated import Clock, grown_capacity, tokens_to_drop
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import warn_slow
 from hf_longattn.kernels.lightning_attention import lightning_attention_step
@@ -257,26 +257,34 @@ class RecurrentLayer(CacheLayerMixin):
         Raises:
             RuntimeError: the tokens were not recorded.
         """
-        tokens_to_remove = int(tokens_to_remove)
-        drop = max(self.length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
-        if drop >= self.length:
+        drop = tokens_to_drop(self, tokens_to_remove)
+        self.check_drop(drop)
+        if drop == self.length:
             self.reset()
             return
         if drop > 0:
             self._roll_back(drop)
         self._recording = None
 
-    def _roll_back(self, drop: int) -> None:
-        recorded = 0 if self._recording is None else len(self._recording)
-        if self._recording is None or drop > recorded:
+    @property
+    def recorded(self) -> int:
+        """How many of the last tokens can be undone, short of all."""
+        return 0 if self._recording is None else len(self._recording)
+
+    def check_drop(self, count: int) -> None:
+        """Refuses to forget tokens that were not recorded."""
+        if self.recorded < count < self.length:
             raise RuntimeError(
-                f"`crop` would remove {drop} tokens, but this lightning-attention layer has recorded the "
-                f"last {recorded}; call `activate_past_recording` before the tokens are added, or keep a "
-                "copy of the cache."
+                f"`crop` would remove {count} tokens, but this lightning-attention layer has recorded the "
+                f"last {self.recorded}; call `activate_past_recording` before the tokens are added, or keep "
+                "a copy of the cache."
             )
+
+    def _roll_back(self, drop: int) -> None:
+        assert self._recording is not None
         keys, values, masks = zip(*self._recording.tokens, strict=True)
         keys, values = torch.cat(keys, 2), torch.cat(values, 2)
-        state, kept = self._recording.state, recorded - drop
+        state, kept = self._recording.state, len(self._recording) - drop
         if kept:
             exists = None
             if any(mask is not None for mask in masks):

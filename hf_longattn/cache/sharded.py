@@ -67,7 +67,7 @@ class RecordedRun:
 
 
 class ShardedRecurrentLayer(RecurrentLayer):
-    """The state of one lightning layer, the same on every rank.
+    """The state of one lightning layer, the same on every rank. Of recorded runs, `crop` can undo the last.
 
     Args:
         group: the `SequenceGroup`.
@@ -117,6 +117,8 @@ class ShardedRecurrentLayer(RecurrentLayer):
             before = None if self.recurrent_state is None else self.recurrent_state.clone()
             self._recorded_run = RecordedRun(before, key, value, self.run.exists, self.run.slices)
             self._recording = Recording(state.clone(), [])
+        else:
+            self._recording = self._recorded_run = None
         self._take(state, torch.is_grad_enabled())
 
     def _record(self, key: Tensor, value: Tensor, exists: Tensor | None) -> None:
@@ -125,6 +127,12 @@ class ShardedRecurrentLayer(RecurrentLayer):
         if recorded is None or (run and recorded.tokens and run.slices.count + len(recorded) > MAX_RECORDED):
             self._recorded_run = None
         super()._record(key, value, exists)
+
+    @property
+    def recorded(self) -> int:
+        """How many of the last tokens can be undone, short of all."""
+        run = self._recorded_run
+        return super().recorded + (0 if self._recording is None or run is None else run.slices.count)
 
     def _roll_back(self, drop: int) -> None:
         if self._recording is not None and self._recorded_run is not None and drop > len(self._recording):

@@ -124,13 +124,14 @@ class SharedPrefixLayer(PreallocatedLayer):
         """Tokens seen so far, those of the prefix included."""
         return self.prefix_length + self.end if self.clock is None else super().get_seq_length()
 
-    def _drop(self, count: int) -> None:
+    def check_drop(self, count: int) -> None:
+        """Refuses to forget what other rows read too."""
         if count > self.end:
             raise ValueError(
                 f"`crop` would remove {count - self.end} tokens of the shared prefix; crop the cache that it "
                 "was forked from before forking."
             )
-        super()._drop(count)
+        super().check_drop(count)
 
     def reset(self) -> None:
         """Forgets the suffixes; keeps the prefix, and the memory."""

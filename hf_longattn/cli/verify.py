@@ -26,6 +26,7 @@ from hf_longattn.cli.cache_error import CacheError, measure_cache
 from hf_longattn.cli.measure import (
     SIDES,
     Bench,
+    Choice,
     Exact,
     Measured,
     Request,
@@ -144,15 +145,12 @@ def _token_check(tokens: Tensor, standard: _Standard, implementation: str, name:
         if not differs.any():
             continue
         step = int(differs.int().argmax())
-        exact = standard.forced[row, step].double()
-        rounding = (standard.measured.scores[row, step].double() - exact).abs().max().item()
-        # Both choices must lie within rounding of the best one.
-        chosen = torch.stack([tokens[row, step], expected[row, step]])
-        margin = (exact.max() - exact[chosen].min()).item()
-        tie = margin <= 2 * rounding
-        wrong += not tie
-        verdict = "tie" if tie else "wrong"
-        remarks.append(f"row {row}, token {step}: {verdict}, margin {margin:.1e}, rounding {rounding:.1e}")
+        choices = [int(tokens[row, step]), int(expected[row, step])]
+        choice = Choice.between(choices, standard.forced[row, step], standard.measured.scores[row, step])
+        wrong += not choice.is_tie
+        verdict = "tie" if choice.is_tie else "wrong"
+        figures = f"margin {choice.margin:.1e}, rounding {choice.rounding:.1e}"
+        remarks.append(f"row {row}, token {step}: {verdict}, {figures}")
     return Check(implementation, name, wrong, 0, "; ".join(remarks))
 
 

@@ -62,6 +62,18 @@ def plain_settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple([pair for pair in values if pair[0] not in _TABLES and issubclass(type(pair[1]), PLAIN)])
 
 
+def looks_ahead(module: nn.Module) -> bool:
+    """Whether the tokens in a module see later ones: it has attention, and none of it is causal.
+
+    Cross-attention is not causal either, beside attention that is.
+
+    Args:
+        module: a layer, or a decoder of which the first causal part settles it.
+    """
+    causal = (part.is_causal for part in module.modules() if hasattr(part, "is_causal"))
+    return not next(causal, True) and not any(causal)
+
+
 def every_module(model: nn.Module) -> list[nn.Module]:
     """`list(model.modules())`, found in a fraction of the time: it is asked before every prompt.
 

@@ -103,8 +103,9 @@ class LongContextCache(Cache):
         drop = tokens_to_drop(self, tokens_to_remove)
         layers: list[Any] = self.layers
         for layer in layers:
-            # Layers of transformers have none.
-            getattr(layer, "check_drop", id)(drop)
+            # Layers of transformers refuse nothing.
+            if hasattr(layer, "check_drop"):
+                layer.check_drop(drop)
         super().crop(-drop)
 
     def save(self, path: str | os.PathLike) -> None:

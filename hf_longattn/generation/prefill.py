@@ -23,6 +23,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from hf_longattn.adapters import counts_tokens
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.fusion import fused_prompt
+from hf_longattn.instance import looks_ahead
 from hf_longattn.kernels.mask_runs import Runs, look_for_runs, remember_runs
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def prefill(
     """
     cache: Any = model_kwargs.get("past_key_values")
     decoder.forget(cache)
-    asked = setup.prefill_chunk_size or generation_config.prefill_chunk_size
+    asked = asked_chunk(setup.prefill_chunk_size, generation_config)
     generation_config = copy.copy(generation_config)
     # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
     generation_config.prefill_chunk_size = None
@@ -109,7 +110,7 @@ def read_before(
     decoder.forget(cache)
     _refuse_counting(model, cache)
     total = input_ids.shape[1] - int(cache.get_seq_length())
-    asked = setup.prefill_chunk_size or generation_config.prefill_chunk_size
+    asked = asked_chunk(setup.prefill_chunk_size, generation_config)
     chunk = _chunk_of(model, asked, input_ids, cache)
     if total > 1:
         with _progress_bar(setup.progress, total - 1) as advance, fused_prompt(model):
@@ -136,6 +137,16 @@ def _refuse_counting(model: PreTrainedModel, cache: Any) -> None:
 
 def _ranks(cache: Any) -> int:
     return cache.group.world_size if isinstance(cache, ShardedCache) else 1
+
+
+def asked_chunk(prepared: int | None, generation_config: Any) -> int | None:
+    """Tokens of a chunk that somebody has asked for, None where nobody has.
+
+    Args:
+        prepared: by `prepare_generation`.
+        generation_config: of the call.
+    """
+    return prepared or generation_config.prefill_chunk_size
 
 
 def _chunk_of(model: PreTrainedModel, asked: int | None, input_ids: Tensor, cache: Any) -> int:
@@ -210,17 +221,14 @@ def is_plain_prompt(
         and not generation_config.output_hidden_states
         and counts_tokens(model) is None
         and (mask is None or mask.ndim == 2)
-        and not _looks_ahead(model, model_kwargs.get("token_type_ids"))
+        and not looks_ahead(model.get_decoder())
+        and not _has_marked_prefix(model_kwargs.get("token_type_ids"))
     )
 
 
-def _looks_ahead(model: PreTrainedModel, kinds: Tensor | None) -> bool:
-    """Whether tokens of the prompt see later ones: in BERT and its kin, and in a prefix that is marked so."""
-    # Cross-attention is not causal either, beside layers that are.
-    # Asked before every prompt: the first layer of most models ends it.
-    causal = (part.is_causal for part in model.get_decoder().modules() if hasattr(part, "is_causal"))
-    bidirectional = not next(causal, True) and not any(causal)
-    return bidirectional or (kinds is not None and bool(kinds.any()))
+def _has_marked_prefix(kinds: Tensor | None) -> bool:
+    """Whether tokens of a prefix see later ones of it, since they are marked so."""
+    return kinds is not None and bool(kinds.any())
 
 
 def _chunk_kwargs(model_kwargs: dict[str, Any], left: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from hf_longattn.generation.offloading import (
     saved_bytes,
 )
 from hf_longattn.generation.planning import RESERVE, Ranks, activation_bytes, cache_bytes, longest
-from hf_longattn.generation.prefill import pick_chunk
+from hf_longattn.generation.prefill import asked_chunk, pick_chunk
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.dispatch import warn_slow
 
@@ -174,17 +174,13 @@ class Room:
         if call is None:
             return
         before = self.before = self._free(cache)
-        if before is not None and not self._asked(args[0]):
+        if before is not None and not asked_chunk(self.chunk, args[0]):
             call = self.call = _fit_chunk(cache, call, before)
         if before is not None and self.offload_layers == "auto":
             call = self.call = self._offload_to_fit(cache, call, before)
         if before is not None and call.need(call.total) > before:
             raise ValueError(call.refusal(before))
         _reserve(cache, call.total)
-
-    def _asked(self, generation_config: Any) -> int | None:
-        """Tokens of a chunk that somebody has asked for."""
-        return self.chunk or generation_config.prefill_chunk_size
 
     def _offload_to_fit(self, cache: Any, call: Call, room: int) -> Call:
         """The call with as many layers in host memory as it takes to fit, where that can be had."""
@@ -225,7 +221,7 @@ class Room:
         known = isinstance(mask, torch.Tensor) and mask.ndim == 2
         prompt = mask.shape[1] if known else max_cache_length + 1 - new
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        chunk = self._asked(generation_config) or pick_chunk(rows, self.model.device, ranks)
+        chunk = asked_chunk(self.chunk, generation_config) or pick_chunk(rows, self.model.device, ranks)
         cache.fitting_chunk = None
         return Call(
             model=self.model,

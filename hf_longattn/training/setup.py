@@ -181,12 +181,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 def _causal_layers(decoder: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that run by blocks: not those of an encoder beside them, whose tokens see later ones."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [layer for layer in layers if not _looks_ahead(layer)] or layers
-
-
-def _looks_ahead(layer: nn.Module) -> bool:
-    flags = [part.is_causal for part in layer.modules() if hasattr(part, "is_causal")]
-    return bool(flags) and not any(flags)
+    return [layer for layer in layers if not instance.looks_ahead(layer)] or layers
 
 
 def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> None:

@@ -54,9 +54,9 @@ class HeldBlocks(Cache):
             self.key_mask = torch.ones(batch, self.room, dtype=torch.bool, device=device)
             self.key_mask[:, : held.shape[1]] = held
 
-    def mask(self) -> "HeldMask":
+    def mask(self) -> "EndsMask":
         """What the queries of one new block see: all of it and all before it."""
-        return HeldMask(self.start + self.each, self.each, self.room, self.key_mask)
+        return EndsMask((self.start + self.each).expand(-1, self.each), self.room, self.key_mask)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -172,22 +172,6 @@ class FirstMask(LazyMask):
 
     def _build_range(self, pattern: Pattern) -> KeyRange:
         return KeyRange(causal=True) if self.ends is None else KeyRange().narrowed(upper=self.ends)
-
-
-class HeldMask(LazyMask):
-    """The first `lengths` (R, 1) keys of each row, but for those that `key_mask` (R, S) leaves out."""
-
-    def __init__(self, lengths: Tensor, q_length: int, kv_length: int, key_mask: Tensor | None) -> None:
-        def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return key < lengths[batch, 0]
-
-        sizes = (lengths.shape[0], q_length, kv_length, 0, 0)
-        super().__init__(*sizes, visible, key_mask, lengths.device, Pattern())
-        self.lengths = lengths
-
-    def _build_range(self, pattern: Pattern) -> KeyRange:
-        limits = KeyRange().narrowed(upper=self.lengths.expand(-1, self.q_length))
-        return limits if self.padding is None else limits.masked(self.padding)
 
 
 class EndsMask(LazyMask):

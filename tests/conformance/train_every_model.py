@@ -143,14 +143,7 @@ def build(name, implementation="eager", dtype=torch.float32):
         raise ValueError(f"its smallest form has {count / 1e6:.0f}M parameters")
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation=implementation, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.15)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.to(dtype).train()
+    return tiny.without_dropout(tiny.scattered(model)).to(dtype).train()
 
 
 def gradients(model):

@@ -18,6 +18,7 @@ import transformers as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded import RecordedGraph
+from tiny_blocks import PAD, make, prompts
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, logits_process
 
@@ -27,15 +28,12 @@ from hf_longattn.generation import prompts as prompt_graphs
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.modeling.block_transformer import (
     BlockTransformerCache,
-    BlockTransformerConfig,
     BlockTransformerForCausalLM,
     decoding,
     steps,
 )
 
-PAD, END = 60, 59
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL |= {"intermediate_size": 48, "initializer_range": 0.3, "pad_token_id": PAD, "eos_token_id": None}
+END = 59
 EMBEDDERS = {
     "lookup": {},
     "roberta": {
@@ -53,25 +51,6 @@ DECODERS = {
 GREEDY = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 11}
 DRAW = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3}
 DRAW |= {"min_p": 0.01, "typical_p": 0.98, "pad_token_id": PAD, "max_new_tokens": 11}
-
-
-def make(**fields):
-    torch.manual_seed(0)
-    model = BlockTransformerForCausalLM(BlockTransformerConfig(**(SMALL | fields))).eval()
-    # `generate` reads its own file of defaults; a test says what it wants.
-    model.generation_config = tf.GenerationConfig(bos_token_id=0)
-    return model
-
-
-def prompts(*lengths):
-    """Left-padded rows (B, T) and their mask."""
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(100 * row + length)
-        drawn = torch.randint(0, 58, (length,), generator=generator)
-        ids[row, -length:], mask[row, -length:] = drawn, 1
-    return ids, mask
 
 
 def generate(model, ids, mask, **options):

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -156,17 +155,6 @@ def test_batch_mates_and_padding_side_of_the_prompt_change_nothing():
     assert together[0][23:] == alone
 
 
-class Collect(BaseStreamer):
-    def __init__(self):
-        self.parts, self.ended = [], False
-
-    def put(self, value):
-        self.parts.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended = True
-
-
 def test_streamers_and_stopping_criteria_work_as_before():
     ids = tiny.tokens(1, 12)
     stop = tf.StoppingCriteriaList([lambda ids, scores: torch.tensor([ids.shape[1] >= 15])])
@@ -175,7 +163,7 @@ def test_streamers_and_stopping_criteria_work_as_before():
         tiny.build("llama"),
         hf_longattn.prepare_generation(tiny.build("llama"), prefill_chunk_size=5),
     ):
-        streamer = Collect()
+        streamer = tiny.Collect()
         tokens = generate(model, ids, do_sample=False, streamer=streamer, stopping_criteria=stop)
         assert streamer.ended
         results.append((tokens, streamer.parts))

@@ -19,7 +19,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers as tf
-from several import Collect, Uneven, assert_same, error_of, generate, mesh_of, prepare, result
+from several import Uneven, assert_same, error_of, generate, mesh_of, prepare, result
 from transformers.generation import utils
 from transformers.generation.streamers import TextStreamer
 
@@ -92,7 +92,7 @@ def ahead_or_not(rank, size, mesh):
     plain = {**call, "return_dict_in_generate": False, "output_logits": False}
     with running_ahead() as made:
         for owner, returned in itertools.product(range(min(size, 2)), (True, False)):
-            streamer = Collect()
+            streamer = tiny.Collect()
             kwargs = {"streamer": streamer} if rank == owner else {}
             output = generate(model, *inputs, **(call if returned else plain), **kwargs)
             tokens = output.sequences if returned else output

@@ -7,15 +7,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import ranks
 import torch
-import transformers as tf
+from tiny_blocks import PAD, make, prompts
 from torch.distributed.device_mesh import init_device_mesh
 
 import hf_longattn
-from hf_longattn import BlockTransformerConfig, BlockTransformerForCausalLM
 
-PAD = 60
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL |= {"intermediate_size": 48, "initializer_range": 0.3, "pad_token_id": PAD, "eos_token_id": None}
 MODELS = {
     "prefix": {},
     "llama": {"decoder_type": "llama", "num_key_value_heads": 1},
@@ -38,24 +34,6 @@ FEW = [("prefix", "even"), ("llama", "ragged"), ("prefix", "lookup")]
 MORE = [(name, call) for name in MODELS for call in ("even", "ragged")]
 MORE += [("prefix", call) for call in CALLS if call not in ("even", "ragged")]
 EXPECTED = {}
-
-
-def make(name):
-    torch.manual_seed(0)
-    model = BlockTransformerForCausalLM(BlockTransformerConfig(**(SMALL | MODELS[name]))).eval()
-    model.generation_config = tf.GenerationConfig(bos_token_id=0)
-    return model
-
-
-def prompts(*lengths):
-    """Left-padded rows (B, T) and their mask."""
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(100 * row + length)
-        ids[row, -length:] = torch.randint(0, 58, (length,), generator=generator)
-        mask[row, -length:] = 1
-    return ids, mask
 
 
 def converse(model, call):
@@ -83,7 +61,7 @@ def more(rank, size, mesh):
 
 
 def compare(name, call, mesh):
-    model = hf_longattn.prepare_generation(make(name), device_mesh=mesh, **CALLS[call][2])
+    model = hf_longattn.prepare_generation(make(**MODELS[name]), device_mesh=mesh, **CALLS[call][2])
     found, _ = converse(model, call)
     for ours, theirs in zip(found, EXPECTED[name, call], strict=True):
         assert torch.equal(ours, theirs), (name, call)
@@ -91,7 +69,7 @@ def compare(name, call, mesh):
 
 def shares(rank, size, mesh):
     """No rank holds, or computes, all of a prompt's blocks."""
-    model, rows = hf_longattn.prepare_generation(make("prefix"), device_mesh=mesh), []
+    model, rows = hf_longattn.prepare_generation(make(), device_mesh=mesh), []
     layer = model.model.block_decoder.layers[0]
     layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     result = model.generate(*prompts(400)[:1], **{**GREEDY, "max_new_tokens": 21})
@@ -108,7 +86,7 @@ def shares(rank, size, mesh):
 
 
 def refusals(rank, size, mesh):
-    model = hf_longattn.prepare_generation(make("prefix"), device_mesh=mesh, cache_dtype="int8")
+    model = hf_longattn.prepare_generation(make(), device_mesh=mesh, cache_dtype="int8")
     for word, ask in (
         ("cache_dtype", lambda: model.generate(prompts(9)[0], **GREEDY)),
         ("one process", lambda: model.generate_batch([[1, 2]], **GREEDY)),
@@ -125,7 +103,7 @@ def expect(topics):
     """Computes the expectations here, so that every rank inherits them."""
     cases = MORE if "more" in topics else FEW
     for name, call in cases if {"few", "more"} & {*topics} else ():
-        EXPECTED[name, call] = converse(make(name), call)[0]
+        EXPECTED[name, call] = converse(make(**MODELS[name]), call)[0]
 
 
 if __name__ == "__main__":

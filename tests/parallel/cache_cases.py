@@ -16,9 +16,9 @@ from several import (
     build,
     error_of,
     generate,
+    logits_beside,
     prepare,
     result,
-    step_by_clock,
 )
 
 from hf_longattn.attention import quantized
@@ -164,18 +164,8 @@ def clocks(rank, size, mesh):
                 start += count
                 continue
             stop = start + count
-            step = {
-                "input_ids": ids[:, start:stop],
-                "position_ids": positions[:, start:stop],
-                "logits_to_keep": 2,
-            }
-            with torch.no_grad():
-                want = plain(**step, attention_mask=mask[:, :stop], past_key_values=caches[1]).logits
-                if count > 16:
-                    got = model(**step, attention_mask=mask[:, :stop], past_key_values=caches[0]).logits
-                else:
-                    future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
-                    got = step_by_clock(model, {**step, "attention_mask": future}, caches[0], known, count)
+            batch = ids, mask, positions
+            got, want = logits_beside((model, plain), caches, batch, known, slice(start, stop))
             assert tiny.relative_error(got, want) <= BOUND, (family, start, count)
             capacities = group.gather(torch.tensor([layer.capacity for layer in caches[0].layers]))
             assert (capacities == capacities[0]).all(), "ranks made room at different steps"

@@ -24,7 +24,6 @@ from several import (
     BOUND,
     MODES,
     TIMEOUT,
-    Collect,
     Uneven,
     assert_same,
     batch_for,
@@ -104,7 +103,7 @@ def last_tokens(rank, size, mesh):
 def control(rank, size, mesh):
     """Streamers, criteria that differ, a clock, restore."""
     model, ids = prepare("llama", mesh), tiny.tokens(1, 23)
-    streamer = Collect()
+    streamer = tiny.Collect()
     output = generate(model, ids, do_sample=False, streamer=streamer)
     assert streamer.ended == (rank == 0)
     if rank == 0:

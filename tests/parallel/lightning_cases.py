@@ -296,19 +296,8 @@ def clocks(rank, size, mesh):
         known, start = {}, 0
         for count in (23, 1, 1, 3, *[1] * 30, 17, *[1] * 8):
             stop = start + count
-            step = {
-                "input_ids": ids[:, start:stop],
-                "position_ids": positions[:, start:stop],
-                "logits_to_keep": 2,
-            }
-            with torch.no_grad():
-                want = plain(**step, attention_mask=mask[:, :stop], past_key_values=caches[1]).logits
-                if count > 16:
-                    got = model(**step, attention_mask=mask[:, :stop], past_key_values=caches[0]).logits
-                else:
-                    future = torch.nn.functional.pad(mask[:, :stop], (0, 64), value=1)
-                    call = {**step, "attention_mask": future}
-                    got = several.step_by_clock(model, call, caches[0], known, count)
+            batch = ids, mask, positions
+            got, want = several.logits_beside((model, plain), caches, batch, known, slice(start, stop))
             error = tiny.relative_error(got, want)
             assert error <= several.BOUND, (name, start, count, error)
             assert len({layer.capacity for layer in caches[0].layers}) == 1

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from torch.distributed.device_mesh import init_device_mesh
-from transformers.generation.streamers import BaseStreamer
 
 import hf_longattn
 from hf_longattn.generation.graph import device_lengths
@@ -85,17 +84,6 @@ def error_of(kind, call):
     raise AssertionError(f"no {kind.__name__} was raised")
 
 
-class Collect(BaseStreamer):
-    def __init__(self):
-        self.parts, self.ended = [], False
-
-    def put(self, value):
-        self.parts.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended = True
-
-
 class Uneven(tf.StoppingCriteria):
     """Wants to stop after as many tokens as the rank is late: rank 0's wish counts."""
 
@@ -104,6 +92,19 @@ class Uneven(tf.StoppingCriteria):
 
     def __call__(self, ids, scores, **kwargs):
         return torch.full((ids.shape[0],), ids.shape[1] >= self.limit)
+
+
+def logits_beside(models, caches, batch, known, new):
+    """The logits of the tokens `new` on a shared cache, and on a cache of one process."""
+    (model, plain), (ids, mask, positions) = models, batch
+    step = {"input_ids": ids[:, new], "position_ids": positions[:, new], "logits_to_keep": 2}
+    seen, count = mask[:, : new.stop], new.stop - new.start
+    with torch.no_grad():
+        want = plain(**step, attention_mask=seen, past_key_values=caches[1]).logits
+        if count > 16:
+            return model(**step, attention_mask=seen, past_key_values=caches[0]).logits, want
+        future = torch.nn.functional.pad(seen, (0, 64), value=1)
+        return step_by_clock(model, {**step, "attention_mask": future}, caches[0], known, count), want
 
 
 def step_by_clock(model, step, cache, known, count):

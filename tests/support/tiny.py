@@ -4,6 +4,7 @@ import functools
 
 import torch
 import transformers as tf
+from transformers.generation.streamers import BaseStreamer
 
 from hf_longattn import LightningConfig, LightningForCausalLM
 
@@ -88,11 +89,37 @@ def capturable(model):
 
 def build_to_train(name: str):
     """`build` in training mode without dropout, for dropout draws other numbers by blocks."""
-    model = build(name).train()
+    return without_dropout(build(name).train())
+
+
+def without_dropout(model):
+    """The model, whose dropout layers let everything pass."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def scattered(model):
+    """The model with matrices so large that its attention is far from uniform."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+class Collect(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
 
 
 def build_lightning(name: str):

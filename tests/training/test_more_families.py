@@ -67,14 +67,7 @@ def build(family, implementation="eager"):
     model = tf.AutoModelForCausalLM.from_config(
         kind(**{**tiny._COMMON, **changes}), attn_implementation=implementation, dtype=torch.float32
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.15)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.train()
+    return tiny.without_dropout(tiny.scattered(model)).train()
 
 
 def gradients(model):

@@ -1,11 +1,25 @@
 """Capturing work in a CUDA graph: the one place where it is done."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keeps Python from collecting cycles: to free a graph or an event of another model ends a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def capture(
@@ -31,6 +45,6 @@ def capture(
         torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     pool = None if like is None else like.pool()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with _without_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = step()
     return graph, result

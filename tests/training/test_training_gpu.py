@@ -164,7 +164,8 @@ def test_the_peak_a_token_is_that_of_one_layer(save_attention):
     hidden, kv, results = 2 * 256, 2 * 2 * 128, 8 * (2 * 64 + 4)
     # In the backward a gradient, keys and values, and theirs in fp32; positions, labels, cosines and sines.
     # What attention gave waits on the GPU until the host has it: a layer's, where layers are short as here.
-    assert slope <= hidden + 3 * kv + 2 * 2 * 64 + 6 * 8 + save_attention * results
+    # The allocator hands out multiples of 512 bytes: one more at a time may stand in the longer peak.
+    assert slope <= hidden + 3 * kv + 2 * 2 * 64 + 6 * 8 + save_attention * results + 512 / (1 << 17)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

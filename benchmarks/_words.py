@@ -10,6 +10,7 @@ from typing import Any
 HIDDEN = {
     "block_transformer": ("copy_rate", "matmul_rate", "floor_s", "floor_prompt_s", "share_of_floor"),
     "lightning_attention": ("role", "tiling", "cut"),
+    "questions": ("copy_rate", "layers"),
 }
 
 COLUMNS = {
@@ -28,6 +29,11 @@ COLUMNS = {
         "peer": "system", "ms": "ms", "floor": "floor, ms", "over_floor": "time ÷ floor", "gib": "peak, GiB",
         "backward": "with backward",
     },
+    "questions": {
+        "peer": "questions are", "question_tokens": "tokens of each", "first_token_s": "first token, s",
+        "token_ms": "a token, ms", "floor_ms": "floor, ms", "peak_gib": "peak, GiB",
+        "same_tokens_as_alone": "tokens as alone",
+    },
     "blockwise_attention_tune": {"config": "queries, keys, warps, stages"},
 }  # fmt: skip
 
@@ -40,6 +46,16 @@ SENTENCES = {
             "compiles and captures. The floor is the larger of bytes over the copy rate and operations over "
             "the rate of a large matrix product, for the prompt and for each step, with the rates of the "
             "same run."
+        ),
+    },
+    "questions": {
+        None: (
+            "Questions about one document that a cache holds, the shape of Llama-3.1-8B, random weights, "
+            "bf16, greedy: `alone` asks one, `shared` asks all of them at once on `cache.fork(rows=n)`, "
+            "which reads the document's keys and values once for all, `repeated` on a cache that repeats "
+            "the document for each. The floor is the time to move weights and cache once at the copy rate "
+            "of the same run. A batch multiplies in another order than one row: in bf16 a tie between two "
+            "logits of random weights may fall either way."
         ),
     },
     "tree_decode": {

@@ -2,7 +2,7 @@
 
 rows with `step_s` or `error`    a length of a peer
 rows with `between`              memory a token between two lengths; `fits` in the row behind
-rows with `times_one_gpu`        several GPUs beside one, in the same session
+rows with `times_one_gpu`        several GPUs beside one, in the same run
 rows with `check`                errors of gradients before anything was timed
 """
 
@@ -159,7 +159,7 @@ def steps_text(result: Result) -> str:
             "times as fast as one",
             "activations a GPU, of those of one",
         ]
-        parts += ["Several GPUs beside one, in the same session:", table(columns, lines)]
+        parts += ["Several GPUs beside one, in the same run:", table(columns, lines)]
     for row in rows:
         if "check" in row:
             errors = ", ".join(

@@ -354,7 +354,7 @@ def main():
     parser.add_argument("--short", action="store_true", help="sweep on many rows of few keys")
     parser.add_argument("--keys", default="bf16", choices=("bf16", *EIGHT_BITS), help="of the sweep")
     parser.add_argument("--deadline", type=float, default=150, help="seconds after which nothing new starts")
-    parser.add_argument("--skip-check", action="store_true", help="when the check passed in the same session")
+    parser.add_argument("--skip-check", action="store_true", help="when the check passed just before")
     parser.add_argument(
         "--most", type=int, default=2**23, help="keys of all rows together in the largest case"
     )

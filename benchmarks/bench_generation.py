@@ -115,7 +115,7 @@ def meet(tp=1):
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else None
-    # A rank that waits for one that has failed must not wait as long as the GPUs are lent.
+    # A rank that waits for one that has failed must not hold its GPU for long.
     patience = timedelta(seconds=150)
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", device_id=device, timeout=patience)
     shape, names = ((RANKS,), ("cp",)) if tp == 1 else ((RANKS // tp, tp), ("cp", "tp"))

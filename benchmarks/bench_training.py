@@ -10,7 +10,7 @@
 
 Random weights of the shape of Llama-3.2-1B (or `--shape 8b`), bf16, batch 1, no optimizer; with `--lora` the
 weights are frozen and adapters train. Under torchrun every sequence lies on all GPUs; `--alone` runs the
-lengths on the first of them before, in the same session. A row is saved as soon as it is there:
+lengths on the first of them before, in the same run. A row is saved as soon as it is there:
 
     tokens_per_s, step_s    of the median of the repeats; `--repeats 0` times the first step of a length,
                             behind one of 4096 tokens, so that it holds what pinning host memory takes
@@ -356,7 +356,7 @@ def parse():
     parser.add_argument(
         "--repeats", type=int, default=2, help="timed steps; 0 times the first, for steps of minutes"
     )
-    parser.add_argument("--skip-check", action="store_true", help="when the check passed in the same session")
+    parser.add_argument("--skip-check", action="store_true", help="when the check passed just before")
     parser.add_argument("--alone", action="store_true", help="under torchrun: on the first GPU alone before")
     parser.add_argument("--name", default="training")
     parser.add_argument("--deadline", type=float, default=500)

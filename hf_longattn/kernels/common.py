@@ -85,6 +85,17 @@ def offset(index, strides):
 
 
 @triton.jit
+def weight_tile(w_ptr, stride, offs_n, offs_k, N, K: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `offs_n` and columns `offs_k` of a weight (N, K); EVEN: no column lies behind the last."""
+    pointers = w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :]
+    inside = (offs_n < N)[:, None]
+    if not EVEN:
+        inside = inside & (offs_k < K)[None, :]
+    # Read once: what else is in the cache is worth more.
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def activated(gate, KIND: tl.constexpr):
     """SiLU, GELU ("gelu") or its form with tanh ("gelu_tanh") of fp32 numbers."""
     if KIND == "gelu":

@@ -61,7 +61,7 @@ def _source_of(kernel):
     return GluonASTSource
 
 
-def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
+def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3, max_registers=None):
     """Compiles `kernel` for an H100 and returns its `Resources`.
 
     Args:
@@ -72,6 +72,7 @@ def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
         constexprs: parameter -> value, for `tl.constexpr` parameters and for those left out (None).
         num_warps: warps of a thread block.
         num_stages: stages of the software pipeline.
+        max_registers: that a thread may use; None: as many as there are.
 
     Gluon kernels too: a descriptor's type reads "tensordesc<bf16[64, 128],LAYOUT>", and `num_warps` may be
     one of their `constexprs` as well.
@@ -87,6 +88,7 @@ def compile_sm90(kernel, signature, constexprs, num_warps=4, num_stages=3):
             types[name] = _flatten((position,), signature[name], constants, attributes)
     source = _source_of(kernel)(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": overlaps}
+    options |= {} if max_registers is None else {"maxnreg": max_registers}
     compiled = triton.compile(source, target=HOPPER, options=options)
     registers, spills = _usage(compiled.asm["cubin"])
     return Resources(registers, spills, compiled.metadata.shared, compiled.asm["ptx"])

@@ -41,6 +41,14 @@ class Case(NamedTuple):
     max_spills: int = 0
     max_shared: int = MAX_SHARED_BYTES
     slow: bool = False
+    max_registers: int | None = None
+
+    def compiled(self):
+        """What the kernel takes."""
+        module, _, name = self.kernel.partition(":")
+        options = self.num_warps, self.num_stages, self.max_registers
+        kernel = getattr(importlib.import_module(module), name)
+        return compile_sm90(kernel, self.signature, self.constexprs, *options)
 
 
 def _merge_partials(num_parts, num_rows, width, dtype="fp32"):
@@ -389,6 +397,43 @@ def _few_row_linear(rows, columns, gated, dtype="bf16", settled=False, activatio
     )  # fmt: skip
 
 
+def _normed_linears(rows, width=2048):
+    """`normed_linears` of a GPT-NeoX layer."""
+    from hf_longattn.kernels.normed_linears import triton as kernels
+
+    config, block = kernels.FRONTS[rows], triton.next_power_of_2(width)
+    names = ("x", "scale1", "shift1", "w1", "bias1", "scale2", "shift2", "w2", "bias2", "y1", "y2")
+    signature = {f"{name}_ptr": "*bf16:16" for name in names} | {"eps": "fp32"}
+    signature |= dict.fromkeys(("x_stride", "w1_stride", "w2_stride", "N1", "N2"), "i32:16")
+    constexprs = {
+        "K": width, "ROWS": rows, "ACTIVATION": "gelu", "OVERLAP": True, "AHEAD": config.ahead,
+        "TILES": config.tiles, "BLOCK_N": config.block_n, "BLOCK_K": block,
+    }  # fmt: skip
+    return Case(
+        f"normed_linears-M{rows}-D{width}", "hf_longattn.kernels.normed_linears.triton:_normed_kernel",
+        signature, constexprs, kernels.warps_of(config, block), 1, max_registers=config.registers,
+    )  # fmt: skip
+
+
+def _residual_linears(rows, width=2048):
+    """`residual_linears` of a GPT-NeoX layer."""
+    from hf_longattn.kernels.normed_linears.triton import BACKS
+
+    config, names = BACKS[rows], ("x", "h", "wh", "bias_h", "o", "wo", "bias_o", "y")
+    signature = {f"{name}_ptr": "*bf16:16" for name in names}
+    signature |= dict.fromkeys(("x_stride", "wh_stride", "wo_stride", "N"), "i32:16")
+    constexprs = {
+        "H": 4 * width, "D": width, "ROWS": rows, "OVERLAP": True, "AHEAD": config.ahead,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    return Case(
+        f"residual_linears-M{rows}-D{width}", "hf_longattn.kernels.normed_linears.triton:_joined_kernel",
+        # So few registers that all programs run at once cost two numbers.
+        signature, constexprs, config.num_warps, 1, max_spills=8 * (rows == 1),
+        max_registers=config.registers,
+    )  # fmt: skip
+
+
 def _few_key_attention(slots, head_dim, dtype="bf16", masked=False):
     """`few_key_attention` on a fused projection, a quarter of each head turned, or all options at once."""
     strides = ("i32:16",) * 3 + (1,)
@@ -424,7 +469,13 @@ def _residual_norms(width, norms):
     )
 
 
+# Whose programs take one of two ways, each with a wait of its own.
+FORKED = [_normed_linears(1), _normed_linears(2), _normed_linears(2, 4096)]
 CASES: list[Case] = [
+    *FORKED,
+    _residual_linears(1),
+    _residual_linears(2),
+    _residual_linears(1, 4096),
     _residual_norms(2048, 2),
     _residual_norms(8192, 1),
     _few_key_attention(8, 128),
@@ -528,25 +579,43 @@ def _parameters():
 
 @pytest.mark.parametrize("case", _parameters())
 def test_kernel_fits_hopper(case):
-    module, _, name = case.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    used = compile_sm90(kernel, case.signature, case.constexprs, case.num_warps, case.num_stages)
+    used = case.compiled()
     # What is spilled is the compiler's choice: the budgets are those of the version in constraints.txt.
     assert used.spills <= case.max_spills or not triton.__version__.startswith(BUDGETS_OF), used
     assert used.shared <= case.max_shared, used
-    if case.constexprs.get("OVERLAP"):
+    if case.constexprs.get("OVERLAP") and case not in FORKED:
         before, *behind = used.ptx.split("griddepcontrol.wait")
         assert len(behind) == 1, "every program waits once"
         assert not re.search(r"\b(st\.global|cp\.async|atom|red\.|bra|ret;|exit;)", before)
-        assert _bytes_read(before) * 32 * case.num_warps == _bytes_ahead(case.constexprs)
+        assert _bytes_read(before) * 32 * case.num_warps == _bytes_ahead(case)
+
+
+@pytest.mark.parametrize("case", FORKED, ids=lambda case: case.id)
+def test_each_of_two_products_waits_before_it_reads_or_writes_anything_but_weights(case):
+    used, one = case.compiled(), case.constexprs
+    before, first, second = used.ptx.split("griddepcontrol.wait")
+    assert used.ptx.count("griddepcontrol.wait") == 2 and "st.global" not in before
+    # Weights of the tiles, and of the norm.
+    ahead = 2 * one["BLOCK_K"] * (one["AHEAD"] * one["BLOCK_N"] + 2)
+    assert _bytes_read(before) * 32 * case.num_warps == ahead
+    # A program that is done with the one does not go on with the other.
+    own, _, other = first.rpartition("ret;")
+    assert "st.global" in own and "st.global" not in other and "st.global" in second
+    assert _bytes_read(other) * 32 * case.num_warps == ahead
+
+
+@pytest.mark.parametrize(("case", "programs"), [(_normed_linears(1), 513), (_residual_linears(1), 1024)])
+def test_programs_of_one_row_run_at_the_same_time(case, programs):
+    used = case.compiled()
+    registers = -(-used.registers // 8) * 8
+    at_once = 132 * min(65536 // (registers * 32 * case.num_warps), 64 // case.num_warps)
+    assert at_once >= programs or not triton.__version__.startswith(BUDGETS_OF)
 
 
 def test_lightning_step_shares_a_multiprocessor():
     """Four programs of a step with one token fit its 65536 registers: while some round, others load."""
     case = _lightning_step(128)
-    module, _, name = case.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    used = compile_sm90(kernel, case.signature, case.constexprs, case.num_warps, case.num_stages)
+    used = case.compiled()
     assert 4 * 32 * case.num_warps * used.registers <= 65536 or not triton.__version__.startswith(BUDGETS_OF)
 
 
@@ -576,10 +645,10 @@ def _bytes_read(ptx):
     return sum(int(count or 1) * int(bits) // 8 for count, bits in loads)
 
 
-def _bytes_ahead(constexprs):
+def _bytes_ahead(case):
     """Bytes of the weights in bf16 that a program reads before it waits."""
-    tiles = constexprs.get("AHEAD", 0) * (1 if "up_ptr" in constexprs else 2)
-    return 2 * tiles * constexprs.get("BLOCK_N", 0) * constexprs.get("BLOCK_K", 0)
+    tiles = case.constexprs.get("AHEAD", 0) * (2 if "up_ptr" in case.signature else 1)
+    return 2 * tiles * case.constexprs.get("BLOCK_N", 0) * case.constexprs.get("BLOCK_K", 0)
 
 
 @triton.jit

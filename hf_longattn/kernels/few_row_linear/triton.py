@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import activated, let_next_begin, overlap, wait_for_previous
+from hf_longattn.kernels.common import activated, let_next_begin, overlap, wait_for_previous, weight_tile
 
 
 class Config(NamedTuple):
@@ -46,16 +46,6 @@ def choose(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Conf
     if rows > 1 and dtype == torch.float32:
         return _FULL_PRECISION
     return (_ONE_ROW if rows == 1 else _MANY_ROWS)[columns >= _WIDE]
-
-
-@triton.jit
-def _weight_tile(w_ptr, stride, offs_n, offs_k, N, K: tl.constexpr, EVEN: tl.constexpr):
-    pointers = w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :]
-    inside = (offs_n < N)[:, None]
-    if not EVEN:
-        inside = inside & (offs_k < K)[None, :]
-    # Read once: what else is in the cache is worth more.
-    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -97,9 +87,9 @@ def _few_rows_kernel(
     held, held_up = (), ()
     for i in tl.static_range(AHEAD):
         offs_k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        held = held + (_weight_tile(w_ptr, w_stride, offs_n, offs_k, N, K, EVEN),)
+        held = held + (weight_tile(w_ptr, w_stride, offs_n, offs_k, N, K, EVEN),)
         if up_ptr is not None:
-            held_up = held_up + (_weight_tile(up_ptr, up_stride, offs_n, offs_k, N, K, EVEN),)
+            held_up = held_up + (weight_tile(up_ptr, up_stride, offs_n, offs_k, N, K, EVEN),)
     wait_for_previous(OVERLAP)
     for i in tl.static_range(AHEAD):
         x = _rows_tile(x_ptr, x_stride, offs_m, i * BLOCK_K + tl.arange(0, BLOCK_K), M, K)
@@ -109,10 +99,10 @@ def _few_rows_kernel(
     for start in range(AHEAD * BLOCK_K, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         x = _rows_tile(x_ptr, x_stride, offs_m, offs_k, M, K)
-        w = _weight_tile(w_ptr, w_stride, offs_n, offs_k, N, K, EVEN)
+        w = weight_tile(w_ptr, w_stride, offs_n, offs_k, N, K, EVEN)
         acc = _add_product(acc, w, x, ROWS, PRECISION)
         if up_ptr is not None:
-            up = _weight_tile(up_ptr, up_stride, offs_n, offs_k, N, K, EVEN)
+            up = weight_tile(up_ptr, up_stride, offs_n, offs_k, N, K, EVEN)
             acc_up = _add_product(acc_up, up, x, ROWS, PRECISION)
     if ROWS == 1:
         acc = tl.sum(acc, axis=1)[:, None]

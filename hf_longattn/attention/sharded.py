@@ -24,7 +24,7 @@ from hf_longattn.attention.exact import (
 )
 from hf_longattn.cache.placement import Slices
 from hf_longattn.cache.quantized import scale_bytes, scales_of
-from hf_longattn.cache.shares import Shard, ShardedLayer, ShardedSlidingLayer
+from hf_longattn.cache.shares import Shard, ShardedLayer, ShardedSlidingLayer, ShardedStates
 from hf_longattn.kernels.blockwise_attention.sdpa import key_tile, prefix_pieces
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
@@ -34,17 +34,16 @@ from hf_longattn.parallel.reduction import ReturningPartials, tree_merge
 
 
 def sharded_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask | Tensor | None, options: Options, shard: Shard
+    query: Tensor, key: ShardedStates, value: Tensor, mask: LazyMask | Tensor | None, options: Options
 ) -> Tensor:
     """Softmax attention over the keys of all ranks.
 
     Args:
         query: (B, H, T, K), the same on every rank, or this rank's slices of a run.
-        key: (B, G, S, K), this rank's share, in the order of its positions.
+        key: (B, G, S, K), this rank's share, in the order of its positions, as the cache returned it.
         value: (B, G, S, V).
         mask: the `LazyMask` of the whole sequence.
         options: what the call asks beyond query, key and value.
-        shard: what the cache tagged `key` with.
 
     Returns:
         (B, T, H, V), contiguous, in the dtype of `query`.
@@ -52,17 +51,20 @@ def sharded_attention(
     Raises:
         ValueError: a mask or an option that is not supported over several processes.
     """
-    run, scales = _run_mask(mask, options, shard), scales_of(key)
+    shard, held = key.shard, key.held
+    if isinstance(value, ShardedStates):
+        value = value.held
+    run, scales = _run_mask(mask, options, shard), scales_of(held)
     query = of_one_dtype(query)[0]
     if scales is None:
-        key, value = of_one_dtype(key, value)
+        held, value = of_one_dtype(held, value)
     if isinstance(shard.layer, ShardedSlidingLayer):
         assert shard.slices is not None
-        output = _attend_window(query, key, value, run, options, shard, shard.slices)
+        output = _attend_window(query, held, value, run, options, shard, shard.slices)
     elif shard.slices is not None:
-        output = _attend_run(query, _States(key, value, scales), run, options, shard, shard.slices)
+        output = _attend_run(query, _States(held, value, scales), run, options, shard, shard.slices)
     else:
-        output = _attend_few(query, _States(key, value, scales), run, options, shard)
+        output = _attend_few(query, _States(held, value, scales), run, options, shard)
     return output.transpose(1, 2).contiguous()
 
 

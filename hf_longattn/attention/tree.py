@@ -7,14 +7,13 @@ runs block by block. The result is that of softmax attention, whatever the cut.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_longattn.attention.exact import exact_attention, read_options
 from hf_longattn.attention.sharded import sharded_attention
 from hf_longattn.attention.shared_prefix import shared_prefix_attention
 from hf_longattn.cache.shared_prefix import SharedStates
-from hf_longattn.cache.shares import shard_of
+from hf_longattn.cache.shares import ShardedStates
 from hf_longattn.masking import LazyMask
 
 
@@ -48,8 +47,8 @@ def tree_attention_forward(
         ValueError: the mask does not fit, or attention weights are asked for.
     """
     options = read_options(module, scaling, dropout, keywords)
-    if not torch.compiler.is_compiling() and (shard := shard_of(key)) is not None:
-        return sharded_attention(query, key, value, attention_mask, options, shard), None
+    if isinstance(key, ShardedStates):
+        return sharded_attention(query, key, value, attention_mask, options), None
     if isinstance(key, SharedStates) and isinstance(value, SharedStates):
         return shared_prefix_attention(query, key, value, attention_mask, options), None
     return exact_attention(query, key, value, attention_mask, options, split_kv=True), None

@@ -333,16 +333,12 @@ class OffloadedLayer(PreallocatedLayer):
         super().lazy_initialization(*empty)
         self.device = key_states.device
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends; returns views on the device of all there is to look at.
 
         Args:
             key_states: (B, G, T, K).
             value_states: (B, G, T, V).
-            args: unused.
-            kwargs: unused.
 
         Raises:
             ValueError: the states require a gradient.

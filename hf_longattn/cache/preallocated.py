@@ -139,6 +139,10 @@ class PreallocatedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends (B, G, T, K) keys and (B, G, T, V) values; returns views of all there is to look at."""
+        return self._write(key_states, value_states)
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update` does, and its views before another kind of layer says more about them."""
         if self.clock is not None:
             return self._write_by_clock(self.clock, key_states, value_states)
         self._append(key_states, value_states)
@@ -340,9 +344,7 @@ class PreallocatedSlidingLayer(PreallocatedLayer):
         """Has the first update make room for a sequence of `tokens`, of which a window is kept."""
         super().reserve(sliding_capacity(self.sliding_window, tokens))
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends; returns views of the new tokens and of the `window - 1` before them."""
         if self.clock is not None:
             return self._write_by_clock(self.clock, key_states, value_states)

@@ -92,16 +92,12 @@ class _Quantized(PreallocatedLayer):
         super().reserve(tokens)
         self.scales.reserve(tokens)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Quantises and appends; returns views in 8 bits of all there is to look at, the keys tagged.
 
         Args:
             key_states: (B, G, T, K).
             value_states: (B, G, T, V).
-            args: unused.
-            kwargs: unused.
 
         Raises:
             ValueError: the states require a gradient.
@@ -113,9 +109,9 @@ class _Quantized(PreallocatedLayer):
             )
         keys, values, scales = quantized_states(key_states, value_states, self.cache_dtype)
         # Bytes can be copied, selected and written by index everywhere, fp8 cannot.
-        keys, values = super().update(keys.view(torch.int8), values.view(torch.int8))
+        keys, values = super()._write(keys.view(torch.int8), values.view(torch.int8))
         # Of the second layer only the keys are used: its values have no width.
-        scales, _ = self.scales.update(scales, scales[..., :0])
+        scales, _ = self.scales._write(scales, scales[..., :0])
         keys, values = keys.view(self.cache_dtype), values.view(self.cache_dtype)
         # On a view of its own, never on the buffer.
         keys = keys[:]

@@ -184,9 +184,8 @@ class ShardedCache(LongContextCache):
     Every rank must do the same to its part, in the same order: it is what `generate` does when every process
     calls it alike. In a group of one the share is all: its layers are those of one process.
 
-    Only `tree_attention` and `lightning_attention` know that there is more than the share of a rank. Let go
-    of the cache before the model is restored or set to another implementation: "eager" fails on its length,
-    and "sdpa" may take the share for all there is.
+    Only `tree_attention` and `lightning_attention` know that there is more than the share of a rank: another
+    attention implementation, as a restored model may have, is refused where it is given a share.
 
     Args:
         config: the model's config, or its text config.

@@ -11,14 +11,15 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
+from hf_longattn.cache.guarded_states import GuardedStates
 from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
 
 
-class SharedStates(Tensor):
+class SharedStates(GuardedStates):
     """Keys or values of which a prefix is the same for every row: the shape of both, without storage.
 
-    It has the shape, dtype and device of the tensor that joined them, and no operation of torch takes it:
-    another attention implementation is refused, where it would copy the prefix for every row.
+    It has the shape, dtype and device of the tensor that joined them. Another attention implementation is
+    refused, where it would copy the prefix for every row.
 
     Args:
         prefix: (1, G, P, K).
@@ -28,26 +29,26 @@ class SharedStates(Tensor):
     prefix: Tensor
     suffix: Tensor
 
-    @staticmethod
-    def __new__(cls: type, prefix: Tensor, suffix: Tensor) -> "SharedStates":
+    def __new__(cls, prefix: Tensor, suffix: Tensor) -> "SharedStates":
         """A tensor of shape (B, G, P + S, K)."""
         rows, heads, length, width = suffix.shape
         shape = (rows, heads, prefix.shape[2] + length, width)
-        make: Any = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
-        states = make(cls, shape, dtype=suffix.dtype, device=suffix.device)
+        states = cls.empty(shape, suffix.dtype, suffix.device)
         states.prefix, states.suffix = prefix, suffix
         return states
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """Refuses every operation.
+    def refuse(self, caller: str) -> NoReturn:
+        """Names the implementations that read a prefix and suffixes.
+
+        Args:
+            caller: what was about to read them.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
             "`attn_implementation` must be 'tree_attention' or 'blockwise_attention' for a cache forked with "
-            f"`rows`, got a model that calls {func}; set one of them, or fork with `batch_size`."
+            f"`rows`, got {caller}; set one of them, or fork with `batch_size`."
         )
 
 

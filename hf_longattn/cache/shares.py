@@ -1,16 +1,16 @@
 """Layers of a cache that is cut along the sequence: what one rank of a group holds of them.
 
 A full-attention layer holds this rank's share of the tokens and reports the length of the whole sequence to
-transformers. A layer with a window holds the last window, the same on every rank. What a layer returns to the
-model is tagged with a `Shard`, by which the attention function knows that the keys are not all there are.
+transformers. A layer with a window holds the last window, the same on every rank. Keys that are not all there
+are go to the model as `ShardedStates`, by which our attention function knows, and which no other one takes.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from hf_longattn.cache.guarded_states import GuardedStates
 from hf_longattn.cache.placement import BLOCK, Placement, Slices
 from hf_longattn.cache.preallocated import (
     Clock,
@@ -21,11 +21,8 @@ from hf_longattn.cache.preallocated import (
 from hf_longattn.cache.quantized import QuantizedLayer, QuantizedSlidingLayer
 from hf_longattn.kernels.cache_write import cache_write
 
-_TAG = "_hf_longattn_shard"
 
-
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """What the attention function must know of keys that are one rank's share.
 
     Args:
@@ -39,15 +36,41 @@ class Shard:
     slices: Slices | None
 
 
-def shard_of(key: Tensor) -> Shard | None:
-    """The `Shard` that a sharded cache tagged its keys with, or None."""
-    return getattr(key, _TAG, None)
+class ShardedStates(GuardedStates):
+    """Keys or values of one rank, where attention must see those of all: their shape, without storage.
 
+    Values in the dtype of the model stay a tensor: no attention does without keys.
 
-def tagged(key: Tensor, shard: Shard) -> Tensor:
-    """The keys, by which the attention function finds the `Shard` with `shard_of`."""
-    setattr(key, _TAG, shard)
-    return key
+    Args:
+        held: (B, G, S, K), those of this rank.
+        shard: what they are a part of.
+        dtype: that of the model, which is not that of `held` in 8 bits.
+    """
+
+    held: Tensor
+    shard: Shard
+
+    def __new__(cls, held: Tensor, shard: Shard, dtype: torch.dtype) -> "ShardedStates":
+        """A tensor in the shape of `held`."""
+        states = cls.empty(held.shape, dtype, held.device)
+        states.held, states.shard = held, shard
+        return states
+
+    def refuse(self, caller: str) -> NoReturn:
+        """Names the implementations that ask the other ranks.
+
+        Args:
+            caller: what was about to take this rank's keys for all there are.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"`past_key_values` is a cache shared by {self.shard.group.world_size} processes, of which each "
+            "holds a share of the keys; only 'tree_attention' and 'lightning_attention' read those of all, "
+            f"got {caller}. Pass a fresh cache, for this one may hold a part of the call, and prepare the "
+            "model with `prepare_generation(model, accelerator=...)` to share it."
+        )
 
 
 def share_capacity(capacity: int, world_size: int) -> int:
@@ -106,7 +129,7 @@ class ShardedLayer(PreallocatedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keeps this rank's share of the new tokens; returns views of its share of all, tagged.
+        """Keeps this rank's share of the new tokens; returns its share of all, the keys as `ShardedStates`.
 
         Args:
             key_states: (B, G, T, K), all new tokens, or this rank's slices of a run.
@@ -114,6 +137,10 @@ class ShardedLayer(PreallocatedLayer):
             args: unused.
             kwargs: unused.
         """
+        keys, values = self._write(key_states, value_states)
+        return ShardedStates(keys, Shard(self.group_of_ranks, self, self.slices), keys.dtype), values
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.clock is not None:
             return self._write_by_clock(self.clock, key_states, value_states)
         count = key_states.shape[2] if self.slices is None else self.slices.count
@@ -125,11 +152,7 @@ class ShardedLayer(PreallocatedLayer):
         for part in own:
             self._append(key_states[:, :, part], value_states[:, :, part])
         self.length += count
-        return self._tagged(self.keys), self.values  # type: ignore[return-value]
-
-    def _tagged(self, keys: Tensor | None) -> Tensor:
-        assert keys is not None
-        return tagged(keys, Shard(self.group_of_ranks, self, self.slices))
+        return self.keys, self.values  # type: ignore[return-value]
 
     def _write_by_clock(
         self, clock: Clock, key_states: Tensor, value_states: Tensor
@@ -139,7 +162,7 @@ class ShardedLayer(PreallocatedLayer):
         spare = self.capacity - 1
         slots = self.placement.slots_of(clock.index, spare)
         cache_write(self._keys, self._values, slots, key_states, value_states)
-        return self._tagged(self._keys[:, :, :spare]), self._values[:, :, :spare]
+        return self._keys[:, :, :spare], self._values[:, :, :spare]
 
     def positions(self, device: torch.device) -> Tensor:
         """Positions of the keys that `update` returned, ascending."""
@@ -206,7 +229,7 @@ class ShardedSlidingLayer(PreallocatedSlidingLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends tokens that every rank computed; slices of a run are tagged, for `append_run` to come.
+        """Appends tokens that every rank computed; slices of a run wait for `append_run`.
 
         Args:
             key_states: (B, G, T, K), all new tokens, or this rank's slices of a run.
@@ -216,11 +239,12 @@ class ShardedSlidingLayer(PreallocatedSlidingLayer):
         """
         if self.slices is None:
             return super().update(key_states, value_states)
-        return tagged(key_states, Shard(self.group_of_ranks, self, self.slices)), value_states
+        shard = Shard(self.group_of_ranks, self, self.slices)
+        return ShardedStates(key_states, shard, key_states.dtype), value_states
 
     def append_run(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends a whole run, gathered from the ranks; returns it with the window before it."""
-        return super().update(key_states, value_states)
+        return self._write(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         """(keys that attention will see, position of the first) once the new tokens are appended."""
@@ -255,7 +279,7 @@ class ShardedQuantizedLayer(QuantizedLayer, ShardedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Quantises and keeps this rank's share; returns views of its share of all, tagged twice.
+        """Quantises and keeps this rank's share; returns its share of all, both as `ShardedStates`.
 
         Args:
             key_states: (B, G, T, K), all new tokens, or this rank's slices of a run.
@@ -263,8 +287,13 @@ class ShardedQuantizedLayer(QuantizedLayer, ShardedLayer):
             args: unused.
             kwargs: unused.
         """
-        keys, values = super().update(key_states, value_states)
-        return self._tagged(keys), values
+        keys, values = self._write(key_states, value_states)
+        shard = Shard(self.group_of_ranks, self, self.slices)
+        # Attention of torch compares the dtypes before anything could refuse it.
+        return (
+            ShardedStates(keys, shard, key_states.dtype),
+            ShardedStates(values, shard, value_states.dtype),
+        )
 
 
 class ShardedQuantizedSlidingLayer(ShardedSlidingLayer, QuantizedSlidingLayer):

@@ -6,7 +6,7 @@ import torch
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.sharded import sharded_attention
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer, shard_of
+from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
@@ -74,7 +74,7 @@ def attended(states, count, size, sinks, kind=None):
         def attend(rank, start=start, found=found):
             own, key, value = found[rank]
             mask = lazy_mask(len(own), own.shape[2], start + count, start, device=own.device)
-            return sharded_attention(own, key, value, mask, Options(True, sinks=sinks), shard_of(key))
+            return sharded_attention(own, key, value, mask, Options(True, sinks=sinks))
 
         parts = torch.stack(rounds(ranks, attend)).transpose(2, 3)
         outputs.append(layers[ranks[0]].slices.in_order(parts))

@@ -90,6 +90,8 @@ def refusals(rank, size, mesh):
     for word, ask in (
         ("cache_dtype", lambda: model.generate(prompts(9)[0], **GREEDY)),
         ("one process", lambda: model.generate_batch([[1, 2]], **GREEDY)),
+        (f"a cache shared by {size} processes", lambda: read_restored("sdpa", mesh)),
+        (f"a cache shared by {size} processes", lambda: read_restored("eager", mesh)),
     ):
         try:
             ask()
@@ -97,6 +99,14 @@ def refusals(rank, size, mesh):
             assert word in str(error), error
         else:
             raise AssertionError(word)
+
+
+def read_restored(attention, mesh):
+    """One more block on a shared cache, by a model that knows nothing of it any more."""
+    model = hf_longattn.prepare_generation(make(), device_mesh=mesh)
+    ids, (_, cache) = prompts(164, 164)[0], converse(model, "even")
+    hf_longattn.restore(model).set_attn_implementation(attention)
+    model.generate(ids, past_key_values=cache, **GREEDY)
 
 
 def expect(topics):

@@ -269,7 +269,7 @@ def expect(topics):
         even_vocabulary("llama"), even_vocabulary("qwen3")
     if "tensor_parallel_alone" in topics:
         even_vocabulary("llama")
-    if {"refusals", "wrapped", "fails"} & set(topics):
+    if {"refusals", "strangers", "wrapped", "fails"} & set(topics):
         expected("llama", length=23)
     cache_cases.expect(topics)
 

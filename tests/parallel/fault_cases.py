@@ -8,9 +8,10 @@ import ranks
 import tiny
 import torch
 import transformers as tf
-from several import assert_same, error_of, expected, generate, prepare
+from several import BOUND, TIMEOUT, assert_same, build, error_of, expected, generate, prepare
 from torch.distributed.device_mesh import init_device_mesh
 
+import hf_longattn
 from hf_longattn.generation import room
 from hf_longattn.parallel.watch import Watch
 
@@ -44,6 +45,65 @@ def refusals(rank, size, mesh):
         ValueError, lambda: prepare("llama", init_device_mesh("cpu", (size,), mesh_dim_names=("dp",)))
     )
     assert "`device_mesh` must name a dimension 'cp'" in message, message
+
+
+def strangers(rank, size, mesh):
+    """Attention that knows of one share alone is refused the shared cache, and what follows works."""
+    if size == 1:
+        return
+    for family, attention, kind in (
+        ("llama", "sdpa", None),
+        ("llama", "sdpa", "int8"),
+        ("gemma2", "eager", None),
+    ):
+        model, caches = filled(family, attention, mesh, 6, cache_dtype=kind)
+        others = build(family, attention=attention), build(family, attention="blockwise_attention")
+        seen = torch.ones(1, caches[0].get_seq_length() + 1, dtype=torch.long)
+        for other, cache in zip(others, caches, strict=False):
+            assert_refused(size, other, past_key_values=cache)
+        switched(model, attention, size)
+        assert_refused(size, model, past_key_values=caches[2])
+        hf_longattn.restore(model)
+        assert_refused(size, model, past_key_values=caches[3])
+        assert_refused(size, model, past_key_values=caches[4], attention_mask=seen)
+        assert_refused(size, model, count=2, past_key_values=caches[5])
+    # Windows are the same on every rank, and any attention may read them; slices of a prompt are not.
+    model, caches = filled("mistral-window", "sdpa", mesh, 2)
+    switched(model, "sdpa", size)
+    assert_windows_are_whole(hf_longattn.restore(model), caches)
+    output = generate(prepare("llama", mesh), tiny.tokens(1, 23), do_sample=False)
+    assert_same("after refusals", output, expected("llama", length=23))
+
+
+def filled(family, attention, mesh, number, **fields):
+    """A prepared model and some caches that hold what it has read."""
+    model = build(family, attention=attention)
+    hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=TIMEOUT, **fields)
+    call = {"do_sample": False, "max_new_tokens": 2}
+    return model, [generate(model, tiny.tokens(1, 43), **call).past_key_values for _ in range(number)]
+
+
+def switched(model, attention, size):
+    """Refuses the prompt of a model whose attention was changed behind its set-up."""
+    model.set_attn_implementation(attention)
+    message = error_of(ValueError, lambda: generate(model, tiny.tokens(1, 43), do_sample=False))
+    assert f"a cache shared by {size} processes" in message, message
+
+
+@torch.no_grad()
+def assert_refused(size, model, count=1, **call):
+    message = error_of(ValueError, lambda: model(input_ids=tiny.tokens(1, count), **call))
+    assert f"a cache shared by {size} processes" in message and "Pass a fresh cache" in message, message
+
+
+@torch.no_grad()
+def assert_windows_are_whole(model, caches):
+    known = build("mistral-window", attention="tree_attention")
+    got, want = (
+        m(input_ids=tiny.tokens(1, 3), past_key_values=cache).logits
+        for m, cache in zip((model, known), caches, strict=True)
+    )
+    assert tiny.relative_error(got, want) <= BOUND
 
 
 def dies(rank, size, mesh):

@@ -17,7 +17,7 @@ from several import mesh_of
 from hf_longattn.attention import exact, quantized, sharded
 from hf_longattn.attention.exact import Options
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer, shard_of
+from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.quantized_states import dequantized_states, quantized_states
@@ -58,7 +58,7 @@ def attended(mesh, runs, batch, padding=None, capacity=0, kind=None, **fields):
         own, key, value = (slices.take(x[:, :, seen], 2) for x in (query, *both))
         key, value = layer.update(key, value)
         mask = lazy_mask(batch, own.shape[2], seen.stop, slices.start, attention_mask=padding)
-        got = sharded.sharded_attention(own, key, value, mask, Options(True, **fields), shard_of(key))
+        got = sharded.sharded_attention(own, key, value, mask, Options(True, **fields))
         everyone = layer.group_of_ranks.gather(got.transpose(1, 2))
         outputs.append(slices.in_order(everyone))
     if kind is not None:

@@ -37,8 +37,8 @@ def test_every_key_lies_on_one_rank():
         expected = whole.update(*states, write=write, batch_size=3)
         found = [torch.full_like(each, torch.nan) for each in expected]
         for layer in parts:
-            own = layer.update(*states, write=write, batch_size=3)
-            for each, share in zip(found, own, strict=True):
+            key, value = layer.update(*states, write=write, batch_size=3)
+            for each, share in zip(found, (key.held, value), strict=True):
                 each[:, :, layer.positions(share.device)] = share
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs)

@@ -28,6 +28,7 @@ FAST = [
     "control",
     "clocks",
     "refusals",
+    "strangers",
     "reductions",
     "wrapped",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_longattn.cache.placement import Placement, Slices
-from hf_longattn.cache.shares import Shard, tagged
+from hf_longattn.cache.shares import Shard, ShardedStates
 
 from .cache_block_transformer import BlockLayer, BlockTransformerCache, BlockWrite
 
@@ -52,7 +52,7 @@ class SharedBlockLayer(BlockLayer):
             kwargs: `write`, and the `batch_size`.
 
         Returns:
-            this rank's share of what is read, the keys tagged.
+            this rank's share of what is read, the keys as `ShardedStates`.
         """
         write: BlockWrite = kwargs["write"]
         if not self.is_initialized:
@@ -65,7 +65,8 @@ class SharedBlockLayer(BlockLayer):
         self.extend(write.length)
         pairs = ((self._keys, key_states), (self._values, value_states))
         keys, values = (self._write(held, states, write) for held, states in pairs)
-        return tagged(keys, Shard(self.group_of_ranks, self, self.slices)), values
+        shard = Shard(self.group_of_ranks, self, self.slices)
+        return ShardedStates(keys, shard, keys.dtype), values
 
     def _write(self, held: Tensor, states: Tensor, write: BlockWrite) -> Tensor:
         count = self.placement.count
@@ -107,7 +108,7 @@ class SharedBlockCache(BlockTransformerCache):
     """A `BlockTransformerCache` of which every rank holds its share of the keys and values.
 
     Every rank must do the same to its part, in the same order: it is what `generate` does when every process
-    calls it alike. Of attention implementations, `tree_attention` alone reads it; others fail on its length.
+    calls it alike. Of attention implementations, `tree_attention` alone reads it; others are refused.
 
     Args:
         config: a `BlockTransformerConfig`.

@@ -31,6 +31,7 @@ COLUMNS = {
     },
     "questions": {
         "peer": "questions are", "question_tokens": "tokens of each", "first_token_s": "first token, s",
+        "new_shape_first_token_s": "first token of a new shape, s",
         "token_ms": "a token, ms", "floor_ms": "floor, ms", "peak_gib": "peak, GiB",
         "same_tokens_as_alone": "tokens as alone",
     },

@@ -5,8 +5,9 @@ scaling, soft caps and biases of the logits are the model's. The gradient of eac
 
     dlogits = softmax(logits) - (1 - e) onehot(target) - e / V        e: label smoothing
 
-so that the logits of one chunk are all that is ever in memory, and scaled once the gradient of the loss is
-known. Tokens whose label is ignored are never projected.
+and written over the logits where nobody else holds them, so that the logits of one chunk are all that is ever
+in memory; it is scaled once the gradient of the loss is known. Tokens whose label is ignored are never
+projected.
 """
 
 import contextlib
@@ -23,15 +24,17 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from hf_longattn.devices import HostCopy
+from hf_longattn.kernels.cross_entropy import cross_entropy
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.liger import fused_loss
+from hf_longattn.training.ownership import is_held_once
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.sequence import SequenceParallel, drops_anything, taking_loss
 from hf_longattn.training.sums import GradientSum
 from hf_longattn.training.zero import in_one_call, is_cut
 
-# Logits of a chunk: 1 GiB in fp32 on a GPU, where smaller products would run slower.
+# Logits of a chunk: half a GiB in 16 bits on a GPU, where smaller products would run slower.
 _GPU_LOGITS, _CPU_LOGITS = 1 << 28, 1 << 23
 
 
@@ -141,28 +144,6 @@ class Head:
         return [parameter for parameter in unique.values() if parameter.requires_grad]
 
 
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, smoothing: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """The summed loss of (n, V) logits, and its gradient (or an empty tensor)."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    scores = logits.detach().to(dtype, copy=True)
-    chosen, mean = scores.gather(-1, targets[:, None]), scores.mean(-1) if smoothing else None
-    # One fp32 copy of the logits becomes exponentials, then probabilities: torch's logsumexp makes another.
-    most = scores.amax(-1, keepdim=True)
-    exponentials = scores.sub_(most).exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    lse = total.log() + most
-    loss = (lse - chosen).sum() * (1 - smoothing)
-    if mean is not None:
-        loss = loss + (lse[:, 0] - mean).sum() * smoothing
-    if not needs_grad:
-        return loss, scores.new_empty(0)
-    grad = exponentials.div_(total).sub_(smoothing / scores.shape[-1])
-    grad.scatter_add_(-1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
-    return loss, grad.to(logits.dtype)
-
-
 @dataclass
 class LossOptions:
     """How the loss is taken.
@@ -245,10 +226,14 @@ def _chunk_loss(
     needs_grad = block.requires_grad
     with torch.set_grad_enabled(needs_grad), _uncached_autocast(block.device):
         output = head(block) if fused is None else fused(block[0], targets, smoothing)
-    loss, grad = output.detach(), None
     if fused is None:
-        loss, grad = _cross_entropy(output[0], targets, smoothing, needs_grad)
-        grad = grad[None]
+        alone = needs_grad and is_held_once(output)
+        losses, grad = cross_entropy(
+            output[0], targets, label_smoothing=smoothing, gradient=needs_grad, overwrite=alone
+        )
+        loss, grad = losses.sum(), None if grad is None else grad[None]
+    else:
+        loss, grad = output.detach(), None
     if not needs_grad:
         return loss, []
     return loss, list(torch.autograd.grad(output, [block, *parameters], grad, allow_unused=True))

@@ -1,6 +1,6 @@
 """Whether a gradient that autograd hands to a node is the node's alone, so that it may be written over.
 
-The same of the input of a layer, which the layer's output may be written over.
+The same of the input of a layer, which the layer's output may be written over, and of what a call returned.
 
 Autograd passes the same tensor to several nodes where it can (both sides of a sum), and hooks may keep it.
 Each of these holds a reference, so a gradient is the node's alone if it has no more references than one that
@@ -77,6 +77,30 @@ def _references_alone() -> tuple[int, ...] | None:
         output = _Probe.apply(_Probe.apply(tensor, found), [])
         torch.autograd.grad(output.sum(), tensor)
     return found[0]
+
+
+def is_held_once(output: Tensor) -> bool:
+    """Whether only its caller has what a call returned, so that it may be written over.
+
+    Nobody else does where no other name, view or saved copy shares the memory: of an operation whose backward
+    reads its output, autograd saves such a copy.
+
+    Args:
+        output: with a gradient to come, bound to one name there.
+    """
+    alone, found = _references_of_output(), references(output)
+    return (
+        alone is not None
+        and found is not None
+        and all(count <= most for count, most in zip(found, alone, strict=True))
+    )
+
+
+@functools.cache
+def _references_of_output() -> tuple[int, ...] | None:
+    with torch.enable_grad():
+        output = torch.ones(2, requires_grad=True) * 2
+    return _look(output)
 
 
 class LayerInputs:

@@ -18,10 +18,10 @@ and what comes on top is the most of three moments, with cosines, sines, ids and
     forward       the output of a layer (written over its input where that goes to the host, beside the
                   embeddings), keys and values, and one block of tokens: (2 D + 3 F) numbers a token
     loss          the final norm's output and its gradient, and its input where that stays; logits of one
-                  chunk as the model gives them, their gradient, and both in fp32 or, later, the gradient that
-                  the head gets of the chunk; fp32 sums of the latter where the head trains. Or what Liger
-                  takes: logits of one chunk, hidden states of eight and their gradients, and the head's
-                  gradient in fp32 twice, its own and ours
+                  chunk as the model gives them, their gradient, for which there is room elsewhere where it
+                  is not written over them, and the gradient that the head gets of the chunk; fp32 sums of the
+                  latter where the head trains. Or what Liger takes: logits of one chunk, hidden states of
+                  eight and their gradients, and the head's gradient in fp32 twice, its own and ours
     backward      the forward of a layer once more, with a gradient beside it, where that group is not 1; or
                   one gradient, keys and values, and their gradients in fp32; the graph of one block in one
                   layer, (6.5 D + 3 F) numbers a token, and its gradients, (D + 2 F), or in the place of what
@@ -329,7 +329,7 @@ class _Step:
         head, logits = self.parameters.head, chunk * vocabulary
         whole = (2 if offloads else 3) * self._hidden + self._tables
         sums = head * 4 // item
-        plain = logits * 2 * item + max(logits * 4, head)
+        plain = logits * 2 * item + head
         fused = max(logits * item, head) + sums + 2 * min(MOST_CHUNKS * chunk, tokens) * self._hidden
         return tokens * whole + max(plain, fused) + sums
 

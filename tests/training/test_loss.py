@@ -3,13 +3,13 @@
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 import transformers as tf
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_longattn
 from hf_longattn.devices import HostCopy
-from hf_longattn.training.loss import _cross_entropy, _places
+from hf_longattn.training import loss
+from hf_longattn.training.loss import _places
 
 BOUND = 2e-6
 IDS = tiny.tokens(2, 37)
@@ -119,17 +119,51 @@ def test_models_without_a_language_head_keep_their_own(kind):
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_against_autograd(dtype):
-    logits = (3 * torch.randn(11, 29)).to(dtype).requires_grad_()
-    targets = torch.randint(29, (11,))
-    exact = logits.detach().double().requires_grad_()
-    loss = F.cross_entropy(exact, targets, reduction="sum", label_smoothing=0.1)
-    loss.backward()
-    result, gradient = _cross_entropy(logits, targets, 0.1, needs_grad=True)
-    assert result.item() == pytest.approx(loss.item(), rel=1e-6)
-    # One rounding to the dtype of the logits.
-    assert tiny.relative_error(gradient, exact.grad) <= torch.finfo(dtype).eps
+def overwritten(model, monkeypatch):
+    """Whether each chunk's gradient went over the logits, and loss and gradients, `model` being prepared."""
+    seen, real = [], loss.cross_entropy
+
+    def spy(logits, targets, **options):
+        losses, gradient = real(logits, targets, **options)
+        seen.append(gradient.data_ptr() == logits.data_ptr())
+        return losses, gradient
+
+    monkeypatch.setattr(loss, "cross_entropy", spy)
+    return seen, run(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_gradients_are_written_over_the_logits(family, monkeypatch):
+    seen, result = overwritten(prepared(family), monkeypatch)
+    assert len(seen) > 3 and all(seen)
+    assert_same(result, run(tiny.build(family)))
+
+
+# What becomes of logits on their way, and what somebody keeps of them; the backward of tanh reads its output.
+WAYS = {
+    "itself": lambda logits: (logits, logits),
+    "a view": lambda logits: (logits, logits.detach()[..., :3]),
+    "by autograd": lambda logits: (logits.tanh(), None),
+    "as a part": lambda logits: (logits[..., :97], None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_that_others_hold_are_left_alone(way, monkeypatch):
+    kept, model, plain = [], prepared("llama"), tiny.build("llama")
+
+    def look(module, args, output):
+        output, held = WAYS[way](output)
+        if held is not None:
+            kept.append((held, held.detach().clone()))
+        return output
+
+    for each in (model, plain):
+        each.lm_head.register_forward_hook(look)
+    seen, result = overwritten(model, monkeypatch)
+    assert seen and not any(seen)
+    assert all(torch.equal(held, before) for held, before in kept)
+    assert_same(result, run(plain))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -131,6 +131,22 @@ def _gated_activation_backward(activation):
     return Case(f"gated_activation_backward-{activation}", kernel, signature, constexprs)
 
 
+def _cross_entropy(dtype, gradient=True, smoothed=False, slow=False):
+    """`cross_entropy` of a chunk, written over the logits or without gradient."""
+    from hf_longattn.kernels.cross_entropy.triton import choose_block
+
+    block, warps = choose_block(32000, 4 if dtype == "fp32" else 2)
+    signature = {"logits_ptr": f"*{dtype}:16", "targets_ptr": "*i64:16", "losses_ptr": "*fp32:16"}
+    signature |= {"logits_strides": ("i64:16", 1), "grad_strides": ("i64:16", 1), "V": "i32:16"}
+    signature |= {"smoothing": "fp32"} | ({"grad_ptr": f"*{dtype}:16"} if gradient else {})
+    constexprs = {"SMOOTHED": smoothed, "PTX": True, "BLOCK": block} | (
+        {} if gradient else {"grad_ptr": None}
+    )
+    kernel = "hf_longattn.kernels.cross_entropy.triton:_cross_entropy_kernel"
+    id = f"cross_entropy-{dtype}" + "-gradient" * gradient + "-smoothed" * smoothed
+    return Case(id, kernel, signature, constexprs, warps, slow=slow)
+
+
 def _rotary(head_dim, width, inverse=False):
     """`rotary_embedding` of the first `width` of heads next to each other."""
     signature = {f"{name}_ptr": "*bf16:16" for name in ("q", "k", "cos", "sin", "q_out", "k_out")}
@@ -504,6 +520,10 @@ CASES: list[Case] = [
     _gated_activation("silu"),
     _gated_activation("gelu"),
     *(_gated_activation_backward(activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    _cross_entropy("bf16"),
+    *(_cross_entropy("bf16", gradient=False, smoothed=smoothed, slow=True) for smoothed in (False, True)),
+    *(_cross_entropy(dtype, smoothed=True, slow=True) for dtype in ("bf16", "fp16", "fp32")),
+    _cross_entropy("fp32", slow=True),
     _rotary(128, 128),
     _rotary(96, 96),
     _rotary(128, 32),
@@ -610,6 +630,16 @@ def test_programs_of_one_row_run_at_the_same_time(case, programs):
     registers = -(-used.registers // 8) * 8
     at_once = 132 * min(65536 // (registers * 32 * case.num_warps), 64 // case.num_warps)
     assert at_once >= programs or not triton.__version__.startswith(BUDGETS_OF)
+
+
+def test_rows_of_a_cross_entropy_are_loaded_16_bytes_at_a_time_two_on_a_multiprocessor():
+    case = _cross_entropy("bf16")
+    used = case.compiled()
+    # The first step and the one ahead, of both walks; and the target and its logit.
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", used.ptx)) == 8 and used.ptx.count("ld.global") == 10
+    # The gradient, and the loss and the target's gradient.
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", used.ptx)) == 2 and used.ptx.count("st.global") == 4
+    assert 2 * 32 * case.num_warps * -(-used.registers // 8) * 8 <= 65536
 
 
 def test_lightning_step_shares_a_multiprocessor():

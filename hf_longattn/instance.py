@@ -86,7 +86,8 @@ def every_module(model: nn.Module) -> list[nn.Module]:
         module = ahead.pop()
         if id(module) not in found:
             found[id(module)] = module
-            ahead += [part for part in reversed(module._modules.values()) if part is not None]
+            if parts := module._modules:
+                ahead += [part for part in reversed(parts.values()) if part is not None]
     return list(found.values())
 
 

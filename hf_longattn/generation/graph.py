@@ -23,7 +23,7 @@ from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.linear import Products
-from hf_longattn.instance import Setup
+from hf_longattn.instance import Setup, every_module
 from hf_longattn.kernels.dispatch import warn_slow
 from hf_longattn.kernels.mask_runs import extend_runs, is_known_full
 
@@ -296,8 +296,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     placement = getattr(model, "hf_device_map", None) or {}
     if len(set(placement.values())) > 1:
         return "the model is spread over several devices"
-    for name, module in model.named_modules():
+    for module in every_module(model):
         if module._forward_hooks or module._forward_pre_hooks:
+            name = next(name for name, each in model.named_modules() if each is module)
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would skip"
     return None
 

@@ -6,6 +6,7 @@ values into them, and where rows, processors and model are the same, the graph g
 """
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ class KeptProgram:
     def __init__(self) -> None:
         self.program: Any = None
         self.prompts = PromptGraphs()
-        self._model: tuple[Any, ...] | None = None
+        self._model: SeenModel | None = None
         self._busy = threading.Lock()
 
     def clear(self) -> None:
@@ -61,7 +62,7 @@ class KeptProgram:
         """
         if program.graph is not None and program is not self.program:
             self.clear()
-            if program.key() is not None and (seen := fingerprint(model)) is not None:
+            if program.key() is not None and (seen := SeenModel(model)).noted is not None:
                 self.program, self._model = program, seen
         if self.program is not None and length is not None:
             self.prompts.note(length)
@@ -74,9 +75,9 @@ class KeptProgram:
             rows: of the batch.
             model: that generates; what was changed since the capture ends the program.
         """
-        if self.program is None:
+        if self.program is None or self._model is None:
             return
-        if cache is None or self._model != fingerprint(model):
+        if cache is None or not self._model.is_still(model):
             self.clear()
         elif not cache.borrow(self.program.decoding.cache, rows):
             self.clear()
@@ -95,6 +96,69 @@ class KeptProgram:
         return steps
 
 
+class SeenModel:
+    """A model as it was when its steps were captured, for the question before every prompt: is it still?
+
+    Most often every module holds the very objects that it held, which is seen in a fraction of the time that
+    their settings take.
+
+    Args:
+        model: whose `fingerprint` is noted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.noted = fingerprint(model)
+        self._look(model)
+
+    def is_still(self, model: nn.Module) -> bool:
+        """Whether nothing has changed that the captured steps depend on.
+
+        Args:
+            model: perhaps another one.
+        """
+        if model is self._modules[0] and self._holds_the_same():
+            return True
+        if self.noted is None or self.noted != fingerprint(model):
+            return False
+        self._look(model)
+        return True
+
+    def _look(self, model: nn.Module) -> None:
+        self._modules = every_module(model)
+        tables = [(part._modules, part._parameters, part._buffers) for part in self._modules]
+        # A table that was empty may be filled: all are counted, and those with something in them are read.
+        self._tables = [table for each in tables for table in each]
+        self._parts, *tensors = ([table for table in kind if table] for kind in zip(*tables, strict=True))
+        self._tensors = tensors[0] + tensors[1]
+        configs = {
+            id(config): config for part in self._modules if (config := vars(part).get("config")) is not None
+        }
+        self._configs = list(configs.values())
+        self._objects, self._values = self._held(), self._told()
+
+    def _holds_the_same(self) -> bool:
+        # Asked by identity first: `==` between what was exchanged could be a tensor.
+        held = self._held()
+        same = len(held) == len(self._objects) and all(map(operator.is_, held, self._objects))
+        return same and self._told() == self._values
+
+    def _held(self) -> list[Any]:
+        """All that the modules hold under a name, and the parts of each."""
+        held: list[Any] = []
+        for module in self._modules:
+            held += vars(module).values()
+        for parts in self._parts:
+            held += parts.values()
+        return held
+
+    def _told(self) -> list[Any]:
+        """What may change within the same objects."""
+        tensors = [each for table in self._tensors for each in table.values() if each is not None]
+        told: list[Any] = [*_switches(), torch.is_autocast_enabled(), [len(table) for table in self._tables]]
+        told += [getattr(config, "_attn_implementation", None) for config in self._configs]
+        return told + [type(module) for module in self._modules] + _places(tensors)
+
+
 def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     """What a captured forward depends on beyond its inputs, to be compared; None where that is not known.
 
@@ -104,8 +168,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     if torch.is_autocast_enabled():
         # A graph reads the weights that autocast has cast, which are gone when autocast ends.
         return None
-    noted: list[Any] = [torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled()]
-    noted.append(torch.are_deterministic_algorithms_enabled())
+    noted: list[Any] = _switches()
     for module in every_module(model):
         if type(module).__module__.partition(".")[0] not in _KNOWN:
             return None
@@ -114,10 +177,18 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
         # The module itself, not its id: an id may come back.
         noted.append((module, settings.get("forward"), implementation, plain_settings(module)))
         own = [*module._parameters.values(), *module._buffers.values()]
-        noted.append(
-            [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in own if each is not None]
-        )
+        noted.append(_places([each for each in own if each is not None]))
     return tuple(noted)
+
+
+def _switches() -> list[Any]:
+    """What the whole process may have set."""
+    precision, inference = torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled()
+    return [precision, inference, torch.are_deterministic_algorithms_enabled()]
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    return [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in tensors]
 
 
 def settings_of(processors: Any) -> tuple[Any, ...] | None:
@@ -142,5 +213,4 @@ def same_place(one: Tensor, other: Tensor) -> bool:
         one: any tensor.
         other: any tensor.
     """
-    where = (one.data_ptr(), one.shape, one.stride(), one.dtype)
-    return where == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    return _places([one]) == _places([other])

@@ -107,7 +107,7 @@ def fused_loss(
         return None
     reason = _obstacle(linear, hidden) or _difference(project, linear, hidden)
     if reason is not None:
-        log_once(logging.INFO, f"loss: chunks are taken in plain torch, because {reason}")
+        log_once(logging.INFO, f"loss: Liger does not take the chunks, because {reason}")
         return None
     log_once(logging.INFO, "loss: chunks are taken by Liger's fused linear cross-entropy")
     return FusedLoss(linear, 1 << (size.bit_length() - 1), _chunks(linear))

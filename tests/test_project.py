@@ -68,8 +68,8 @@ def test_nothing_is_imported_through_the_root_links():
     assert not through
 
 
-LAYERS = ["kernels", "masking|cache", "parallel", "attention", "instance|fusion|generation|training|modeling",
-          "registration|cli"]  # fmt: skip
+LAYERS = ["kernels", "masking|cache", "parallel", "attention",
+          "instance|fusion|branches|generation|training|modeling", "registration|cli"]  # fmt: skip
 
 
 def layer(module):

@@ -1,30 +1,45 @@
 """Linear maps in a captured step: the vendor's product or our kernel, whichever the clock says is faster.
 
 Decoding reads every weight once a token. For a handful of rows the vendor's library often splits the sum and
-adds the parts in a second launch; `few_row_linear` reads the weight in one. Which one wins depends on the
-shape and on the GPU, so both are timed, captured in a graph as they will run, on all layers that share the
-shape (more bytes than any cache holds). What is not faster is left alone.
+adds the parts in a second launch; `few_row_linear` reads the weight in one, and `FewRowLayer` those of a
+layer in two. Which one wins depends on the shape and on the GPU, so both are timed, captured in a graph as
+they will run, on all layers that share the shape (more bytes than any cache holds). What is not faster is
+left alone.
 """
 
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_longattn.branches import FewRowLayer, in_five_launches, without_attention
+from hf_longattn.fusion import is_fused
 from hf_longattn.generation.capture import capture
-from hf_longattn.instance import Setup, plain_settings
+from hf_longattn.instance import Setup, every_module, plain_settings
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
+from hf_longattn.kernels.normed_linears import api as normed_linears
 
 # Bytes of weights that are read to time a shape: several times the cache of any GPU.
 _TIMED_BYTES = 512 * 2**20
 _DTYPES = (torch.bfloat16, torch.float16)
-# What the first linear layer of a feed-forward layer is called.
-_FIRST = ("gate_proj", "dense_h_to_4h")
+# What the first part of a layer, or of a feed-forward layer, that reads the states is called.
+_FIRST = ("gate_proj", "dense_h_to_4h", "input_layernorm")
 Call = Callable[[], Any]
+_Forward = Callable[[Tensor], Tensor]
+
+
+class _Kind(NamedTuple):
+    """Modules that a kernel of ours may run: which, what those of one shape share, and two ways to time."""
+
+    most_rows: int
+    fits: Callable[[Any], bool]
+    key_of: Callable[[Any], tuple[Any, ...]]
+    ours: Callable[[Any], _Forward]
+    theirs: Callable[[Any], _Forward]
 
 
 def graph_time(calls: list[Call]) -> float:
@@ -49,7 +64,7 @@ def graph_time(calls: list[Call]) -> float:
 
 
 class Products:
-    """Which linear and gated feed-forward layers our kernel computes faster, found out once a shape.
+    """Which linear maps, feed-forward and whole layers our kernels compute faster, found out once a shape.
 
     Args:
         clock: seconds that a list of calls takes.
@@ -72,27 +87,23 @@ class Products:
         """
         if rows > MAX_ROWS or torch.is_autocast_enabled():
             return
-        for fits, key_of, make in (
-            (_is_plain, _linear_key, _few_rows),
-            (_is_gated, _feed_forward_key, _gated_few_rows),
-            (_is_activated, _feed_forward_key, _activated_few_rows),
-        ):
+        # What fits is asked before anything stands in for its parts.
+        found = [
+            (kind, list(filter(kind.fits, model.modules()))) for kind in _KINDS if rows <= kind.most_rows
+        ]
+        for kind, modules in found:
             groups: dict[Any, list[Any]] = defaultdict(list)
-            for module in filter(fits, model.modules()):
-                groups[(rows, *key_of(module))].append(module)
+            for module in modules:
+                groups[(rows, *kind.key_of(module))].append(module)
             for key, group in groups.items():
                 if key not in self.ours:
-                    self.ours[key] = self._ours_wins(group, make, rows, agree)
+                    self.ours[key] = self._ours_wins(group, kind, rows, agree)
                 for module in group if self.ours[key] else ():
-                    changes.set(module, "forward", make(module))
+                    changes.set(module, "forward", kind.ours(module))
 
     @torch.no_grad()
     def _ours_wins(
-        self,
-        group: list[Any],
-        make: Callable[[Any], Callable[[Tensor], Tensor]],
-        rows: int,
-        agree: Callable[[Tensor, Tensor], bool],
+        self, group: list[Any], kind: _Kind, rows: int, agree: Callable[[Tensor, Tensor], bool]
     ) -> bool:
         """Whether ours agrees with modules of one shape, and is faster on them."""
         weights = list(group[0].parameters())
@@ -100,15 +111,16 @@ class Products:
         timed = group[: max(_TIMED_BYTES // max(size, 1), 1)]
         states = _probe(rows, _first(group[0]).weight)
         probes = [states, *_large(group[0], states)]
-        if not all(agree(make(group[0])(probe), group[0](probe)) for probe in probes):
-            return False
-        theirs = self.clock([functools.partial(module, states) for module in timed])
-        return self.clock([functools.partial(make(module), states) for module in timed]) < theirs
+        with without_attention(timed):
+            if not all(agree(kind.ours(group[0])(probe), group[0](probe)) for probe in probes):
+                return False
+            theirs = self.clock([functools.partial(kind.theirs(module), states) for module in timed])
+            return self.clock([functools.partial(kind.ours(module), states) for module in timed]) < theirs
 
 
 def _probe(rows: int, weight: Tensor) -> Tensor:
     generator = torch.Generator(weight.device).manual_seed(0)
-    shape = (rows, 1, weight.shape[1])
+    shape = (rows, 1, weight.shape[-1])
     return torch.randn(shape, device=weight.device, dtype=weight.dtype, generator=generator)
 
 
@@ -121,7 +133,7 @@ def _large(module: Any, states: Tensor) -> list[Tensor]:
 
 
 def _first(module: Any) -> Any:
-    """The linear layer that reads the states."""
+    """The part that reads the states."""
     return next((part for name, part in module.named_children() if name in _FIRST), module)
 
 
@@ -156,6 +168,40 @@ def _is_activated(module: Any) -> bool:
     return exact and type(weight) is nn.Parameter and weight.dtype in _DTYPES
 
 
+def _has_plain_branches(layer: Any) -> bool:
+    """A layer of GPT-NeoX with parallel branches, none of whose parts is another than it was made with."""
+    if type(layer).__name__ != "GPTNeoXLayer" or not layer.use_parallel_residual or layer.training:
+        return False
+    attention, mlp, norms = (
+        layer.attention,
+        layer.mlp,
+        (layer.input_layernorm, layer.post_attention_layernorm),
+    )
+    if type(attention).__name__ != "GPTNeoXAttention" or not _is_activated(mlp):
+        return False
+    maps = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+    if not all(map(_is_plain, maps)) or not all(type(norm) is nn.LayerNorm for norm in norms):
+        return False
+    if not all(map(_is_own, every_module(layer))) or norms[0].eps != norms[1].eps:
+        return False
+    given = [(part.weight, part.bias) for part in (*maps, *norms)]
+    dtypes = {tensor.dtype for pair in given for tensor in pair if type(tensor) is nn.Parameter}
+    whole = all(type(tensor) is nn.Parameter and tensor.stride(-1) == 1 for pair in given for tensor in pair)
+    return whole and len(dtypes) == 1 and attention.dense.in_features <= normed_linears.MAX_WIDTH
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module runs its own forward, or ours, and nobody watches."""
+    watched = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
+    return not watched and ("forward" not in vars(module) or is_fused(module))
+
+
+def _layer_key(layer: Any) -> tuple[Any, ...]:
+    parts = layer.attention.query_key_value, layer.mlp.dense_h_to_4h
+    shapes = tuple(part.weight.shape for part in parts)
+    return type(layer), shapes, parts[0].weight.dtype, layer.input_layernorm.eps, plain_settings(layer)
+
+
 def _linear_key(module: Any) -> tuple[Any, ...]:
     return (module.weight.shape, module.weight.dtype, module.bias is None)
 
@@ -166,16 +212,29 @@ def _feed_forward_key(module: Any) -> tuple[Any, ...]:
 
 
 # A captured step writes to no parameter, and its replay begins when all that was launched before has ended.
-def _few_rows(module: Any) -> Callable[[Tensor], Tensor]:
+def _few_rows(module: Any) -> _Forward:
     return lambda states: few_row_linear(states, module.weight, module.bias, settled_weight=True)
 
 
-def _gated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
+def _gated_few_rows(module: Any) -> _Forward:
     gate, up = module.gate_proj.weight, module.up_proj.weight
     return lambda states: module.down_proj(few_row_gated_linear(states, gate, up, settled_weight=True))
 
 
-def _activated_few_rows(module: Any) -> Callable[[Tensor], Tensor]:
+def _activated_few_rows(module: Any) -> _Forward:
     first = module.dense_h_to_4h
     options: dict[str, Any] = {"activation": "gelu", "settled_weight": True}
     return lambda states: module.dense_4h_to_h(few_row_linear(states, first.weight, first.bias, **options))
+
+
+def _itself(module: Any) -> _Forward:
+    return module
+
+
+# Whole layers come last: they are compared with their parts as these are then, which run more rows.
+_KINDS = (
+    _Kind(MAX_ROWS, _is_plain, _linear_key, _few_rows, _itself),
+    _Kind(MAX_ROWS, _is_gated, _feed_forward_key, _gated_few_rows, _itself),
+    _Kind(MAX_ROWS, _is_activated, _feed_forward_key, _activated_few_rows, _itself),
+    _Kind(normed_linears.MAX_ROWS, _has_plain_branches, _layer_key, FewRowLayer, in_five_launches),
+)

@@ -3,8 +3,8 @@
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
 layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
-the next layer. Inside a block, positions are few and the same in every block: their rotary embedding is
-looked up. What a call asks beyond that runs as the module's own forward.
+the next layer, unless a `FewRowLayer` runs them. Inside a block, positions are few and the same in every
+block: their rotary embedding is looked up. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXModel
 
+from hf_longattn.branches import FewRowLayer
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_key_attention import few_key_attention
@@ -128,7 +129,10 @@ def _has_parallel_branches(decoder: Any) -> bool:
     """Whether its layers are plain ones that add attention and feed-forward to the same states."""
     norms = [decoder.final_layer_norm]
     for layer in decoder.layers:
-        if type(layer) is not GPTNeoXLayer or not layer.use_parallel_residual or "forward" in vars(layer):
+        stands_in = vars(layer).get("forward")
+        if type(layer) is not GPTNeoXLayer or not layer.use_parallel_residual:
+            return False
+        if stands_in is not None and type(stands_in) is not FewRowLayer:
             return False
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
     plain = all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
@@ -143,7 +147,11 @@ def _join_layers(changes: Setup, decoder: Any) -> None:
         norms = [decoder.final_layer_norm]
         if following is not None:
             norms = [following.input_layernorm, following.post_attention_layernorm]
-        changes.set(layer, "forward", functools.partial(_run_layer, layer, norms, made))
+        run, few_rows = functools.partial(_run_layer, layer, norms, made), vars(layer).get("forward")
+        if few_rows is None:
+            changes.set(layer, "forward", run)
+        else:
+            changes.set(few_rows, "many_rows", run)
     final = decoder.final_layer_norm
     changes.set(final, "forward", functools.partial(_normed, made, 1, final.forward))
 

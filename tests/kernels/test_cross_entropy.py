@@ -153,6 +153,16 @@ def test_a_target_outside_has_no_loss_under_the_interpreter():
     assert gradient[:2].sum(1).allclose(torch.ones(2))
 
 
+def test_it_is_part_of_one_compiled_graph():
+    logits, targets = make(3, 33, torch.float32)
+
+    def both(logits, targets):
+        return cross_entropy(logits * 2, targets, gradient=True, overwrite=True)
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    assert_same(compiled(logits, targets), both(logits, targets))
+
+
 def test_what_does_not_fit_is_refused():
     logits, targets = make(3, 8, torch.float32)
     for wrong in (targets[:2], targets.int(), targets[:, None]):

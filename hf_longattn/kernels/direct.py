@@ -16,25 +16,41 @@ _PLAIN = (Tensor, nn.Parameter)
 _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
 
 
-def direct(
-    operator: Callable[..., Any],
+def direct_operator(
+    name: str,
     function: Callable[..., Any],
+    fake: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradients: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
-    """Makes the way to call an operator: by its function, or as torch.library registered it.
+    """Registers an operator with torch.library, and makes the way to call it.
 
     Args:
-        operator: what torch.library made of `function`.
-        function: computes it and writes to no argument.
-        save: the `setup_context` that was registered; None where no gradient was.
-        gradients: the `backward` that was registered.
+        name: with its namespace, as in `torch.ops`.
+        function: computes it and writes to no argument; its annotations are the schema.
+        fake: empty outputs for the same arguments.
+        save: `setup_context` of `register_autograd`; None where there is no gradient.
+        gradients: `backward` of `register_autograd`.
 
     Returns:
         a function of the operator's arguments, by position, with its gradients. The operator itself is called
         while a graph is traced, under modes and transforms, for tensors of other classes and without data,
         and where a gradient is wanted that was not registered, which it refuses.
     """
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(fake)
+    if gradients is not None:
+        operator.register_autograd(gradients, setup_context=save)
+    return _direct(operator, function, save, gradients)
+
+
+def _direct(
+    operator: Callable[..., Any],
+    function: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None,
+    gradients: Callable[..., tuple[Any, ...]] | None,
+) -> Callable[..., Any]:
+    """The way to call an operator: by its function, or as torch.library registered it."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = function(*inputs)

@@ -78,14 +78,14 @@ def test_kernel_under_the_interpreter(activation):
 
 @pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    from hf_longattn.kernels.gated_activation.api import _backward_operator, _operator
-
     gate, up, grad = torch.randn(3, 4, 40)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     leaves = [x.clone().requires_grad_() for x in (gate, up)]
-    torch.library.opcheck(_operator, (*leaves, "silu"), test_utils=tests)
+    operators = torch.ops.hf_longattn
+    torch.library.opcheck(operators.gated_activation, (*leaves, "silu"), test_utils=tests)
     arguments = (grad, gate, up, "silu")
-    torch.library.opcheck(_backward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.gated_activation_backward, arguments, test_utils=tests)
 
 
 @pytest.mark.gpu

@@ -89,13 +89,12 @@ def test_kernel_under_the_interpreter(shape):
 
 @pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    from hf_longattn.kernels.rotary_embedding.api import _operator
-
     query, key, cos, sin = inputs(2, 4, 2, 5, 16, 12, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (query, key)]
+    operator = torch.ops.hf_longattn.rotary_embedding
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for inverse in (False, True):
-        torch.library.opcheck(_operator, (*leaves, cos, sin, inverse), test_utils=tests)
+        torch.library.opcheck(operator, (*leaves, cos, sin, inverse), test_utils=tests)
     # Angles whose halves differ: the backward is the transpose all the same.
     cos, sin = torch.randn_like(cos), torch.randn_like(sin)
     found = []

@@ -155,14 +155,14 @@ def test_one_gradient_alone_under_the_interpreter(wants):
 
 @pytest.mark.interpreted
 def test_the_operator_is_registered_as_torch_asks_under_the_interpreter():
-    from hf_longattn.kernels.row_norm.api import _backward_operator, _operator
-
     states, weight, bias = inputs((3, 5, 48), torch.float32, "layer")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     leaves = [x.requires_grad_() for x in (states, weight, bias)]
-    torch.library.opcheck(_operator, (*leaves, EPS, "layer"), test_utils=tests)
+    operators = torch.ops.hf_longattn
+    torch.library.opcheck(operators.row_norm, (*leaves, EPS, "layer"), test_utils=tests)
     arguments = (states.detach(), states.detach(), weight.detach(), [True, False, True], EPS, "layer")
-    torch.library.opcheck(_backward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.row_norm_backward, arguments, test_utils=tests)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct
+from hf_longattn.kernels.direct import direct_operator
 from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 
 _NAME = "gated_activation"
@@ -44,11 +44,8 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu", impl
         raise ValueError(f"`impl='triton'` of {_NAME} has no float64; use 'auto'.")
     if impl == "reference" or (impl == "auto" and (wide or not gate.is_cuda)):
         return ACTIVATIONS[activation](gate) * up
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _call(gate, up, activation)
-    from hf_longattn.kernels.gated_activation.triton import gate_forward
-
-    return gate_forward(gate, up, activation)
+    wants_gradient = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    return (_call if wants_gradient else _run)(gate, up, activation)
 
 
 def _run(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -57,10 +54,6 @@ def _run(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate_forward(gate, up, activation)
 
 
-_operator = torch.library.custom_op("hf_longattn::gated_activation", _run, mutates_args=())
-
-
-@_operator.register_fake
 def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -71,15 +64,11 @@ def _run_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tu
     return gate_backward(grad, gate, up, activation)
 
 
-_backward_operator = torch.library.custom_op(
-    "hf_longattn::gated_activation_backward", _run_backward, mutates_args=()
-)
-_call_backward = direct(_backward_operator, _run_backward)
-
-
-@_backward_operator.register_fake
 def _backward_fake(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+_call_backward = direct_operator("hf_longattn::gated_activation_backward", _run_backward, _backward_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -91,5 +80,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_call_backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
-_call = direct(_operator, _run, _save, _gradients)
+_call = direct_operator("hf_longattn::gated_activation", _run, _fake, _save, _gradients)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longattn.kernels.direct import direct
+from hf_longattn.kernels.direct import direct_operator
 from hf_longattn.kernels.dispatch import check_impl, triton_runs_on, warn_slow
 from hf_longattn.kernels.lightning_attention import reference
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
@@ -267,10 +267,6 @@ def _run_scan(
     return output, left
 
 
-_scan_operator = torch.library.custom_op("hf_longattn::lightning_scan", _run_scan, mutates_args=())
-
-
-@_scan_operator.register_fake
 def _scan_fake(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -359,8 +355,7 @@ def _grad_slopes(ctx: Any, grad_output: Tensor, grad_state: Tensor | None) -> Te
     return scale * _slope_gradient(*tensors, direction == BOTH)
 
 
-_scan_operator.register_autograd(_grad, setup_context=_save)
-_scan = direct(_scan_operator, _run_scan, _save, _grad)
+_scan = direct_operator("hf_longattn::lightning_scan", _run_scan, _scan_fake, _save, _grad)
 
 
 @torch.library.custom_op("hf_longattn::lightning_step", mutates_args=("state",))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct
+from hf_longattn.kernels.direct import direct_operator
 from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 from hf_longattn.kernels.rotary_embedding.reference import rotate
 
@@ -50,11 +50,8 @@ def rotary_embedding(
         )
     if impl == "reference" or (impl == "auto" and (plain or not query.is_cuda)):
         return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin).to(key.dtype)
-    if gradient and (query.requires_grad or key.requires_grad):
-        return _call(query, key, cos, sin, False)
-    from hf_longattn.kernels.rotary_embedding.triton import rotated
-
-    return rotated(query, key, cos, sin)
+    wants_gradient = gradient and (query.requires_grad or key.requires_grad)
+    return (_call if wants_gradient else _run)(query, key, cos, sin, False)
 
 
 def _run(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -63,10 +60,6 @@ def _run(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) ->
     return rotated(query, key, cos, sin, inverse)
 
 
-_operator = torch.library.custom_op("hf_longattn::rotary_embedding", _run, mutates_args=())
-
-
-@_operator.register_fake
 def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return empty_outputs(query, key, inverse)
 
@@ -80,5 +73,4 @@ def _gradients(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor |
     return *_call(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
-_call = direct(_operator, _run, _save, _gradients)
+_call = direct_operator("hf_longattn::rotary_embedding", _run, _fake, _save, _gradients)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct
+from hf_longattn.kernels.direct import direct_operator
 from hf_longattn.kernels.row_norm.reference import KINDS, normalised
 
 _NAME = "row_norm"
@@ -52,11 +52,8 @@ def row_norm(
     """
     if not _by_kernel(impl, kind, states, (weight, bias)):
         return normalised(states, weight, bias, eps, kind)
-    if _wants_gradient(states, weight, bias):
-        return _call(states, weight, bias, eps, kind)
-    from hf_longattn.kernels.row_norm.triton import norm_forward
-
-    return norm_forward(states, weight, bias, eps, kind)
+    run = _call if _wants_gradient(states, weight, bias) else _run
+    return run(states, weight, bias, eps, kind)
 
 
 def gated_row_norm(
@@ -137,10 +134,6 @@ def _run(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     return norm_forward(states, weight, bias, eps, kind)
 
 
-_operator = torch.library.custom_op("hf_longattn::row_norm", _run, mutates_args=())
-
-
-@_operator.register_fake
 def _fake(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     widens = kind == "rms" and weight is not None
     dtype = torch.promote_types(states.dtype, weight.dtype) if widens and weight is not None else states.dtype
@@ -158,11 +151,6 @@ def _run_backward(
     return first, second, third
 
 
-_backward_operator = torch.library.custom_op("hf_longattn::row_norm_backward", _run_backward, mutates_args=())
-_call_backward = direct(_backward_operator, _run_backward)
-
-
-@_backward_operator.register_fake
 def _backward_fake(
     grad: Tensor, states: Tensor, weight: Tensor | None, wants: list[bool], eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,6 +160,9 @@ def _backward_fake(
         like if wanted else grad.new_empty(0) for like, wanted in zip(shapes, wants, strict=True)
     )
     return first, second, third
+
+
+_call_backward = direct_operator("hf_longattn::row_norm_backward", _run_backward, _backward_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,5 +182,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
-_call = direct(_operator, _run, _save, _gradients)
+_call = direct_operator("hf_longattn::row_norm", _run, _fake, _save, _gradients)

@@ -11,6 +11,7 @@ from hf_longattn.kernels.dispatch import has_triton
 from hf_longattn.kernels.few_key_attention import few_key_attention
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.gated_activation import gated_activation
+from hf_longattn.kernels.normed_linears import normed_linears, residual_linears
 from hf_longattn.kernels.residual_norms import residual_norms
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 from hf_longattn.kernels.row_norm import row_norm
@@ -18,8 +19,8 @@ from hf_longattn.kernels.row_norm import row_norm
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
 WIDTH, HEADS, LAYERS = 1024, 8, 6
 OPERATORS = (
-    "cache_write", "few_key_attention", "few_row_linear", "gated_activation", "residual_norms",
-    "rotary_embedding", "row_norm",
+    "cache_write", "few_key_attention", "few_row_linear", "gated_activation", "normed_linears",
+    "residual_norms", "rotary_embedding", "row_norm",
 )  # fmt: skip
 
 
@@ -80,21 +81,53 @@ def test_a_captured_step_gives_the_bits_of_one_launch_after_the_other(monkeypatc
     norm = torch.rand(2, WIDTH, device="cuda", dtype=torch.bfloat16).unbind()
     angles = torch.randn(2, rows, 1, WIDTH // HEADS, device="cuda", dtype=torch.bfloat16).unbind()
     shape = (LAYERS, 2, rows, HEADS, 16, WIDTH // HEADS)
-    start = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    held = start.clone()
+    held = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     arguments = layers, states, norm, angles, held, slots
-    drawn = [torch.randn_like(states) for _ in range(50)]
-    expected = []
+    compare_replays(
+        monkeypatch, layers, states, held, lambda on=False: step(*arguments, settled=on and tiles > 0)
+    )
+
+
+def branched(layers, states, norm, held, settled=False):
+    """Layers with parallel branches, three launches each."""
+    rows, weight = states.shape[0], {"settled_weights": settled}
+    scale, shift = norm
+    for layer, (keys, values) in zip(layers, held, strict=True):
+        first = scale, shift, layer["qkv"], shift.repeat(3)
+        second = shift, scale, layer["gate"], scale.repeat(4)
+        qkv, inner = normed_linears(states, first, second, eps=1e-5, activation="gelu", **weight)
+        query, key, value = qkv.view(rows, 1, 3 * HEADS, -1).transpose(1, 2).chunk(3, dim=1)
+        attended = few_key_attention(query, key, value, keys[:, :, :8], values[:, :, :8], 3, scale=0.1)
+        attended = attended.flatten(2)[:, 0], layer["out"], scale
+        states = residual_linears(states, (inner, layer["down"], shift), attended, **weight)
+    return states
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2], ids="B{}".format)
+def test_layers_with_parallel_branches_give_the_bits_of_one_launch_after_the_other(monkeypatch, rows):
+    layers, norm = draw_layers(), torch.rand(2, WIDTH, device="cuda", dtype=torch.bfloat16).unbind()
+    states = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
+    shape = (LAYERS, 2, rows, HEADS, 16, WIDTH // HEADS)
+    held = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    compare_replays(
+        monkeypatch, layers, states, held, lambda on=False: branched(layers, states, norm, held, on)
+    )
+
+
+def compare_replays(monkeypatch, layers, states, held, run):
+    """Replays of `run(True)`, which writes to `held`, give the bits that `run()` gives without overlap."""
+    start, drawn, expected = held.clone(), [torch.randn_like(states) for _ in range(50)], []
     with one_after_the_other(monkeypatch):
         for each in drawn:
             states.copy_(each)
-            expected.append((step(*arguments), held.clone()))
+            expected.append((run(), held.clone()))
     held.copy_(start)
-    step(*arguments, settled=tiles > 0)
+    run(True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = step(*arguments, settled=tiles > 0)
+        result = run(True)
     held.copy_(start)
     for each, (wanted, wanted_held) in zip(drawn, expected, strict=True):
         # Weights that were written right before the replay count as well.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_longattn.attention.exact import exact_attention, read_options
 from hf_longattn.attention.shared_prefix import shared_prefix_attention
-from hf_longattn.cache.guarded_states import GuardedStates
 from hf_longattn.cache.shared_prefix import SharedStates
 from hf_longattn.masking import LazyMask
 
@@ -30,6 +29,4 @@ def blockwise_attention_forward(
     options = read_options(module, scaling, dropout, keywords)
     if isinstance(key, SharedStates) and isinstance(value, SharedStates):
         return shared_prefix_attention(query, key, value, attention_mask, options), None
-    if isinstance(key, GuardedStates):
-        key.refuse("'blockwise_attention'")
     return exact_attention(query, key, value, attention_mask, options, split_kv=False), None

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_longattn.attention.padded_rows import attend_rows, empty_slots
 from hf_longattn.attention.quantized import attend_pieces, bias_of, piece_of
+from hf_longattn.cache.guarded_states import GuardedStates
 from hf_longattn.cache.quantized import scales_of
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.decode_attention import decode_attention
@@ -150,8 +151,10 @@ def exact_attention(
         (B, T, H, V), contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: the mask does not fit query and key.
+        ValueError: the mask does not fit query and key, or the keys are a part of those that a cache has.
     """
+    if isinstance(key, GuardedStates):
+        key.refuse("one that needs all keys")
     scales = scales_of(key)
     query = of_one_dtype(query)[0]
     if scales is None:

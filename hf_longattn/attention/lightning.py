@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_longattn.attention.exact import Options, read_options
 from hf_longattn.attention.tree import tree_attention_forward
-from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, lightning_layers
+from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, RecurrentStates, lightning_layers
 from hf_longattn.cache.sharded import ShardedRecurrentLayer
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
@@ -138,11 +138,13 @@ def lightning_attention_forward(
     _refuse(module, attention_mask, options)
     if not torch.compiler.is_compiling():
         _warn_untrained(config)
+    layer = None
+    if isinstance(key, RecurrentStates):
+        key, layer = key.held, key.recurrent_layer
     slopes = _slopes_tensor(config, layer_idx, query)
     scale = query.shape[3] ** -0.5 if options.scale is None else options.scale
     # Under autocast the rotary embedding leaves queries and keys in fp32.
     query, keys = query.to(value.dtype), key.to(value.dtype)
-    layer = getattr(key, "recurrent_layer", None)
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
 
     def rows() -> TokenRows:

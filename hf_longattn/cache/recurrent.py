@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hf_longattn.cache.guarded_states import GuardedStates
 from hf_longattn.cache.preallocated import Clock, grown_capacity, tokens_to_drop
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import warn_slow
@@ -98,6 +99,39 @@ class Recording:
         return sum(key.shape[2] for key, _, _ in self.tokens)
 
 
+class RecurrentStates(GuardedStates):
+    """New keys that a state lies in front of: their shape, without storage.
+
+    Args:
+        held: (B, G, T, K), the new keys.
+        layer: the cache layer that has the state.
+    """
+
+    held: Tensor
+    recurrent_layer: Any
+
+    def __new__(cls, held: Tensor, layer: Any) -> "RecurrentStates":
+        """A tensor in the shape of `held`."""
+        states = cls.empty(held.shape, held.dtype, held.device)
+        states.held, states.recurrent_layer = held, layer
+        return states
+
+    def refuse(self, caller: str) -> NoReturn:
+        """Names the implementation that reads a state.
+
+        Args:
+            caller: what was about to take the new keys for all there are.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`past_key_values` keeps a state in the place of the keys of this layer, which "
+            f"{IMPLEMENTATION!r} alone reads, got {caller}. Set that implementation again, or pass a fresh "
+            "cache, made from this model's config; this one may hold a part of the call."
+        )
+
+
 class RecurrentLayer(CacheLayerMixin):
     """The (B, H, K, V) fp32 state of one lightning-attention layer, and the number of tokens it has seen.
 
@@ -137,7 +171,7 @@ class RecurrentLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Counts (B, G, T, K) new keys and returns them with a reference to this layer, and the values."""
+        """Counts (B, G, T, K) new keys; returns them as `RecurrentStates`, and the values."""
         if not self.is_initialized:
             self.capacity = max(self.capacity, key_states.shape[2])
             self.lazy_initialization(key_states, value_states)
@@ -149,10 +183,7 @@ class RecurrentLayer(CacheLayerMixin):
         if self.clock is None:
             self.make_room(self._count_new(key_states))
             self.length += self._count_new(key_states)
-        # An alias of its own: the model's tensor keeps no reference to the cache.
-        key_states = key_states.view_as(key_states)
-        key_states.recurrent_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
+        return RecurrentStates(key_states, self), value_states
 
     def _count_new(self, key_states: Tensor) -> int:
         return key_states.shape[2]

@@ -85,7 +85,7 @@ class ShardedRecurrentLayer(RecurrentLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Counts new tokens, all or this rank's slices of a run; returns them with a reference to this layer.
+        """Counts new tokens, all or this rank's slices of a run; returns them as `RecurrentStates`.
 
         Args:
             key_states: (B, G, T, K).

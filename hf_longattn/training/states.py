@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.lightning import rows_of_sequence
+from hf_longattn.cache.recurrent import RecurrentStates
 from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.masking import LazyMask
 from hf_longattn.parallel.lightning import Pieces, carry
@@ -176,10 +177,8 @@ class BlockStates(TokenMixer):
         return self.share is not None
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The block's (B, G, T, K) keys with a reference to these states, and its values."""
-        key = key.view_as(key)
-        key.recurrent_layer = self  # type: ignore[attr-defined]
-        return key, value
+        """The block's (B, G, T, K) keys as `RecurrentStates`, and its values."""
+        return RecurrentStates(key, self), value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: the block's keys are all that the layer is to know of."""

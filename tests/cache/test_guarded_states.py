@@ -4,10 +4,13 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
+from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.placement import Placement
+from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.shared_prefix import SharedStates
 from hf_longattn.cache.shares import ShardedLayer, ShardedQuantizedLayer
 
@@ -26,8 +29,13 @@ KINDS = {
     "shared": share,
     "shared-int8": lambda: share(torch.int8),
     "shared-fp8": lambda: share(torch.float8_e4m3fn),
+    "state": lambda: RecurrentLayer().update(NEW, NEW),
 }
-WORDS = {"forked": "`attn_implementation` must be", "shared": "`past_key_values` is a cache shared by 2 proc"}
+WORDS = {
+    "forked": "`attn_implementation` must be",
+    "shared": "`past_key_values` is a cache shared by 2 proc",
+    "state": "`past_key_values` keeps a state",
+}
 READS = {
     "sdpa": lambda key, value: F.scaled_dot_product_attention(QUERY, key, value),
     "matmul": lambda key, value: QUERY @ key.transpose(2, 3),
@@ -66,3 +74,15 @@ def test_what_changes_nothing_gives_them_back(kind, mode):
 def test_the_error_names_the_operation():
     with pytest.raises(ValueError, match=r"got a model that calls aten\.add\.Tensor"):
         share()[0] + 1
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "tree_attention", "blockwise_attention"])
+def test_a_state_is_refused_to_softmax(implementation):
+    model = tiny.build("llama", "lightning_attention")
+    cache = LongContextCache(model.config)
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, 9), past_key_values=cache)
+        # Of one token, sdpa takes no mask, and would find it alone.
+        model.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match="`past_key_values` keeps a state.*'lightning_attention' alone"):
+            model(input_ids=tiny.tokens(1, 1), past_key_values=cache)

@@ -216,6 +216,15 @@ def test_a_cache_that_counts_no_tokens_is_refused_once_it_holds_some():
         logits(model, ids, past_key_values=hf_longattn.LongContextCache(model.config))
 
 
+def test_a_restored_model_is_refused_the_states_of_a_prepared_one():
+    model, ids = prepared("softmax-first"), tiny.tokens(1, 9)
+    cache = MiniMaxLongContextCache(model.config)
+    logits(model, ids, past_key_values=cache)
+    hf_longattn.restore(model)
+    with pytest.raises(ValueError, match="`past_key_values` is a MiniMaxLongContextCache.*has prepared"):
+        logits(model, ids[:, :1], past_key_values=cache)
+
+
 def test_prompt_lookup_rolls_the_state_back():
     ids = tiny.tokens(1, 6).repeat(1, 4)
     expected = generate(build(), ids, use_cache=False, max_new_tokens=20)

@@ -7,7 +7,7 @@ for a model of that type.
 """
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from transformers.models.minimax.modeling_minimax import (
 
 from hf_longattn.attention.lightning import FEW_TOKENS, attend_to_state, starts_of_positions
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.recurrent import is_empty
+from hf_longattn.cache.recurrent import RecurrentStates, is_empty
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.token_rows import TokenRows, scan_rows, version_of
 from hf_longattn.fusion import is_fused, runs_on
@@ -49,6 +49,21 @@ class _AnyLayers(MiniMaxCache):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()
         self.layers, self.layer_class_to_replicate = layers, None
+
+    def get_linear_cache(self, layer_idx: int) -> NoReturn:
+        """Refused: only the forward of transformers, which would begin anew, asks for it.
+
+        Args:
+            layer_idx: unused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"`past_key_values` is a {type(self).__name__}, which a MiniMax model reads that "
+            "`prepare_generation` has prepared, got one as transformers has it; prepare it, or pass a fresh "
+            "`MiniMaxCache()`."
+        )
 
 
 class MiniMaxLongContextCache(LongContextCache, _AnyLayers):  # type: ignore[misc]
@@ -245,8 +260,8 @@ def _forward(
     else:
         known = rows() if isinstance(past_key_values, LongContextCache) else TokenRows()
         key, value = past_key_values.update(key, value, layer.layer_idx)
-        held = key.recurrent_layer  # type: ignore[attr-defined]
-        output = attend_to_state(held, query, key, value, slopes, 1.0, lambda: known)
+        assert isinstance(key, RecurrentStates)
+        output = attend_to_state(key.recurrent_layer, query, key.held, value, slopes, 1.0, lambda: known)
     return layer.out_proj(_gated(layer.norm, output.flatten(2), layer.output_gate(hidden_states))), None
 
 

@@ -66,7 +66,7 @@ def _row_sums(row_ptr, V, pivot, SMOOTHED: tl.constexpr, PTX: tl.constexpr, BLOC
         ahead = _load_columns(row_ptr, start + BLOCK + cols, V)
         before = most
         most = tl.maximum(most, tl.max(x, 0))
-        exponentials = exponentials * _exp_less(before, most, PTX) + _exp_less(x, most, PTX)
+        exponentials = exponentials * _exp_less(before, most, False) + _exp_less(x, most, PTX)
         if SMOOTHED:
             plain += tl.where(start + cols < V, x - pivot, 0.0)
     return most, tl.sum(exponentials, 0), tl.sum(plain, 0)
@@ -106,7 +106,7 @@ def _cross_entropy_kernel(
             tl.store(grad_row_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
             cols -= BLOCK
         # Once all are written: to look for it among them would take a tenth of the instructions.
-        grad = _exp_less(chosen, most, PTX) * share - smoothing / V - (1.0 - smoothing)
+        grad = _exp_less(chosen, most, False) * share - smoothing / V - (1.0 - smoothing)
         tl.debug_barrier()
         tl.store(grad_row_ptr + target, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 

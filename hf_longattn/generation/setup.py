@@ -22,6 +22,7 @@ from hf_longattn.generation.kept import KeptProgram
 from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
+from hf_longattn.generation.settings import check_config_once, make_tokens_on_host
 from hf_longattn.generation.several import share_generation
 from hf_longattn.generation.speculation import read_before_guessing
 from hf_longattn.kernels.dispatch import triton_runs_on
@@ -160,6 +161,8 @@ def _replace_methods(
     counted = functools.partial(room.prepare_cache, prepare_cache)
     changes.set(model, "_prepare_cache_for_generation", counted)
     changes.set(model, "_prefill", functools.partial(prefill, model, setup, original_prefill, decoder))
+    check_config_once(model, changes)
+    make_tokens_on_host(model, changes)
     read_before_guessing(model, setup, decoder, changes)
     if group is None and hasattr(model, "decode_blocks"):
         decoder.stand_in = vars(model).get("forward")

@@ -3,8 +3,8 @@
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
 layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
-the next layer, unless a `FewRowLayer` runs them. Inside a block, positions are few and the same in every
-block: their rotary embedding is looked up. What a call asks beyond that runs as the module's own forward.
+the next layer, unless a `FewRowLayer` runs them. Steps look the rotary embedding of their positions up, of
+which there are as many as keys have room. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib
@@ -23,8 +23,12 @@ from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_key_attention import few_key_attention
 from hf_longattn.kernels.residual_norms import residual_norms
 
-# What a graph reads as long as it reads the layer, so that it lives as long.
-_ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
+from .held import HeldBlocks
+
+# What a graph reads as long as it reads the keys of a layer, or of blocks, so that it lives as long.
+_ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer | HeldBlocks, tuple[Tensor, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @contextlib.contextmanager
@@ -38,11 +42,12 @@ def few_launches(model: Any) -> Iterator[None]:
     for module in model.model.token_decoder.modules():
         if type(module) is GPTNeoXAttention and "forward" not in vars(module):
             changes.set(module, "forward", functools.partial(_attend, module, module.forward))
-    token_decoder = model.model.token_decoder.decoder
-    if type(token_decoder) is GPTNeoXModel and token_decoder.rotary_emb.rope_type == "default":
-        _look_rotations_up(changes, token_decoder)
-    for decoder in (model.model.block_decoder, token_decoder):
-        if type(decoder) is GPTNeoXModel and _has_parallel_branches(decoder):
+    for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
+        if type(decoder) is not GPTNeoXModel:
+            continue
+        if decoder.rotary_emb.rope_type == "default":
+            _look_rotations_up(changes, decoder)
+        if _has_parallel_branches(decoder):
             _join_layers(changes, decoder)
     try:
         yield
@@ -85,7 +90,7 @@ def _attend(
 
 
 def _look_rotations_up(changes: Setup, decoder: Any) -> None:
-    """Has the decoder take cosines and sines of the positions in a block from a table."""
+    """Has steps of a decoder take cosines and sines from a table, inside a block and of blocks."""
     rotate, run, found = decoder.rotary_emb.forward, decoder.forward, []
 
     def look_up(states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,24 +100,30 @@ def _look_rotations_up(changes: Setup, decoder: Any) -> None:
         cache: Any = keywords.get("past_key_values")
         inputs: Any = keywords.get("inputs_embeds")
         layer = None if cache is None else cache.layers[0]
+        given = keywords.get("position_ids")
         found.clear()
-        if not isinstance(layer, PreallocatedLayer) or keywords.get("position_ids") is not None:
-            return run(**keywords)
-        places = slice(layer.end, layer.end + inputs.shape[1])
-        positions, *table = _rotations(layer, inputs, rotate)
-        found.append(tuple(each[:, places] for each in table))
-        return run(**keywords, position_ids=positions[:, places])
+        if isinstance(cache, HeldBlocks) and given is cache.places:
+            _, table = _rotations(cache, cache.room, inputs, rotate)
+            found.append(table[0, given].unbind(-2))
+        elif isinstance(layer, PreallocatedLayer) and given is None:
+            places = slice(layer.end, layer.end + inputs.shape[1])
+            positions, table = _rotations(layer, layer.capacity, inputs, rotate)
+            found.append(table[:, places].unbind(-2))
+            keywords["position_ids"] = positions[:, places]
+        return run(**keywords)
 
     changes.set(decoder.rotary_emb, "forward", look_up)
     changes.set(decoder, "forward", forward)
 
 
-def _rotations(layer: PreallocatedLayer, states: Tensor, rotate: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """Positions (1, S), cosines and sines (1, S, R) of all slots of a layer."""
-    made = _ROTATIONS.get(layer)
+def _rotations(
+    owner: PreallocatedLayer | HeldBlocks, slots: int, states: Tensor, rotate: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """Positions (1, S) and their cosines and sines (1, S, 2, R), of all slots of a layer or of blocks."""
+    made = _ROTATIONS.get(owner)
     if made is None or (made[1].dtype, made[1].device) != (states.dtype, states.device):
-        positions = torch.arange(layer.capacity, device=states.device)[None]
-        made = _ROTATIONS[layer] = (positions, *rotate(states, positions))
+        positions = torch.arange(slots, device=states.device)[None]
+        made = _ROTATIONS[owner] = positions, torch.stack(rotate(states, positions), dim=-2)
     return made
 
 

@@ -16,7 +16,7 @@ from bench_generation import build, free, measure
 from triton.testing import do_bench
 
 import hf_longattn
-from hf_longattn.generation.offloading import layer_bytes
+from hf_longattn.generation.sizes import layer_bytes
 
 
 def host_rate():

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from hf_longattn.generation.planning import Hardware, Ranks, plan_generation
+from hf_longattn import BlockTransformerConfig, LightningConfig
+from hf_longattn.generation.clock import Hardware
+from hf_longattn.generation.planning import plan_generation
+from hf_longattn.generation.sizes import Ranks
 from hf_longattn.parallel.cost import Links, message_bytes, received_bytes, reduction_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +28,22 @@ SHAPE = LlamaConfig(
     num_key_value_heads=8,
     vocab_size=128256,
     max_position_embeddings=1 << 20,
+)
+# The 1.2B Block Transformer of bench_block_transformer.py, and the 7B model of bench_lightning_models.py.
+BLOCK_SHAPE = BlockTransformerConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=12,
+    num_attention_heads=16,
+    vocab_size=50304,
+    max_position_embeddings=8192,
+)
+LIGHTNING_SHAPE = LightningConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=30,
+    num_attention_heads=32,
+    vocab_size=32000,
 )
 NEW_TOKENS = 48
 MESSAGE = message_bytes(1, 32, 128)
@@ -45,6 +64,27 @@ def plan_of(row):
     hardware = Hardware(bandwidth=row["copy_rate"])
     sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"]}
     return plan_generation(SHAPE, row["prompt"] + NEW_TOKENS, hardware=hardware, **sizes)
+
+
+def measured_blocks():
+    """Rows of the prepared 1.2B Block Transformer on one H100."""
+    for row in json.loads((RESULTS / "block_transformer.json").read_text()):
+        if row.get("peer") == "block" and row.get("shape") == "block-1.2b" and "peak_gib" in row:
+            yield row
+
+
+def measured_lightning():
+    """Rows of `generate()` with the prepared 7B lightning model on one H100."""
+    for row in json.loads((RESULTS / "lightning_models.json").read_text()):
+        if (row.get("section"), row.get("peer")) == ("generate", "lightning") and "peak_gib" in row:
+            yield row
+
+
+def plan_of_other(config, row):
+    """The plan of what a row of another model measured, the token in the middle of its answer."""
+    sizes = {"new_tokens": row["new"], "batch_size": row["batch"]}
+    hardware = Hardware(bandwidth=row["copy_rate"])
+    return plan_generation(config, row["prompt"] + row["new"], hardware=hardware, **sizes)
 
 
 def reductions():
@@ -86,6 +126,24 @@ def measured_table():
         cells = [f"{row['prompt'] // 1024}K", str(row["batch"]), str(row.get("pad", 0))]
         rows.append([*cells, *(f"{value:.2f}" for pair in pairs for value in pair)])
     return table(head, rows)
+
+
+def other_table():
+    """The same of a Block Transformer and of a lightning model."""
+    head = ["model", "prompt", "new", "batch", "peak, GiB", "plan", "first token, ms", "plan"]
+    rows = []
+    for name, config, found in (
+        ("blocks", BLOCK_SHAPE, measured_blocks()),
+        ("lightning", LIGHTNING_SHAPE, measured_lightning()),
+    ):
+        for row in found:
+            plan, first = plan_of_other(config, row), row.get("prompt_s", row.get("first_token_s"))
+            cells = [name, *(str(row[field]) for field in ("prompt", "new", "batch"))]
+            cells += [f"{size:.2f}" for size in (row["peak_gib"], plan.peak / 2**30)]
+            cells += [f"{1e3 * seconds:,.0f}" for seconds in (first, plan.expected_first_token)]
+            token = row.get("step_ms", row.get("token_ms"))
+            rows.append([*cells, f"{token:.2f}", f"{1e3 * plan.expected_a_token:.2f}"])
+    return table([*head, "a token, ms", "plan"], rows)
 
 
 def reduction_table():
@@ -135,6 +193,7 @@ def filled(text):
     """The page with its tables made anew."""
     for name, make in (
         ("measured", measured_table),
+        ("others", other_table),
         ("reduction", reduction_table),
         ("scaling", scaling_table),
     ):

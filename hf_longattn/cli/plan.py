@@ -12,18 +12,13 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_longattn import devices
+from hf_longattn.cache.head_sizes import head_sizes
 from hf_longattn.cache.quantized import read_cache_dtype
 from hf_longattn.cli.measure import refuse_missing
+from hf_longattn.generation.clock import Hardware, this_hardware
 from hf_longattn.generation.offloading import OffloadPlan, PlanWithOffload, with_offload
-from hf_longattn.generation.planning import (
-    Hardware,
-    Plan,
-    Ranks,
-    head_sizes,
-    on_meta,
-    plan_generation,
-    this_hardware,
-)
+from hf_longattn.generation.planning import Plan, plan_generation
+from hf_longattn.generation.sizes import Ranks, on_meta
 from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
 from hf_longattn.training.setup import prepare_training
 
@@ -159,7 +154,10 @@ def make_training_plan(request: Request) -> TrainingPlan:
         )
     config, dtype = read_config(request.model), getattr(torch, request.dtype)
     if config.model_type == "block_transformer":
-        raise ValueError("`--train` counts one decoder that reads every token; a Block Transformer has two.")
+        raise ValueError(
+            "`--train` counts one decoder that reads every token; a Block Transformer has two, one of which "
+            "reads blocks: train a step and read the peak, or leave `--train` out to plan a prompt."
+        )
     # What cannot be prepared is not planned; the model has no memory, and nobody else has it.
     model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
@@ -208,17 +206,19 @@ def show(plan: PlanWithOffload, as_json: bool) -> None:
     gpus = plan.ranks.total
     rows = [
         ("weights", _gib(plan.weights)),
-        ("keys and values", _gib(plan.cache)),
+        *_kept_rows(plan),
         ("workspace", _gib(plan.workspace.total)),
         ("peak" if gpus == 1 else "peak a GPU", f"{_gib(plan.peak)} of {_gib(plan.memory)}"),
         (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
-        ("longest that fits", f"{plan.longest:,} tokens, prompt and answer together"),
-        ("time to first token", f"about {plan.expected_first_token:.1f} s"),
+        ("longest that fits", _longest(plan)),
+        ("time to first token", f"{_bound(plan)} {_seconds(plan.expected_first_token)}"),
         ("time a token", _time_a_token(plan)),
     ]
+    if plan.shortened:
+        rows.insert(-3, ("chunks of the prompt", f"{plan.chunk:,} tokens, as memory is short"))
     if plan.new_tokens:
         answer = plan.expected_first_token + plan.new_tokens * plan.expected_a_token
-        rows.append((f"answer of {plan.new_tokens:,}", f"about {answer:.1f} s in all"))
+        rows.append((f"answer of {plan.new_tokens:,}", f"{_bound(plan)} {_seconds(answer)} in all"))
     if plan.offload is not None:
         rows += _offload_rows(plan.offload)
     print_table(rows if gpus == 1 else [("GPUs", _division(plan.ranks)), *rows])
@@ -237,9 +237,41 @@ def _offload_rows(offload: OffloadPlan) -> list[tuple[str, str]]:
     ]
 
 
+def _kept_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What is kept of the tokens: what grows with them, and what does not."""
+    rows, growing = [], plan.cache - plan.states
+    if plan.block_length > 1:
+        rows.append((f"keys and values of blocks of {plan.block_length}", _gib(growing)))
+    elif growing or not plan.states:
+        rows.append(("keys and values", _gib(growing)))
+    if plan.states:
+        rows.append(("lightning states", f"{_gib(plan.states)}, whatever the length"))
+    return rows
+
+
+def _longest(plan: Plan) -> str:
+    if not plan.grows:
+        return "any: nothing that is kept grows"
+    return f"{plan.longest:,} tokens, prompt and answer together" if plan.longest else "none"
+
+
+def _bound(plan: Plan) -> str:
+    """What is left out of the time to the first token of a Block Transformer makes it a bound."""
+    return "at least" if plan.block_length > 1 else "about"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
+
+
 def _time_a_token(plan: Plan) -> str:
     floor, expected = 1e3 * plan.floor_a_token, 1e3 * plan.expected_a_token
-    return f"about {expected:.1f} ms (at least {floor:.1f}: weights and cache read once)"
+    kept = "cache" if plan.cache > plan.states else "states"
+    once = f"weights and {kept} read once"
+    if plan.states:
+        once += ", states written" if kept == "cache" else " and written"
+    mean = ", the mean of a block" if plan.block_length > 1 else ""
+    return f"about {expected:.1f} ms{mean} (at least {floor:.1f}: {once})"
 
 
 def _division(ranks: Ranks) -> str:

@@ -12,20 +12,16 @@ again, 0.44 GFLOP, take 1 us at the rate of a measured prefill, so fetching wins
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.head_sizes import layer_sizes
-from hf_longattn.cache.offloaded import BUFFERS, OffloadedLayer, offload, offloaded_layers
-from hf_longattn.cache.preallocated import rounded_capacity
-from hf_longattn.cache.recurrent import recurrent_layers
-from hf_longattn.generation.planning import RESERVE, Plan, Ranks
+from hf_longattn.cache.offloaded import OffloadedLayer, offload, offloaded_layers
+from hf_longattn.generation.planning import Plan
+from hf_longattn.generation.sizes import Ranks, fewest_layers, layer_bytes, number_of_layers, saved_bytes
 
 # PCIe 5 x16 moves 63 GB/s by its specification; large copies are taken to reach four fifths of that.
 HOST_RATE = 50e9
@@ -52,57 +48,6 @@ class OffloadPlan:
     rate: float
     expected_a_token: float
     expected_recomputing: float
-
-
-def number_of_layers(config: PreTrainedConfig) -> int:
-    """How many layers keep all keys and values, and so can wait in host memory.
-
-    Args:
-        config: the text config.
-    """
-    if getattr(config, "num_kv_shared_layers", 0):
-        return 0
-    kinds, _ = get_layer_types_and_kwargs(config)
-    recurrent = recurrent_layers(config)
-    return sum(kind == "full_attention" and index not in recurrent for index, kind in enumerate(kinds))
-
-
-def layer_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one sequence's keys and values in one layer that waits in host memory; scales stay.
-
-    Args:
-        config: the text config.
-        tokens: of the sequence.
-        dtype: of keys and values.
-    """
-    kinds, _ = get_layer_types_and_kwargs(config)
-    sizes = zip(kinds, layer_sizes(config), strict=False)
-    # The narrowest, where they differ: what the device is spared is not overrated.
-    rows = (groups * (keys + values) for kind, (_, groups, keys, values) in sizes if kind == "full_attention")
-    return rounded_capacity(tokens) * min(rows, default=0) * dtype.itemsize
-
-
-def saved_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, count: int) -> int:
-    """Bytes of one sequence that the device does not hold where `count` layers wait in host memory.
-
-    Args:
-        config: the text config.
-        tokens: of the sequence.
-        dtype: of keys and values.
-        count: layers.
-    """
-    return max(count - BUFFERS, 0) * layer_bytes(config, tokens, dtype)
-
-
-def fewest_layers(need: Callable[[int], int], room: int, number: int) -> int | None:
-    """The fewest layers in host memory with which something fits; None where none do.
-
-    Args:
-        need: bytes on the device with so many layers in host memory.
-        room: bytes of the device.
-        number: layers that could wait there.
-    """
-    return next((count for count in (0, *range(BUFFERS + 1, number + 1)) if need(count) <= room), None)
 
 
 def read_offload(offload_layers: Any) -> None:
@@ -234,6 +179,8 @@ def plan_offload(
 ) -> OffloadPlan | None:
     """What it takes to fit a prompt that does not fit one GPU; None where it fits, or several GPUs share it.
 
+    None of a Block Transformer too, whose blocks do not wait there.
+
     Args:
         config: the text config.
         plan: without offload.
@@ -241,15 +188,16 @@ def plan_offload(
         batch_size: sequences.
         dtype: of keys and values.
     """
-    if plan.fits or ranks.total > 1:
+    if plan.fits or ranks.total > 1 or plan.block_length > 1:
         return None
     number = number_of_layers(config)
     a_layer = batch_size * layer_bytes(config, plan.context, dtype)
+    needed = plan.cache + plan.workspace.activations
 
-    def peak(count: int) -> int:
-        return plan.peak - batch_size * saved_bytes(config, plan.context, dtype, count)
+    def need(count: int) -> int:
+        return needed - batch_size * saved_bytes(config, plan.context, dtype, count)
 
-    count = fewest_layers(peak, plan.memory - RESERVE, number)
+    count = fewest_layers(need, plan.room, number)
     size = (number if count is None else count) * a_layer
     return OffloadPlan(
         layers=count,

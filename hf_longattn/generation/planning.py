@@ -14,114 +14,40 @@ Nothing is loaded: weights are counted on the meta device, from the config alone
     partials      of a decoding step: one (V + 1) fp32 a query head and split of the keys
     graph         the pool of the captured step: activations and logits of one token a row
     tokens        ids and mask, twice in int64, and the mask of the graph
+    libraries     32 MiB of cuBLAS for each stream that products ran on: the caller's, those of a capture, and
+                  those on which the linear layers of a step of few rows are timed
+    rehearsal     a copy of the states while a step is captured, in the place of a chunk's activations
 
-and 1 GiB is left for the CUDA context, cuBLAS and the rounding of the allocator. Times:
-
-    a token       (weights read + keys and values of the rank) / bandwidth + launches a layer
-                  + a reduction a layer whose tokens are shared (`parallel/cost.py`)
-                  + 2 all-reduces a layer where T > 1
-    first token   matrix products / (P T) at their rate + attention / (P T) at its own + what travels;
-                  of a lightning layer 4 K V products a token and head, and one state a rank and chunk
-
-The rates, shares of the dense peak, are those at which the measured prefills of an 8B shape agree with it.
+and 1 GiB is left for the CUDA context and the rounding of the allocator. The longest prompt, and how far its
+chunks are shortened, is the answer of `demand`, which is what `generate` asks. Of times see `clock`; a Block
+Transformer, whose layers see blocks, has its own sums in `block_planning`.
 """
 
-import copy
 import dataclasses
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import PreTrainedConfig
 
-from hf_longattn.cache.head_sizes import head_sizes, layer_sizes
-from hf_longattn.cache.preallocated import rounded_capacity, sliding_capacity
-from hf_longattn.cache.quantized import scale_bytes
-from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers
-from hf_longattn.cache.shares import share_capacity
-from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
-from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
+from hf_longattn.cache.head_sizes import layer_sizes
+from hf_longattn.generation.block_planning import BlockShape, shape_of_blocks
+from hf_longattn.generation.clock import START, Clock, Hardware
+from hf_longattn.generation.demand import RESERVE, Demand
+from hf_longattn.generation.prefill import pick_chunk
+from hf_longattn.generation.sizes import (
+    LONGEST,
+    Ranks,
+    Weights,
+    Workspace,
+    as_loaded,
+    cache_bytes,
+    count_weights,
+    longest,
+    state_bytes,
+    workspace_bytes,
+)
 
-# What remains for the context of CUDA, cuBLAS and the allocator's rounding.
-RESERVE = 1 << 30
-# Launches and gaps of a captured step, seconds a layer; an H100 took 1.0 ms over the floor at 32 layers.
-_OVERHEAD_A_LAYER = 31e-6
-# Shares of the dense peak that the products and the attention of a prefill reach, and the start in seconds.
-_PRODUCT_SHARE, _ATTENTION_SHARE, _START = 0.60, 0.593, 0.06
-# Programs of the split-KV kernel that run at once on a large GPU.
-_SPLIT_SLOTS = 528
-# Tokens that a captured step's mask has room for beyond the context.
-_MASK_ROOM = 4096
-_LONGEST = 1 << 34
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The numbers of one device that a plan needs; the defaults are an H100 SXM.
-
-    Args:
-        memory: bytes.
-        bandwidth: bytes a second that a large copy moves.
-        operations: dense bf16 floating-point operations a second, by the datasheet.
-        links: what connects several devices.
-    """
-
-    memory: int = 80 * 1024**3 - 1024**3
-    bandwidth: float = 3.0e12
-    operations: float = 989e12
-    links: Links = dataclasses.field(default_factory=Links)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many GPUs share one prompt.
-
-    Args:
-        sequence: P, ranks among which the tokens are divided.
-        tensor: T, ranks among which weights and heads are divided.
-    """
-
-    sequence: int = 1
-    tensor: int = 1
-
-    @property
-    def total(self) -> int:
-        """GPUs."""
-        return self.sequence * self.tensor
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The parameters of a model, on one rank.
-
-    Args:
-        total: bytes held.
-        read: bytes that a decoding step of one row reads: no untied input embedding, chosen experts only.
-        products: elements that a token is multiplied with.
-    """
-
-    total: int
-    read: int
-    products: int
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Bytes beside weights, keys and values; the terms are those of the module's description."""
-
-    activations: int
-    logits: int
-    partials: int
-    graph: int
-    tokens: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.activations + self.logits + self.partials + self.graph + self.tokens
+_GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -133,13 +59,19 @@ class Plan:
         new_tokens: how many of them are the answer.
         ranks: the GPUs.
         weights: bytes.
-        cache: bytes of keys and values.
+        cache: bytes of keys and values of all tokens but the last, and of states.
+        states: how many of them are those of lightning layers, which do not grow.
         workspace: bytes of everything else.
+        chunk: tokens of a chunk of the prompt, all rows and ranks together.
+        shortened: whether chunks are that short because memory is.
         memory: bytes of the device.
+        room: how many of them are left for keys, values and a chunk of the prompt.
         longest: tokens of prompt and answer that fit.
-        floor_a_token: seconds, weights and cache read once.
+        floor_a_token: seconds, weights and cache read once, states written too.
         expected_a_token: seconds, with the launches of a captured step, and what the ranks exchange.
         expected_first_token: seconds until the first token.
+        block_length: tokens of a block of a Block Transformer, whose first token takes at least as long as
+            expected; else 1.
     """
 
     context: int
@@ -147,12 +79,17 @@ class Plan:
     ranks: Ranks
     weights: int
     cache: int
+    states: int
     workspace: Workspace
+    chunk: int
+    shortened: bool
     memory: int
+    room: int
     longest: int
     floor_a_token: float
     expected_a_token: float
     expected_first_token: float
+    block_length: int = 1
 
     @property
     def peak(self) -> int:
@@ -162,160 +99,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether it fits the device, with a reserve of 1 GiB."""
-        return self.peak + RESERVE <= self.memory
+        return self.context <= self.longest
 
-
-def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """The model of a config without memory for its weights.
-
-    Args:
-        config: of a causal language model.
-        dtype: of the weights.
-    """
-    with torch.device("meta"):
-        # Of a copy: the attention that is chosen for it is noted in the config.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-
-
-def count_weights(config: PreTrainedConfig, dtype: torch.dtype, tensor_parallel: int = 1) -> Weights:
-    """What a rank holds and reads of a model's parameters.
-
-    Args:
-        config: of the model.
-        dtype: of the weights.
-        tensor_parallel: T; what transformers' plan cuts is divided by it.
-
-    Raises:
-        ValueError: the model has no tensor parallel plan.
-    """
-    model = on_meta(config, dtype)
-    plan = {name: style for name, style in (model.tp_plan or {}).items() if "wise" in style}
-    if tensor_parallel > 1 and not any(".layers." in name for name in plan):
-        raise ValueError(
-            f"`--tp {tensor_parallel}`: transformers has no tensor parallel plan for the layers of "
-            f"{type(model).__name__}; leave it out, so that all GPUs share the sequence."
-        )
-    cut = re.compile("|".join(re.escape(name).replace(r"\*", r"\d+") for name in plan) or "$^")
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    tied = head is None or head.weight is embedding.weight
-    active = _active_share(config.get_text_config(decoder=True))
-    total = read = 0.0
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() / (tensor_parallel if cut.match(name) else 1)
-        total += size
-        if tied or parameter is not embedding.weight:
-            read += size * (active if ".experts." in name else 1.0)
-    return Weights(round(total) * dtype.itemsize, round(read) * dtype.itemsize, round(read))
-
-
-def _active_share(config: PreTrainedConfig) -> float:
-    """Share of the experts that one token goes through."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((n for name in names if (n := getattr(config, name, None))), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return min(chosen / experts, 1.0) if experts and chosen else 1.0
-
-
-def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
-    """Bytes of one sequence's keys and values on a rank; windows keep their window.
-
-    Args:
-        config: the text config.
-        tokens: length of the whole sequence.
-        dtype: of keys and values; one of 8 bits counts their scales too.
-        ranks: among which it is divided; one rank if left out.
-
-    Raises:
-        ValueError: a layer keeps no keys and values of single tokens.
-    """
-    ranks = ranks or Ranks()
-    if config.model_type == "block_transformer":
-        raise ValueError(
-            "`config`: a Block Transformer keeps keys and values of blocks, and is not planned for."
-        )
-    kinds, keywords = get_layer_types_and_kwargs(config)
-    states = _state_bytes(config)
-    share = rounded_capacity(tokens) if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
-    total = 0
-    # Layers that read keys and values of others come last, and have no kind.
-    for index, (kind, size) in enumerate(zip(kinds, layer_sizes(config), strict=False)):
-        _, groups, key_width, value_width = size
-        a_token = groups // ranks.tensor * ((key_width + value_width) * dtype.itemsize + scale_bytes(dtype))
-        if index in states:
-            total += states[index] // ranks.tensor
-        elif kind == "full_attention":
-            total += share * a_token
-        elif kind in ("sliding_attention", "chunked_attention"):
-            total += sliding_capacity(keywords["sliding_window"], tokens) * a_token
-        else:
-            raise ValueError(
-                f"`config`: layers of kind {kind!r} keep no keys and values, and are not planned for."
-            )
-    return total
-
-
-def _state_bytes(config: PreTrainedConfig) -> dict[int, int]:
-    """Bytes of each lightning layer's state, fp32; a relative position encoding doubles the keys' width."""
-    heads, _, key_width, value_width = head_sizes(config)
-    double = getattr(config, "lrpe_layers", None) or ()
-    return {i: heads * key_width * value_width * 4 << (i in double) for i in lightning_layers(config)}
-
-
-def _as_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A saved config with the attention whose layers it lists: its name, unlike the list, is not saved."""
-    if config._attn_implementation is None and getattr(config, "lightning_layers", None) is not None:
-        config = copy.copy(config)
-        config._attn_implementation = IMPLEMENTATION
-    return config
-
-
-def activation_bytes(
-    config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None
-) -> int:
-    """Bytes alive in the widest place of a layer, for one chunk.
-
-    Args:
-        config: the text config.
-        tokens: of the chunk, all rows and all ranks together.
-        dtype: of the activations.
-        ranks: among which the chunk is divided.
-    """
-    ranks = ranks or Ranks()
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    own = -(-tokens // ranks.sequence)
-    layer = own * (4 * inner * experts // ranks.tensor + 3 * hidden)
-    heads, _, key_width, _ = head_sizes(config)
-    queries = 0 if ranks.sequence == 1 else 6 * tokens * heads * key_width // ranks.tensor
-    return max(layer, queries + 3 * own * hidden) * dtype.itemsize
-
-
-def workspace_bytes(
-    config: PreTrainedConfig, context: int, batch_size: int, chunk: int, dtype: torch.dtype, ranks: Ranks
-) -> Workspace:
-    """Everything beside weights, keys and values; see the module's description.
-
-    Args:
-        config: the text config.
-        context: prompt and new tokens together.
-        batch_size: sequences.
-        chunk: tokens of a chunk, all rows and all ranks together.
-        dtype: of the activations.
-        ranks: the GPUs.
-    """
-    heads, groups, _, value_width = head_sizes(config)
-    logits = batch_size * config.vocab_size * (dtype.itemsize + 8)
-    programs = max(_SPLIT_SLOTS, batch_size * groups) * -(-heads // groups)
-    step = activation_bytes(config, batch_size, dtype, Ranks(tensor=ranks.tensor))
-    return Workspace(
-        activations=activation_bytes(config, min(chunk, context * batch_size), dtype, ranks),
-        logits=logits,
-        partials=programs * (value_width + 1) * 4,
-        graph=step + batch_size * config.vocab_size * dtype.itemsize,
-        tokens=batch_size * (context * 33 + _MASK_ROOM),
-    )
+    @property
+    def grows(self) -> bool:
+        """Whether a longer context takes more memory."""
+        return self.longest < LONGEST
 
 
 def plan_generation(
@@ -339,7 +128,7 @@ def plan_generation(
         batch_size: sequences.
         dtype: of weights and cache.
         cache_dtype: of the cache, where it is in 8 bits.
-        chunk: tokens of a chunk, all rows and ranks together; None as `prepare_generation` picks it on a GPU.
+        chunk: tokens of a chunk, all rows and ranks together; None as `generate` picks it on a GPU.
         ranks: the GPUs; one if left out.
         hardware: the device; an H100 if left out.
 
@@ -347,32 +136,93 @@ def plan_generation(
         ValueError: the architecture keeps something other than keys and values, or cannot be divided so.
     """
     hardware, ranks = hardware or Hardware(), ranks or Ranks()
-    text = _as_loaded(config.get_text_config(decoder=True))
+    text = as_loaded(config.get_text_config(decoder=True))
+    if text.model_type == "block_transformer":
+        shape = shape_of_blocks(text, batch_size, dtype, cache_dtype, ranks)
+        return _plan_blocks(shape, context, new_tokens, hardware)
     _check_ranks(text, ranks)
     weights = count_weights(config, dtype, ranks.tensor)
-    chunk = chunk or GPU_CHUNK_TOKENS * min(ranks.sequence, MOST_CHUNKS)
+    picked = pick_chunk(batch_size, _GPU, ranks.sequence) * batch_size
+    demand = Demand(
+        config=text,
+        rows=batch_size,
+        prompt=max(context - new_tokens, 1),
+        total=max(context - 1, 1),
+        dtype=cache_dtype or dtype,
+        activations=dtype,
+        chunk=chunk or picked,
+        ranks=ranks,
+    )
+    return _plan_tokens(demand, weights, context, new_tokens, hardware, asked=bool(chunk))
 
-    def cache(tokens: int) -> int:
-        return batch_size * cache_bytes(text, tokens, cache_dtype or dtype, ranks)
 
-    def peak(tokens: int) -> int:
-        workspace = workspace_bytes(text, tokens, batch_size, chunk, dtype, ranks)
-        return weights.total + cache(tokens) + workspace.total
-
-    floor = (weights.read + cache(context)) / hardware.bandwidth
-    clock = _Clock(text, weights, ranks, hardware, dtype)
+def _plan_tokens(
+    demand: Demand, weights: Weights, context: int, new_tokens: int, hardware: Hardware, asked: bool
+) -> Plan:
+    """The plan of a model whose layers see tokens; chunks that are `asked` for are not shortened."""
+    config, rows, dtype, ranks = demand.config, demand.rows, demand.activations, demand.ranks
+    fixed = workspace_bytes(config, context, rows, demand.chunk, dtype, ranks).fixed
+    room = hardware.memory - RESERVE - weights.total - fixed
+    fitted = demand if asked else demand.shortened(room)
+    states = rows * sum(state_bytes(config).values()) // ranks.tensor
+    # What a token of the answer reads, in the middle of it, and the states that it writes.
+    read = rows * cache_bytes(config, context - new_tokens // 2, demand.dtype, ranks)
+    floor = (weights.read + read + states) / hardware.bandwidth
+    clock = Clock(config, weights, ranks, hardware, dtype)
     return Plan(
         context=context,
         new_tokens=new_tokens,
         ranks=ranks,
         weights=weights.total,
-        cache=cache(context),
-        workspace=workspace_bytes(text, context, batch_size, chunk, dtype, ranks),
+        cache=rows * cache_bytes(config, demand.total, demand.dtype, ranks),
+        states=states,
+        workspace=workspace_bytes(config, context, rows, fitted.chunk, dtype, ranks),
+        chunk=fitted.chunk,
+        shortened=fitted.chunk < demand.chunk,
         memory=hardware.memory,
-        longest=longest(peak, hardware.memory - RESERVE),
+        room=room,
+        longest=_longest(demand, room, asked),
         floor_a_token=floor,
-        expected_a_token=floor + clock.overhead(batch_size),
-        expected_first_token=batch_size * clock.prefill(max(context - new_tokens, 1)),
+        expected_a_token=floor + clock.overhead(rows),
+        expected_first_token=START + rows * clock.prefill(demand.prompt),
+    )
+
+
+def _longest(demand: Demand, room: int, asked: bool) -> int:
+    """Tokens up to which `generate` takes a prompt, where so much memory is free."""
+    demand = dataclasses.replace(demand, prompt=LONGEST, total=LONGEST)
+    # A chunk that somebody asks for is not shortened.
+    demand = demand if asked else demand.shortened(room)
+    return min(demand.fitting(room), LONGEST) if demand.need(1) <= room else 0
+
+
+def _plan_blocks(shape: BlockShape, context: int, new_tokens: int, hardware: Hardware) -> Plan:
+    """The plan of a Block Transformer, of which `generate` neither refuses nor shortens anything."""
+    prompt, middle = max(context - new_tokens, 1), context - new_tokens // 2
+
+    def grown(tokens: int) -> int:
+        workspace = shape.workspace(tokens)
+        return shape.cache(tokens) + workspace.activations + workspace.tokens
+
+    workspace = shape.workspace(context)
+    room = hardware.memory - RESERVE - shape.weights.total - workspace.fixed
+    return Plan(
+        context=context,
+        new_tokens=new_tokens,
+        ranks=shape.ranks,
+        weights=shape.weights.total,
+        cache=shape.cache(context),
+        states=0,
+        workspace=workspace,
+        chunk=shape.chunk(context),
+        shortened=False,
+        memory=hardware.memory,
+        room=room,
+        longest=longest(grown, room),
+        floor_a_token=shape.floor_a_token(middle, hardware),
+        expected_a_token=shape.expected_a_token(middle, hardware),
+        expected_first_token=shape.expected_first_token(prompt, hardware),
+        block_length=shape.config.block_length,
     )
 
 
@@ -383,97 +233,3 @@ def _check_ranks(config: PreTrainedConfig, ranks: Ranks) -> None:
             f"`--tp` must divide the {' and '.join(map(str, groups))} key heads of the model, got "
             f"{ranks.tensor}; share the sequence among more GPUs instead."
         )
-
-
-def longest(need: Callable[[int], int], room: int) -> int:
-    """The largest number of tokens that needs no more than `room` bytes, by bisection; 0 if none does.
-
-    Args:
-        need: bytes of so many tokens, never falling.
-        room: bytes.
-    """
-    low, high = 0, _LONGEST
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(middle) <= room else (low, middle - 1)
-    return low
-
-
-@dataclass(frozen=True)
-class _Clock:
-    """Expected times of one model on some ranks."""
-
-    config: PreTrainedConfig
-    weights: Weights
-    ranks: Ranks
-    hardware: Hardware
-    dtype: torch.dtype
-
-    def overhead(self, batch_size: int) -> float:
-        """Seconds of a step beyond its reads: launches, and what the ranks exchange."""
-        heads, _, _, width = head_sizes(self.config)
-        layers, links = self.config.num_hidden_layers, self.hardware.links
-        message = message_bytes(batch_size, heads // self.ranks.tensor, width, self.dtype.itemsize)
-        # Windows and states are the same on every rank.
-        full = self._kinds().count("full_attention")
-        reductions = full * reduction_seconds(message, self.ranks.sequence, links)
-        hidden = batch_size * self.config.hidden_size * self.dtype.itemsize
-        # An all-reduce is twice the way of a gather.
-        a_layer = _OVERHEAD_A_LAYER + 2 * reduction_seconds(
-            2 * hidden // self.ranks.tensor, self.ranks.tensor, links
-        )
-        return layers * a_layer + reductions
-
-    def _kinds(self) -> list[str]:
-        """The kind of each layer; "lightning" is not among those of transformers."""
-        recurrent, kinds = lightning_layers(self.config), get_layer_types_and_kwargs(self.config)[0]
-        return ["lightning" if index in recurrent else kind for index, kind in enumerate(kinds)]
-
-    def prefill(self, tokens: int) -> float:
-        """Seconds of the prompt of one row."""
-        peak = self.hardware.operations * self.ranks.total
-        # `products` is the share of a rank.
-        products = 2.0 * self.weights.products * self.ranks.tensor * tokens / (_PRODUCT_SHARE * peak)
-        attention = self._attention(tokens) / (_ATTENTION_SHARE * peak)
-        return _START + products + attention + self._travel(tokens)
-
-    def _attention(self, tokens: int) -> float:
-        """Floating-point operations of the visible pairs, and of the states of lightning layers."""
-        window = get_layer_types_and_kwargs(self.config)[1].get("sliding_window") or tokens
-        heads, _, key_width, value_width = head_sizes(self.config)
-        total = 0.0
-        for kind in self._kinds():
-            seen = tokens if kind == "full_attention" else min(window, tokens)
-            scores = (key_width + value_width) * seen * (tokens - seen / 2)
-            total += 2 * key_width * value_width * tokens if kind == "lightning" else scores
-        return 2.0 * heads * total
-
-    def _travel(self, tokens: int) -> float:
-        """Seconds of sending queries and partial results round, and of tensor parallel sums."""
-        heads, _, key_width, value_width = head_sizes(self.config)
-        item, links = self.dtype.itemsize, self.hardware.links
-        sequence, tensor = self.ranks.sequence, self.ranks.tensor
-        states = _state_bytes(self.config)
-        chunks = -(-tokens // (GPU_CHUNK_TOKENS * min(sequence, MOST_CHUNKS)))
-        gathered = chunks * (sequence - 1) * sum(states.values()) / tensor
-        queries = tokens * heads // tensor * (key_width + value_width) * item * (sequence - 1) / sequence
-        rate = links.rate if sequence <= links.node_size else links.node_rate
-        summed = 4 * tokens / sequence * self.config.hidden_size * item * (tensor - 1) / tensor
-        layers = self.config.num_hidden_layers
-        return ((layers - len(states)) * queries + gathered) / rate + layers * summed / links.rate
-
-
-def this_hardware(device: torch.device) -> Hardware:
-    """The numbers of a CUDA device: its memory, and the rate of a large copy measured now."""
-    properties = torch.cuda.get_device_properties(device)
-    source = torch.empty(1 << 28, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(source)
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    stop.record()
-    stop.synchronize()
-    rate = 10 * 2 * source.numel() * 4 / (start.elapsed_time(stop) * 1e-3)
-    return Hardware(memory=properties.total_memory, bandwidth=rate)

@@ -22,92 +22,36 @@ from hf_longattn.cache.offloaded import full_layers, offload
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
 from hf_longattn.devices import free_memory, host_memory
-from hf_longattn.generation.offloading import (
-    fewest_layers,
-    held_buffers,
-    is_empty,
-    layer_bytes,
-    number_of_layers,
-    place_layers,
-    saved_bytes,
-)
-from hf_longattn.generation.planning import RESERVE, Ranks, activation_bytes, cache_bytes, longest
+from hf_longattn.generation.demand import RESERVE, Demand
+from hf_longattn.generation.offloading import held_buffers, is_empty, place_layers
 from hf_longattn.generation.prefill import asked_chunk, pick_chunk
+from hf_longattn.generation.sizes import Ranks, layer_bytes, number_of_layers, state_bytes
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.dispatch import warn_slow
 
 _GIB = 1024**3
-# Nothing that fits may be refused. What is counted, 4 F + 3 D elements a token, is for gate and up in one
-# product; apart, 3 F + 4 D of them are alive together, and 2 F + 4 D where there is no gate: at least half.
-_CERTAIN = 0.5
-# Chunks of fewer tokens, all rows of a rank together, read the weights more often than they compute.
-_SMALLEST_CHUNK = 512
 _PLANNED = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, kw_only=True)
+class Call(Demand):
     """One call of `generate`, as far as its memory is concerned.
 
     Args:
         model: that generates.
-        rows: sequences, beams among them.
-        prompt: tokens of the prompt, those in the cache included.
-        total: tokens of prompt and answer that the cache will hold: all but the last.
-        past: tokens that the cache holds.
-        spare: bytes that the cache has room for beyond what it holds.
-        dtype: of keys and values.
-        chunk: tokens of a chunk, all rows and ranks together.
-        ranks: that share the prompt.
-        offload: layers that wait in host memory.
     """
 
     model: PreTrainedModel
-    rows: int
-    prompt: int
-    total: int
-    past: int
-    spare: int
-    dtype: torch.dtype
-    chunk: int
-    ranks: Ranks
-    offload: int = 0
-
-    @property
-    def config(self) -> Any:
-        """Of the decoder."""
-        return self.model.config.get_text_config(decoder=True)
-
-    def need(self, total: int, certain: float = _CERTAIN) -> int:
-        """Bytes on this rank beyond what is held, once the cache holds so many tokens.
-
-        Args:
-            total: tokens.
-            certain: the share of the activations that counts.
-        """
-        config = self.config
-        added, held = (
-            cache_bytes(config, tokens, self.dtype, self.ranks)
-            - saved_bytes(config, tokens, self.dtype, self.offload)
-            for tokens in (total, self.past)
-        )
-        new = max(min(total, self.prompt) - self.past, 1) * self.rows
-        work = activation_bytes(config, min(new, self.chunk), self.model.dtype, self.ranks)
-        return max(self.rows * (added - held) - self.spare, 0) + int(certain * work)
 
     def fewest_offloaded(self, room: int) -> int | None:
-        """The fewest layers in host memory with which the call fits; None where none do."""
-        number = number_of_layers(self.config)
-        # All activations count here: to offload one layer too many costs less than to run out of memory.
-        fewest = fewest_layers(
-            lambda count: replace(self, offload=count).need(self.total, certain=1.0), room, number
-        )
+        """The fewest layers in host memory with which the call fits; None where none do, or the host is full.
+
+        Args:
+            room: bytes.
+        """
+        fewest = super().fewest_offloaded(room)
         size = (fewest or 0) * self.rows * layer_bytes(self.config, self.total, self.dtype)
         return fewest if size <= host_memory(self.model.device) else None
-
-    def fitting(self, room: int) -> int:
-        """Tokens of prompt and answer that fit in `room` bytes, the last of which is never cached."""
-        return max(longest(self.need, room), self.past) + 1
 
     def refusal(self, room: int) -> str:
         """Why it does not fit, and what would."""
@@ -212,8 +156,9 @@ class Room:
         placement = getattr(self.model, "hf_device_map", None) or {}
         if not isinstance(cache, LongContextCache) or len(set(placement.values())) > 1:
             return None
-        kinds, _ = get_layer_types_and_kwargs(self.model.config.get_text_config(decoder=True))
-        if any(kind not in _PLANNED for kind in kinds):
+        config = self.model.config.get_text_config(decoder=True)
+        kinds, states = get_layer_types_and_kwargs(config)[0], state_bytes(config)
+        if any(kind not in _PLANNED and index not in states for index, kind in enumerate(kinds)):
             return None
         ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
         mask = model_kwargs.get("attention_mask")
@@ -225,6 +170,7 @@ class Room:
         cache.fitting_chunk = None
         return Call(
             model=self.model,
+            config=config,
             rows=rows,
             prompt=prompt,
             # The ids may be those of the new tokens alone, with a mask of all.
@@ -232,6 +178,7 @@ class Room:
             past=int(cache.get_seq_length()),
             spare=_spare(cache),
             dtype=getattr(cache, "cache_dtype", None) or self.model.dtype,
+            activations=self.model.dtype,
             chunk=chunk * rows,
             ranks=Ranks(ranks, getattr(self.model, "tp_size", None) or 1),
             offload=cache.offload_layers,
@@ -271,11 +218,8 @@ class Room:
 
 
 def _fit_chunk(cache: LongContextCache, call: Call, room: int) -> Call:
-    """The call with its chunks halved until it fits beside the reserve, or until they are the shortest."""
-    smallest = max(_SMALLEST_CHUNK, 64 * call.rows) * call.ranks.sequence
-    shorter = call
-    while shorter.need(call.total, certain=1.0) > room - RESERVE and shorter.chunk >= 2 * smallest:
-        shorter = replace(shorter, chunk=shorter.chunk // 2)
+    """The call with chunks that fit, of which its cache is told."""
+    shorter = call.shortened(room)
     if shorter is not call:
         cache.fitting_chunk = shorter.chunk // call.rows
     return shorter

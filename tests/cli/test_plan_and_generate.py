@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from hf_longattn import BlockTransformerConfig
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cli.main import app
-from hf_longattn.generation.planning import Hardware, cache_bytes, plan_generation
+from hf_longattn.generation.clock import Hardware
+from hf_longattn.generation.planning import plan_generation
+from hf_longattn.generation.sizes import cache_bytes
 
 
 @pytest.fixture
@@ -119,6 +121,40 @@ def test_what_is_not_trained_is_not_planned(tmp_path, config, words):
     config.save_pretrained(tmp_path)
     result = run("plan", tmp_path, "--train", "--context", 4000)
     assert result.exit_code == 2 and words in result.stderr
+
+
+def test_plan_of_a_block_transformer(tmp_path):
+    BlockTransformerConfig().save_pretrained(tmp_path)
+    result = run("plan", tmp_path, "--context", 2048, "--new-tokens", 128)
+    text = " ".join(result.stdout.split())
+    assert result.exit_code == 0 and "values of blocks of 4" in text, text
+    assert "at least" in text and "the mean of a block" in text
+    fields = [
+        json.loads(run("plan", tmp_path, "--context", 10**6, "--gpus", gpus, "--json").stdout)
+        for gpus in (1, 2)
+    ]
+    assert fields[0]["cache"] > 1.7 * fields[1]["cache"] and fields[0]["block_length"] == 4
+    assert fields[0]["offload"] is None and fields[0]["weights"] == fields[1]["weights"]
+    beyond = json.loads(run("plan", tmp_path, "--context", 10**9, "--json").stdout)
+    assert (beyond["fits"], beyond["offload"]) == (False, None)
+    for options in (("--cache-dtype", "int8"), ("--gpus", 2, "--tp", 2)):
+        result = run("plan", tmp_path, "--context", 2048, *options)
+        assert result.exit_code == 2 and "Block Transformer" in " ".join(result.stderr.split())
+
+
+def test_plan_says_what_does_not_grow_and_which_chunks_are_short(tmp_path, folder):
+    tiny.build_lightning("model").config.save_pretrained(tmp_path / "states")
+    text = " ".join(run("plan", tmp_path / "states", "--context", 4096).stdout.split())
+    assert "lightning states" in text and "keys and values" not in text
+    assert "any: nothing that is kept grows" in text and "written)" in text
+    assert "lightning" not in run("plan", folder, "--context", 4096).stdout
+    longest = json.loads(run("plan", folder, "--context", 4096, "--gpu-memory", 2, "--json").stdout)[
+        "longest"
+    ]
+    text = " ".join(run("plan", folder, "--context", longest, "--gpu-memory", 2).stdout.split())
+    assert "512 tokens, as memory is short" in text and " fit " in text
+    assert "chunks" not in run("plan", folder, "--context", 4096).stdout
+    assert "none" in run("plan", folder, "--context", 4096, "--gpu-memory", 1).stdout
 
 
 def test_plan_of_a_training_step(folder):

@@ -1,7 +1,5 @@
 """`prepare_generation(offload_layers=...)`: the bits of a cache that stays, and fewest layers that fit."""
 
-import dataclasses
-
 import pytest
 import tiny
 import torch
@@ -11,8 +9,16 @@ import hf_longattn
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.offloaded import offloaded_layers
 from hf_longattn.generation import room
-from hf_longattn.generation.offloading import HOST_RATE, layer_bytes, number_of_layers, plan_offload
-from hf_longattn.generation.planning import Hardware, Ranks, activation_bytes, cache_bytes, plan_generation
+from hf_longattn.generation.clock import Hardware
+from hf_longattn.generation.offloading import HOST_RATE, plan_offload
+from hf_longattn.generation.planning import plan_generation
+from hf_longattn.generation.sizes import (
+    Ranks,
+    activation_bytes,
+    cache_bytes,
+    layer_bytes,
+    number_of_layers,
+)
 
 KINDS = ["sliding_attention", "full_attention"] * 4
 MODES = {
@@ -247,9 +253,10 @@ def test_the_plan_says_how_many_layers_must_wait():
     assert offload.expected_a_token == pytest.approx(offload.layers * a_layer / HOST_RATE)
     assert offload.expected_recomputing == plan.expected_first_token
     # Neither where it fits, nor where several GPUs share it.
-    assert plan_offload(config, dataclasses.replace(plan, memory=1 << 40), Ranks(), 1, torch.bfloat16) is None
+    roomy = plan_generation(config, 1 << 20, hardware=Hardware(memory=1 << 40))
+    assert plan_offload(config, roomy, Ranks(), 1, torch.bfloat16) is None
     assert plan_offload(config, plan, Ranks(2), 1, torch.bfloat16) is None
-    nothing = dataclasses.replace(plan, memory=1 << 30)
+    nothing = plan_generation(config, 1 << 20, hardware=Hardware(memory=1 << 30))
     assert plan_offload(config, nothing, Ranks(), 1, torch.bfloat16).layers is None
 
 

@@ -18,9 +18,11 @@ from hf_longattn.cache import LongContextCache, preallocated
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
-from hf_longattn.generation import room
+from hf_longattn.generation import demand, prefill, room
+from hf_longattn.generation.clock import Hardware
 from hf_longattn.generation.graph import device_lengths
-from hf_longattn.generation.planning import activation_bytes, cache_bytes
+from hf_longattn.generation.planning import plan_generation
+from hf_longattn.generation.sizes import activation_bytes, cache_bytes
 
 FAMILIES = ["llama", "gemma2", "mistral-window", "gpt-oss", "llama4"]
 
@@ -44,7 +46,7 @@ def count_forwards(model):
 def bytes_of(model, tokens, rows=1, chunk=5):
     """What `tokens` of prompt and answer take, a chunk of the prompt among them."""
     work = activation_bytes(model.config, chunk * rows, torch.float32)
-    return rows * cache_bytes(model.config, tokens, torch.float32) + int(room._CERTAIN * work)
+    return rows * cache_bytes(model.config, tokens, torch.float32) + int(demand.CERTAIN * work)
 
 
 @pytest.fixture
@@ -92,8 +94,8 @@ def test_a_call_of_another_thread_is_not_taken_for_this_one(monkeypatch):
 
 @pytest.mark.parametrize(("fits", "widest"), [(300, 300), (128, 128), (100, 64), (64, 64), (33, 64)])
 def test_chunks_are_as_long_as_there_is_room(free, monkeypatch, fits, widest):
-    monkeypatch.setattr(room, "_SMALLEST_CHUNK", 4)
-    monkeypatch.setattr(room, "RESERVE", 0)
+    monkeypatch.setattr(demand, "_SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(demand, "RESERVE", 0)
     model, ids, widths = prepare(prefill_chunk_size=None), tiny.tokens(1, 300), []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
 
@@ -113,6 +115,92 @@ def test_chunks_are_as_long_as_there_is_room(free, monkeypatch, fits, widest):
     # What somebody asks for is not shortened: what is certain of it fits.
     half = activation_bytes(model.config, 150, torch.float32)
     assert read(half, None, prefill_chunk_size=300)[1] == 300
+
+
+class Accepted(Exception):
+    """Raised by the first layer of a call that was not refused."""
+
+
+def is_accepted(model, length, cache=None):
+    """Whether a call of so many prompt tokens and one of answer begins; else the words that refuse it."""
+    ids = torch.ones(1, length, dtype=torch.long)
+    try:
+        generate(model, ids, max_new_tokens=1, past_key_values=cache)
+    except Accepted:
+        return True
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the model was not run")
+
+
+def stopped(family):
+    """A prepared model whose first layer ends every call."""
+    model = prepare(family, prefill_chunk_size=None)
+
+    def stop(module, args):
+        raise Accepted
+
+    model.model.layers[0].register_forward_pre_hook(stop)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("mebibytes", [1400, 1499, 1700, 3333])
+def test_the_longest_that_is_planned_is_the_longest_that_is_accepted(free, family, mebibytes):
+    model, hardware = stopped(family), Hardware(memory=mebibytes << 20)
+    plan = plan_generation(model.config, 4096, dtype=torch.float32, hardware=hardware)
+    free(plan.room)
+    assert 0 < plan.longest < 10**7
+    assert is_accepted(model, plan.longest - 1) is True
+    refused = is_accepted(model, plan.longest)
+    assert f"; {plan.longest:,} tokens of prompt and answer fit" in str(refused)
+    at_limit, beyond = (
+        plan_generation(model.config, plan.longest + more, dtype=torch.float32, hardware=hardware)
+        for more in (0, 1)
+    )
+    assert (at_limit.fits, beyond.fits) == (True, False) and at_limit.longest == plan.longest
+    # What is counted in full eats into the reserve by half of the shortest chunk, and by ids and masks.
+    over = at_limit.peak - (hardware.memory - demand.RESERVE)
+    assert over <= at_limit.workspace.activations / 2 + at_limit.workspace.tokens
+
+
+def test_what_does_not_grow_is_accepted_at_any_length(free):
+    model = stopped("mistral-window")
+    plan = plan_generation(model.config, 4096, dtype=torch.float32, hardware=Hardware(memory=1400 << 20))
+    free(plan.room)
+    assert plan.fits and not plan.grows and is_accepted(model, 1 << 20) is True
+    nothing = plan_generation(model.config, 4096, hardware=Hardware(memory=1 << 30))
+    assert nothing.longest == 0 and not nothing.fits
+
+
+def test_chunks_are_planned_as_short_as_they_are(free, monkeypatch):
+    # On a CPU chunks are shorter to begin with.
+    monkeypatch.setattr(prefill, "_CPU_CHUNK_TOKENS", prefill.GPU_CHUNK_TOKENS)
+    model, context, found = stopped("llama"), 1 << 20, []
+    need = plan_generation(model.config, context, dtype=torch.float32)
+    for missing in (0.0, 0.3, 0.6, 0.8, 0.9, 0.97):
+        # So much of a chunk's activations finds no room beside the reserve.
+        memory = need.peak - need.workspace.tokens + (2 << 30) - int(missing * need.workspace.activations)
+        plan = plan_generation(model.config, context, dtype=torch.float32, hardware=Hardware(memory=memory))
+        cache = LongContextCache(model.config)
+        free(plan.room)
+        assert is_accepted(model, context - 1, cache) is True
+        assert (cache.fitting_chunk or prefill.GPU_CHUNK_TOKENS) == plan.chunk
+        assert plan.shortened == (cache.fitting_chunk is not None)
+        found.append(plan.chunk)
+    assert found == sorted(found, reverse=True) and len(set(found)) > 2
+
+
+def test_states_of_minimax_are_counted(free):
+    model = hf_longattn.prepare_generation(tiny.build_lightning("minimax"), prefill_chunk_size=5)
+    ids = tiny.tokens(1, 23)
+    size = cache_bytes(model.config, 28, torch.float32)
+    work = int(demand.CERTAIN * activation_bytes(model.config, 5, torch.float32))
+    free(size + work)
+    generate(model, ids)
+    free(size + work - 1)
+    with pytest.raises(ValueError, match="a prompt of 23 tokens and 6 new"):
+        generate(model, ids)
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
@@ -364,7 +452,7 @@ def test_activations_of_a_chunk_lie_between_what_is_certain_and_what_is_planned(
     # Cosines, sines and positions are some elements a token more.
     assert 0 <= taken - (feed_forward * width + 3 * hidden) <= 2 * hidden
     planned = activation_bytes(model.config, 256, torch.float32) / 256 / 4
-    assert room._CERTAIN * planned <= taken <= planned + 2 * hidden
+    assert demand.CERTAIN * planned <= taken <= planned + 2 * hidden
 
 
 @pytest.mark.gpu
@@ -383,4 +471,4 @@ def test_what_is_counted_is_not_more_than_what_is_taken():
     taken = torch.cuda.max_memory_allocated() - before
     cache = cache_bytes(config, (1 << 17) + 1, torch.bfloat16)
     activations = activation_bytes(config, 8192, torch.bfloat16)
-    assert cache + room._CERTAIN * activations <= taken <= cache + 1.1 * activations
+    assert cache + demand.CERTAIN * activations <= taken <= cache + 1.1 * activations

@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 
 import hf_longattn
-from hf_longattn.generation.planning import head_sizes, on_meta
+from hf_longattn.cache.head_sizes import head_sizes
+from hf_longattn.generation.sizes import on_meta
 from hf_longattn.training import attention, liger, planning, setup
 from hf_longattn.training.offload import Layout, Offloader, working_bytes
 from hf_longattn.training.planning import TrainingRequest, count_parameters, plan_training

@@ -10,13 +10,16 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("hf_longattn")
 
+_IMPLS = ("auto", "triton", "reference")
+_TRITON_DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _OLDEST_TRITON = (3, 4)
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -104,7 +107,7 @@ def lacks_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
 
 
-def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, ...]) -> None:
+def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, ...] = _IMPLS) -> None:
     """Refuses an `impl` that is unknown, or that cannot run on `device`.
 
     Args:
@@ -123,6 +126,30 @@ def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, .
         raise ValueError(
             f"`impl='triton'` of {name} cannot run on {device.type!r} tensors; {way}, or use 'auto'."
         )
+
+
+def takes_triton(name: str, impl: str, given: Sequence[Tensor], *obstacles: tuple[bool, str]) -> bool:
+    """Whether a kernel without a backward runs: where it is asked for by name, or can on the GPU.
+
+    Args:
+        name: the operator, for the message.
+        impl: what the caller asked for, one that `check_impl` lets pass.
+        given: the tensors it reads, and any gradient would be of.
+        obstacles: whether one is there, and what the kernel takes instead, beside the dtype and the gradient.
+
+    Raises:
+        ValueError: `impl` is "triton" and there is an obstacle.
+    """
+    if impl == "reference":
+        return False
+    common = (
+        (not _TRITON_DTYPES.issuperset([x.dtype for x in given]), "takes bf16, fp16 and fp32 alone"),
+        (torch.is_grad_enabled() and any([x.requires_grad for x in given]), "has no backward"),
+    )
+    reason = next((words for found, words in (*obstacles, *common) if found), None)
+    if impl == "triton" and reason is not None:
+        raise ValueError(f"`impl='triton'` of {name} {reason}; use 'auto'.")
+    return impl == "triton" or (given[0].is_cuda and reason is None)
 
 
 def warn_slow(name: str, reason: str) -> None:

@@ -37,7 +37,7 @@ def cache_write(
     Example:
         >>> cache_write(keys, values, torch.tensor([length]), key, value)
     """
-    check_impl(_NAME, impl, keys.device, ("auto", "triton", "reference"))
+    check_impl(_NAME, impl, keys.device)
     _check(keys, values, index, key, value)
     if impl == "triton" or (impl == "auto" and keys.is_cuda and key.shape[2] <= MAX_TOKENS):
         from hf_longattn.kernels.cache_write.triton import write_forward

@@ -184,7 +184,7 @@ def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
 
 
 def _use_triton(impl: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    check_impl("decode_attention", impl, query.device, ("auto", "triton", "reference"))
+    check_impl("decode_attention", impl, query.device)
     head_dim = max(query.shape[-1], value.shape[-1])
     reason = None
     if query.dtype not in _TRITON_DTYPES:

@@ -9,7 +9,6 @@ from hf_longattn.kernels.few_key_attention.reference import attend
 MAX_KEYS = 32
 _NAME = "few_key_attention"
 _MAX_HEAD_DIM = 256
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -58,7 +57,7 @@ def few_key_attention(
     Example:
         >>> output = few_key_attention(query, key, value, keys, values, start, rotary=(cos, sin))
     """
-    dispatch.check_impl(_NAME, impl, query.device, ("auto", "triton", "reference"))
+    dispatch.check_impl(_NAME, impl, query.device)
     _check_shapes(query, key, value, held_keys, held_values, start)
     _check_options(query, start, rotary, key_mask)
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
@@ -112,15 +111,11 @@ def _takes_triton(
     query: Tensor, key: Tensor, value: Tensor, held_keys: Tensor, held_values: Tensor, impl: str
 ) -> bool:
     """Whether the kernel runs; raises where it is asked for by name and cannot."""
-    given = (query, key, value, held_keys, held_values)
     width = max(query.shape[-1], value.shape[-1])
-    obstacles = (
+    return dispatch.takes_triton(
+        _NAME,
+        impl,
+        (query, key, value, held_keys, held_values),
         (held_keys.shape[2] > MAX_KEYS, f"holds {MAX_KEYS} keys, got {held_keys.shape[2]}"),
         (width > _MAX_HEAD_DIM, f"holds head dims up to {_MAX_HEAD_DIM}, got {width}"),
-        (any(t.dtype not in _DTYPES for t in given), "takes bf16, fp16 and fp32 alone"),
-        (torch.is_grad_enabled() and any(t.requires_grad for t in given), "has no backward"),
     )
-    reason = next((words for found, words in obstacles if found), None)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"`impl='triton'` of {_NAME} {reason}; use 'auto'.")
-    return impl == "triton" or (impl == "auto" and query.is_cuda and reason is None)

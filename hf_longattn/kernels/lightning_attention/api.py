@@ -21,7 +21,6 @@ from hf_longattn.kernels.dispatch import check_impl, triton_runs_on, warn_slow
 from hf_longattn.kernels.lightning_attention import reference
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 # The widest head that the Triton kernels keep in registers.
 MAX_TRITON_DIM = 256
 FORWARD, BOTH, BACKWARD = 1, 0, -1
@@ -203,7 +202,7 @@ def _check_state(
 
 def _backend(name: str, impl: str, query: Tensor, value: Tensor) -> str:
     """The implementation that runs: "triton" or "reference"."""
-    check_impl(name, impl, query.device, IMPLEMENTATIONS)
+    check_impl(name, impl, query.device)
     reason = None
     if query.dtype == torch.float64:
         reason = "the Triton kernels accumulate in fp32 and the inputs are fp64"

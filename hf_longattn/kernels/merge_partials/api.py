@@ -106,7 +106,7 @@ def _alike(tensor: Tensor, like: Tensor) -> bool:
 
 @torch.library.custom_op("hf_longattn::merge_partials", mutates_args=())
 def _merge(outputs: Tensor, lse: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    check_impl("merge_partials", impl, outputs.device, ("auto", "triton", "reference"))
+    check_impl("merge_partials", impl, outputs.device)
     if impl == "reference" or not triton_runs_on(outputs.device):
         return merge_reference(outputs, lse)
     from hf_longattn.kernels.merge_partials.triton import merge_forward

@@ -64,7 +64,7 @@ def dequantized_states(states: Tensor, scales: Tensor, dtype: torch.dtype) -> Te
 
 @torch.library.custom_op("hf_longattn::quantized_states", mutates_args=())
 def _quantize(key: Tensor, value: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    check_impl("quantized_states", impl, key.device, ("auto", "triton", "reference"))
+    check_impl("quantized_states", impl, key.device)
     # The interpreter rounds to fp8 wrongly, and reads bf16 wrongly, so only an explicit choice runs it.
     if impl == "reference" or not triton_runs_on(key.device) or (impl == "auto" and interpreting()):
         return quantize_reference(key, value, dtype)

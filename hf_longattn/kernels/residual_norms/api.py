@@ -1,6 +1,5 @@
 """The public operator `residual_norms`: its contract, its checks and the choice of implementation."""
 
-import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
@@ -9,7 +8,6 @@ from hf_longattn.kernels.residual_norms.reference import added_and_normalised
 _NAME = "residual_norms"
 # A row is held in the registers of one program.
 _MOST_COLUMNS = 8192
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Affine = tuple[Tensor, Tensor]
 
 
@@ -45,7 +43,7 @@ def residual_norms(
 
     Source: layer norm, Ba et al., arXiv 1607.06450; parallel branches as in GPT-NeoX, arXiv 2204.06745.
     """
-    dispatch.check_impl(_NAME, impl, states.device, ("auto", "triton", "reference"))
+    dispatch.check_impl(_NAME, impl, states.device)
     if any(branch.shape != states.shape or branch.dtype != states.dtype for branch in branches):
         raise ValueError(
             f"`branches` of {_NAME} must be {tuple(states.shape)} in {states.dtype} like `states`, got "
@@ -57,21 +55,9 @@ def residual_norms(
             f"`first` and `second` of {_NAME} must be weights and biases ({states.shape[-1]},), got "
             f"{[tuple(weight.shape) for weight in weights]}."
         )
-    if not _takes_triton(impl, [states, *branches, *weights]):
+    too_wide = (states.shape[-1] > _MOST_COLUMNS, f"takes rows of up to {_MOST_COLUMNS} numbers")
+    if not dispatch.takes_triton(_NAME, impl, [states, *branches, *weights], too_wide):
         return added_and_normalised(states, branches, first, second, eps)
     from hf_longattn.kernels.residual_norms.triton import norms_forward
 
     return norms_forward(states, branches, first, second, eps)
-
-
-def _takes_triton(impl: str, given: list[Tensor]) -> bool:
-    """Whether the kernel runs; raises where it is asked for by name and cannot."""
-    obstacles = (
-        (given[0].shape[-1] > _MOST_COLUMNS, f"takes rows of up to {_MOST_COLUMNS} numbers"),
-        (any(t.dtype not in _DTYPES for t in given), "takes bf16, fp16 and fp32 alone"),
-        (torch.is_grad_enabled() and any(t.requires_grad for t in given), "has no backward"),
-    )
-    reason = next((words for found, words in obstacles if found), None)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"`impl='triton'` of {_NAME} {reason}; use 'auto'.")
-    return impl == "triton" or (impl == "auto" and given[0].is_cuda and reason is None)

@@ -28,7 +28,7 @@ from hf_longattn.generation.prompts import (
     reading,
     rows_at_once,
 )
-from hf_longattn.generation.spectator import Spectator
+from hf_longattn.generation.spectator import Spectator, criteria_on_host
 from hf_longattn.kernels.dispatch import warn_slow
 
 if TYPE_CHECKING:
@@ -269,7 +269,8 @@ def _sample(
             room = generation_config.max_length - prompt + decoding.block_length
             program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
             program.choose(decoding.first())
-        spectator = Spectator(program, stopping_criteria, streamer)
+        criteria = criteria_on_host(stopping_criteria, generation_config)
+        spectator = Spectator(program, criteria, streamer)
         _decode(spectator, generation_config.max_length, captures, not lasting)
         program = spectator.program
         if lasting:

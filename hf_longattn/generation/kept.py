@@ -126,8 +126,8 @@ class SeenModel:
     def _look(self, model: nn.Module) -> None:
         self._modules = every_module(model)
         tables = [(part._modules, part._parameters, part._buffers) for part in self._modules]
-        # A table that was empty may be filled: all are counted, and those with something in them are read.
-        self._tables = [table for each in tables for table in each]
+        # A table that was empty may be filled; only those with something in them are read.
+        self._empty = [table for each in tables for table in each if not table]
         self._parts, *tensors = ([table for table in kind if table] for kind in zip(*tables, strict=True))
         self._tensors = tensors[0] + tensors[1]
         configs = {
@@ -154,7 +154,7 @@ class SeenModel:
     def _told(self) -> list[Any]:
         """What may change within the same objects."""
         tensors = [each for table in self._tensors for each in table.values() if each is not None]
-        told: list[Any] = [*_switches(), torch.is_autocast_enabled(), [len(table) for table in self._tables]]
+        told: list[Any] = [*_switches(), torch.is_autocast_enabled(), any(self._empty)]
         told += [getattr(config, "_attn_implementation", None) for config in self._configs]
         return told + [type(module) for module in self._modules] + _places(tensors)
 

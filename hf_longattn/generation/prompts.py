@@ -18,6 +18,7 @@ from hf_longattn.fusion import fused_prompt
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS
 from hf_longattn.kernels.dispatch import has_triton
+from hf_longattn.kernels.mask_runs import look_for_whole_rows
 
 if TYPE_CHECKING:
     from hf_longattn.generation.blocks import BlockProgram, TokenChoice
@@ -29,20 +30,18 @@ _KNOWN = ("past_key_values", "attention_mask", "position_ids", "logits_to_keep",
 
 
 def is_whole(cache: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether a prompt is one document a row, without pads and on an empty cache: one wait for the device.
+    """Whether a prompt is one document a row, without pads and on an empty cache.
 
     Args:
-        cache: of the call.
+        cache: of the call; one that was made for it may know, else the device is waited for.
         model_kwargs: mask and positions, as `generate` made them.
     """
     given = {name for name, value in model_kwargs.items() if value is not None}
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if not given.issubset(_KNOWN) or cache.get_seq_length() > 0 or mask is None or mask.ndim != 2:
         return False
-    whole = mask.bool().all()
-    if positions is not None:
-        whole = whole & (positions[:, 1:] > positions[:, :-1]).all()
-    return bool(whole)
+    known = getattr(cache, "whole_prompt", None)
+    return look_for_whole_rows(mask, positions) if known is None else known
 
 
 class PromptGraphs:

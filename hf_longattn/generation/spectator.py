@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
 PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
+def criteria_on_host(criteria: StoppingCriteriaList, generation_config: Any) -> StoppingCriteriaList:
+    """Plain criteria with a copy on the host of the tokens that end a row, where the call has them there.
+
+    To fetch them from the device, which transformers' criterion does at its first look, is to wait for all
+    that was launched before: the first token would come with the second program.
+
+    Args:
+        criteria: of this call.
+        generation_config: of this call.
+    """
+    ends, own = generation_config.eos_token_id, generation_config._eos_token_tensor
+    if own is None or isinstance(ends, Tensor) or not _are_plain(criteria):
+        return criteria
+    return StoppingCriteriaList(
+        EosTokenCriteria(ends) if getattr(criterion, "eos_token_id", None) is own else criterion
+        for criterion in criteria
+    )
+
+
+def _are_plain(criteria: StoppingCriteriaList) -> bool:
+    return all(type(criterion) in PLAIN_CRITERIA for criterion in criteria)
+
+
 class Spectator:
     """Looks at new tokens one by one, in order: stopping criteria, pads of rows that ended, the streamer.
 
@@ -29,7 +53,7 @@ class Spectator:
 
     def __init__(self, program: "BlockProgram", criteria: StoppingCriteriaList, streamer: Any) -> None:
         self.program, self.criteria, self.streamer = program, criteria, streamer
-        self.plain = all(type(criterion) in PLAIN_CRITERIA for criterion in criteria)
+        self.plain = _are_plain(criteria)
         # Their own copy, of the same shape, gets what is looked at: one transfer a program, in place of
         # several launches a token, and the prompt, which they do not read, is not waited for.
         shape, dtype = program.ids.shape, program.ids.dtype

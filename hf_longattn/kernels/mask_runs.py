@@ -40,6 +40,19 @@ def look_for_runs(mask: Tensor) -> Runs | None:
     return Runs(rows[0], rows[1]) if whole else None
 
 
+def look_for_whole_rows(mask: Tensor, position_ids: Tensor | None) -> bool:
+    """Whether every row is one document without pads: one wait for the device.
+
+    Args:
+        mask: (B, N), nonzero where a token exists.
+        position_ids: (B or 1, N), which start again or stand still where a document begins, or None.
+    """
+    whole = mask.bool().all()
+    if position_ids is not None:
+        whole = whole & (position_ids[:, 1:] > position_ids[:, :-1]).all()
+    return bool(whole)
+
+
 def remember_runs(mask: Tensor, runs: Runs | None) -> None:
     """Spares whoever needs to know a look at a mask.
 

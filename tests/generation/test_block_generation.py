@@ -9,6 +9,7 @@ import os
 import string
 import subprocess
 import sys
+import traceback
 import weakref
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded import RecordedGraph
 from tiny_blocks import PAD, make, prompts
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, logits_process
 
 import hf_longattn
-from hf_longattn.generation import blocks
+from hf_longattn.generation import blocks, spectator
 from hf_longattn.generation import prompts as prompt_graphs
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.modeling.block_transformer import (
@@ -147,6 +149,75 @@ def test_rows_at_different_slots_decode_together(alignment, length, options, rec
     plain, fast = both(model, *prompts(2, 9, 12, 7, 11), **options)
     assert torch.equal(fast, plain)
     assert len(recorded) == 1 and recorded[0].replays >= 2
+
+
+class Looks(TorchDispatchMode):
+    """Notes which function asked for a number of a tensor, "transformers" for one of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.askers = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket._qualified_op_name.split("::")[1] in RecordedGraph.WAITING:
+            *_, asker = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            self.askers.append("transformers" if "/transformers/" in asker.filename else asker.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("alignment", ["tokens", "columns"])
+def test_a_prompt_that_is_replayed_is_looked_at_once(alignment, monkeypatch):
+    model, (ids, mask) = make(block_alignment=alignment), prompts(8, 8)
+    options = {**GREEDY, "eos_token_id": END, "max_new_tokens": 9}
+    expected = generate(model, ids, mask, **options)
+    hf_longattn.prepare_generation(model)
+    for _ in range(3):
+        assert torch.equal(generate(model, ids, mask, **options), expected)
+    # Those of transformers are at special tokens, which lie on the host, and at pads behind a prompt; what is
+    # watched once the prompt is launched are copies on the host.
+    with Looks() as looks:
+        read = prompt_graphs.PromptGraphs.read
+        monkeypatch.setattr(
+            prompt_graphs.PromptGraphs,
+            "read",
+            lambda *args: (read(*args), looks.askers.append("launched"))[0],
+        )
+        generate(model, ids, mask, **options)
+    before = looks.askers.index("launched")
+    assert [name for name in looks.askers[:before] if name != "transformers"] == ["look_for_whole_rows"]
+    assert set(looks.askers[before + 1 :]) == {"watch"}
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_a_cache_knows_of_one_prompt_is_not_said_of_the_next():
+    model, (ids, mask) = make(), prompts(9, 9)
+    padded = prompts(9, 2)
+    expected = generate(model, *padded, **GREEDY)
+    hf_longattn.prepare_generation(model)
+    for forget in (lambda cache: cache.reset(), lambda cache: cache.crop(-cache.get_seq_length())):
+        cache = generate(model, ids, mask, return_dict_in_generate=True, **GREEDY).past_key_values
+        assert cache.whole_prompt
+        forget(cache)
+        assert cache.get_seq_length() == 0
+        assert torch.equal(generate(model, *padded, past_key_values=cache, **GREEDY), expected)
+
+
+def test_ends_are_looked_for_on_the_host():
+    config = tf.GenerationConfig(eos_token_id=[9, 4])
+    # To read a tensor of this device raises.
+    config._eos_token_tensor = torch.tensor([9, 4]).to("meta")
+    own = tf.EosTokenCriteria(torch.tensor([7]))
+    criteria = tf.StoppingCriteriaList(
+        [tf.MaxLengthCriteria(4), tf.EosTokenCriteria(config._eos_token_tensor)]
+    )
+    on_host = spectator.criteria_on_host(tf.StoppingCriteriaList([*criteria, own]), config)
+    assert on_host[0] is criteria[0] and on_host[2] is own
+    for ids, ended in (([[4, 9], [9, 3]], [1, 0]), ([[1, 7], [1, 4]], [1, 1]), ([[1, 2, 3, 3]], [1])):
+        assert on_host(torch.tensor(ids), None).tolist() == [bool(each) for each in ended]
+    # Criteria of others see what lies on the device.
+    others = tf.StoppingCriteriaList([*criteria, tf.MaxTimeCriteria(9.0)])
+    assert spectator.criteria_on_host(others, config) is others
 
 
 @pytest.mark.usefixtures("never_token_by_token")

@@ -177,6 +177,8 @@ class BlockTransformerCache(Cache):
 
     # The ranks that share the keys and values, where several do.
     group: Any = None
+    # Whether the prompt that this was made for is one document a row, without pads; None: unknown.
+    whole_prompt: bool | None = None
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
         self.block_length = config.block_length

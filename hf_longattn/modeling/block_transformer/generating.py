@@ -6,6 +6,8 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import GenerationMixin
 
+from hf_longattn.kernels.mask_runs import look_for_whole_rows
+
 from .cache_block_transformer import BlockTransformerCache
 from .decoding import BlockDecoding, key_shape
 from .layout import prompt_offset
@@ -114,7 +116,7 @@ class BlockGenerationMixin(GenerationMixin):
                 f"{generation_config.assistant_early_exit}; its decoders have layers of their own. Pass an "
                 "`assistant_model`, or `prompt_lookup_num_tokens`."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if cache is None and generation_config.use_cache:
             # Beams copy the whole of a cache at every step: theirs stays as small as can be.
             at_once = "_sample" in vars(self) and generation_config.num_beams == 1
@@ -125,14 +127,16 @@ class BlockGenerationMixin(GenerationMixin):
             cache = model_kwargs["past_key_values"] = BlockTransformerCache(self.config, capacity)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+            if at_once and mask is not None:
+                # One look for the pads of the first block and for how the prompt is read.
+                cache.whole_prompt = look_for_whole_rows(mask, model_kwargs.get("position_ids"))
         elif cache is not None:
-            cache._is_user_defined = True
-        mask = model_kwargs.get("attention_mask")
+            cache._is_user_defined, cache.whole_prompt = True, None
         given = model_kwargs.get("block_offset") is not None
         if mask is None or given or (cache is not None and cache.get_seq_length() > 0):
             return
-        by_column = self.config.block_alignment == "columns"
-        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column)
+        by_column, whole = self.config.block_alignment == "columns", getattr(cache, "whole_prompt", None)
+        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column, bool(whole))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

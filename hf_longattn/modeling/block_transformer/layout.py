@@ -169,16 +169,19 @@ def column_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
     return attention_mask[:, shape[1] - length :].to(input_ids.device, torch.bool)
 
 
-def prompt_offset(mask: torch.Tensor, block_length: int, by_column: bool) -> torch.Tensor | None:
+def prompt_offset(
+    mask: torch.Tensor, block_length: int, by_column: bool, whole: bool = False
+) -> torch.Tensor | None:
     """How many pads a prompt gets in its first block: (B,), or None if no row needs any.
 
     By column every prompt is filled to a multiple of L; by token only those shorter than a block, which would
-    have no context otherwise.
+    have no context otherwise. Looks at the device where the columns and `whole` do not tell: no row has pads.
     """
-    if by_column:
-        offset = mask.new_full(mask.shape[:1], -mask.shape[1] % block_length)
-    else:
-        offset = (block_length - mask.sum(dim=1)).clamp(0, block_length - 1)
+    columns = mask.shape[1]
+    if by_column or whole:
+        pads = -columns % block_length if by_column else max(block_length - columns, 0)
+        return mask.new_full(mask.shape[:1], pads) if pads else None
+    offset = (block_length - mask.sum(dim=1)).clamp(0, block_length - 1)
     return offset if bool((offset > 0).any()) else None
 
 

@@ -200,9 +200,9 @@ def warps_of(config: Front, block_k: int) -> int:
 def _options(device: torch.device, settled: bool, registers: int | None) -> dict[str, Any]:
     """Keywords of a launch: whether it may begin early, and the most registers of a thread."""
     options: dict[str, Any] = overlap(device) if settled else {"OVERLAP": False}
-    # An option of NVIDIA's compiler alone.
-    bounded = registers is not None and torch.version.hip is None and device.type == "cuda"
-    return {**options, "maxnreg": registers} if bounded else options
+    # An option of NVIDIA's compiler alone, which one that traces the launch does not know.
+    known = device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling()
+    return {**options, "maxnreg": registers} if known and registers is not None else options
 
 
 def launch_normed(

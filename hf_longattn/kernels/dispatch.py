@@ -102,6 +102,16 @@ def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for a CPU, where the interpreter runs one program after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 4
+
+
 def lacks_fp8(device: torch.device) -> bool:
     """Whether `device` is a GPU without conversions from and to fp8: those before compute capability 8.9."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)

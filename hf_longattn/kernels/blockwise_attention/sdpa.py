@@ -1,11 +1,11 @@
 """Blockwise attention by torch's own kernels, the ATen operators that hand out the log-sum-exp.
 
-On CUDA they cover dense attention: full in one call, causal with T = S in one call, causal with T < S as a
-full prefix (in a few pieces, long ones of whole tiles of keys) and a square diagonal, merged by their lse. On
-the CPU a block of queries and the keys it may see make one call with a mask tile, so any mask goes. A sink
-enters afterwards: with l' = log(exp l + exp sink) the output shrinks by exp(l - l'). The backward of every
-part runs with the lse and output of the whole row, which makes its probabilities the global ones, and its
-gradients add up.
+On CUDA they cover dense attention: full in one call, with the keys in parts where few queries do not fill
+the GPU, causal with T = S in one call, causal with T < S as a full prefix (in a few pieces, long ones of
+whole tiles of keys) and a square diagonal, merged by their lse. On the CPU a block of queries and the keys it
+may see make one call with a mask tile, so any mask goes. A sink enters afterwards: with
+l' = log(exp l + exp sink) the output shrinks by exp(l - l'). The backward of every part runs with the lse and
+output of the whole row, which makes its probabilities the global ones, and its gradients add up.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_longattn.kernels.dispatch import num_processors
 from hf_longattn.kernels.merge_partials import merge_over_first
 
+from .key_parts import cut_keys, pick_parts
 from .terms import Gradients, Terms, row_delta, sink_gradient, without_unseen
 
 _ATEN = torch.ops.aten
@@ -25,7 +27,13 @@ _CPU_ROWS = 256
 # tenth longer. The keys that do not fill a tile are then a part of their own: one more pass over queries and
 # outputs, as long as that tenth of some 3000 keys, and launches that only many queries outweigh.
 _KEY_TILE = 128
+# Queries of one program of cuDNN.
+_QUERY_TILE = 128
 _LONG_PREFIX, _MANY_QUERIES = 4096, 1024
+# Pairs of queries and keys, all heads together, from which on a shape that is met once is worth a plan of
+# cuDNN's. A plan takes some 50 ms, 1.5 ms for each of 32 layers. Flash needs none and is slower: at 350 in
+# place of 600 TFLOP/s and 512 operations a pair, by 1.5 ms for 2.5e9 pairs.
+_PLANNED_PAIRS = 1 << 31
 
 
 def missing(query: Tensor, key: Tensor, value: Tensor, terms: Terms, needs_bias_grad: bool) -> str | None:
@@ -52,6 +60,17 @@ def missing(query: Tensor, key: Tensor, value: Tensor, terms: Terms, needs_bias_
     return next((words for fails, words in checks if fails), None)
 
 
+def _is_met_once(query: Tensor, num_keys: int, num_seen: int) -> bool:
+    """Whether a part of a call, the queries on `num_seen` of `num_keys` keys, is not worth a plan of cuDNN's.
+
+    So is a question about a long document, and a turn of a conversation: unlike those of chunks and batches,
+    its length and that of what lies before it do not come back.
+    """
+    batch, heads, num_queries, _ = query.shape
+    is_turn = batch == 1 and num_queries < _MANY_QUERIES and num_keys >= _LONG_PREFIX
+    return is_turn and heads * num_queries * num_seen < _PLANNED_PAIRS
+
+
 class _Part(NamedTuple):
     """One call of a kernel: these rows against these columns."""
 
@@ -69,7 +88,8 @@ def _parts(query: Tensor, key: Tensor, terms: Terms, tile: int = 1) -> Iterator[
         yield _Part(slice(0, num_queries), slice(0, num_keys))
     else:
         prefix = max(0, num_keys - num_queries)
-        for columns in prefix_pieces(prefix, num_queries, tile):
+        unit = 0 if _is_met_once(query, num_keys, prefix) else num_queries
+        for columns in prefix_pieces(prefix, unit, tile):
             yield _Part(slice(0, num_queries), columns)
         yield _Part(
             slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
@@ -149,14 +169,52 @@ def _uses_cudnn(query: Tensor, key: Tensor) -> bool:
     return long and enabled and torch.cuda.get_device_capability(query.device)[0] in (9, 10)
 
 
-def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    if _uses_cudnn(q, k):
-        output, lse = _ATEN._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, is_causal, scale=scale
-        )[:2]
-        return output, lse.reshape(q.shape[:3])
+def _attend_cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    results = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
+    return results[0], results[1].reshape(q.shape[:3])
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     output, lse = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
     return output, lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def _attend_cuda(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, num_keys: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Results over parts of these keys, to be merged. Flash cuts the keys of few queries by itself."""
+    if not _uses_cudnn(q, k) or _is_met_once(q, num_keys, k.shape[2]):
+        return [_attend_flash(q, k, v, is_causal, scale)]
+    parts = 1
+    if q.shape[0] == 1 and not is_causal and k.shape[2] >= _LONG_PREFIX:
+        tiles = q.shape[1] * -(-q.shape[2] // _QUERY_TILE)
+        parts = pick_parts(tiles, k.shape[2], num_processors(q.device))
+    return attend_in_parts(q, k, v, scale, parts) if parts > 1 else [_attend_cudnn(q, k, v, is_causal, scale)]
+
+
+def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> list[tuple[Tensor, Tensor]]:
+    """Full attention on CUDA by one call of cuDNN over `parts` of whole tiles, and one over the other keys.
+
+    Args:
+        q: (1, H, T, K).
+        k: (1, G, S, K).
+        v: (1, G, S, K).
+        scale: factor on the scores.
+        parts: 2 or more.
+
+    Returns:
+        output (1, H, T, K) and lse (1, H, T) of each part, the keys left over last.
+    """
+    # Between lengths that leave the same whole tiles a plan is the same.
+    length = k.shape[2] // (parts * _KEY_TILE) * _KEY_TILE
+    # The output lies in memory as the queries do: positions before heads, as flash has it.
+    rows = q.transpose(1, 2).expand(parts, -1, -1, -1).contiguous().transpose(1, 2)
+    cut_k, cut_v = (cut_keys(states, parts, length) for states in (k, v))
+    output, lse = _attend_cudnn(rows, cut_k, cut_v, False, scale)
+    results = list(zip(output.split(1), lse.split(1), strict=True))
+    if (end := parts * length) < k.shape[2]:
+        results.append(_attend_flash(q, k[:, :, end:], v[:, :, end:], False, scale))
+    return results
 
 
 def _cpu_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, ...]]:
@@ -196,14 +254,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Te
     for part in _parts(query, key, terms, key_tile(query, key)):
         q, (k, v) = query[:, :, part.rows], _slots(key, value, part)
         if query.device.type == "cpu":
-            rows = _attend_cpu(q, k, v, part, _mask_tile(part, terms, query.dtype), terms.scale)
+            rows = [_attend_cpu(q, k, v, part, _mask_tile(part, terms, query.dtype), terms.scale)]
         else:
-            rows = _attend_cuda(q, k, v, part.is_causal, terms.scale)
+            rows = _attend_cuda(q, k, v, part.is_causal, terms.scale, key.shape[2])
         if part.visible is None and q.shape == query.shape:
-            whole.append(rows)
+            whole += rows
             continue
         results = _empty_results(query) if results is None else results
-        results[0][:, :, part.rows], results[1][:, :, part.rows] = rows
+        results[0][:, :, part.rows], results[1][:, :, part.rows] = merge_over_first(rows)
     output, lse = merge_over_first(whole) if whole else _empty_results(query) if results is None else results
     if terms.sinks is None:
         return output, lse

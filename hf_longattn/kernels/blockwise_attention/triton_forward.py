@@ -10,13 +10,18 @@ with a sink as one more logit at the end. Inner tiles run without mask arithmeti
 Source: Dao, arXiv 2307.08691, algorithm 1.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.dispatch import num_processors
+from hf_longattn.kernels.merge_partials.triton import merge_forward
 
+from .key_parts import pick_parts
 from .terms import Terms
 from .triton_tiles import (
     Config,
@@ -138,25 +143,12 @@ def _forward_kernel(
     tl.store(lse_ptr + bh * T + offs_m, lse, mask=offs_m < T)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, terms: Terms, config: Config | None = None
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, terms: Terms, config: Config, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel.
-
-    Args:
-        query: (B, H, T, K), fp16, bf16 or fp32.
-        key: (B, G, S, K).
-        value: (B, G, S, V).
-        terms: options of the call.
-        config: tile sizes; by dtype and head dim if None.
-
-    Returns:
-        output (B, H, T, V), laid out as (B, T, H, V), and lse (B, H, T) in fp32.
-    """
+    """Launches the kernel; arguments as in `forward`, `dtype` that of the output."""
     batch, heads, num_queries, _ = query.shape
-    head_dim = max(query.shape[3], value.shape[3])
-    config = config or pick_config(query.dtype, head_dim, query.device, CONFIGS)
-    output = query.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
+    output = query.new_empty(batch, num_queries, heads, value.shape[3], dtype=dtype).transpose(1, 2)
     lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     grid = (triton.cdiv(num_queries, config.block_m) * batch * heads,)
     _forward_kernel[grid](
@@ -177,3 +169,49 @@ def forward(
         num_stages=config.num_stages,
     )
     return output, lse
+
+
+def _split(
+    query: Tensor, key: Tensor, value: Tensor, terms: Terms, parts: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    """Arguments of a batch whose rows are one sequence, each with its own part of the keys, whole tiles."""
+    length = triton.cdiv(key.shape[2], parts * block_n) * block_n
+    start = length * torch.arange(parts, device=query.device)[:, None].expand(-1, query.shape[2])
+    # A sink is one more logit of the row: it is counted once, in the merge.
+    terms = replace(terms, mask=terms.mask.narrowed(start, start + length), sinks=None)
+    query, key, value = (states.expand(parts, -1, -1, -1) for states in (query, key, value))
+    return query, key, value, terms
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    config: Config | None = None,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel, and the merge where the keys are cut in parts.
+
+    Args:
+        query: (B, H, T, K), fp16, bf16 or fp32.
+        key: (B, G, S, K).
+        value: (B, G, S, V).
+        terms: options of the call.
+        config: tile sizes; by dtype and head dim if None.
+        parts: of the keys, for B = 1 without dropout; by `pick_parts` if None.
+
+    Returns:
+        output (B, H, T, V), from one part laid out as (B, T, H, V), and lse (B, H, T) in fp32.
+    """
+    head_dim = max(query.shape[3], value.shape[3])
+    config = config or pick_config(query.dtype, head_dim, query.device, CONFIGS)
+    if query.shape[0] != 1 or terms.dropout is not None:
+        parts = 1
+    elif parts is None:
+        tiles = query.shape[1] * triton.cdiv(query.shape[2], config.block_m)
+        parts = pick_parts(tiles, key.shape[2], num_processors(query.device))
+    if parts == 1:
+        return _launch(query, key, value, terms, config, query.dtype)
+    outputs, lse = _launch(*_split(query, key, value, terms, parts, config.block_n), config, torch.float32)
+    return merge_forward(outputs[:, None], lse[:, None], query.dtype, terms.sinks)

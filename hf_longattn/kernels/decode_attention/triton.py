@@ -33,7 +33,7 @@ from hf_longattn.kernels.decode_attention.triton_parts import (
     soft_cap,
     visible_keys,
 )
-from hf_longattn.kernels.dispatch import interpreting
+from hf_longattn.kernels.dispatch import interpreting, num_processors
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.kernels.merge_partials.triton import merge_forward
 
@@ -129,15 +129,6 @@ def pick_num_splits(num_keys: int, num_tiles: int, num_slots: int, ragged: bool 
         return num_keys * num_tiles / num_slots / min(taken, _BUSY) + waves * 256 + 4 * splits
 
     return min(range(1, min(_MAX_SPLITS, max(1, num_keys // 128)) + 1), key=cost)
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 4
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -253,7 +244,7 @@ def decode_forward(
         return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
     block_r = pick_rows(H // G * T, query.element_size())
     row_tiles = triton.cdiv(H // G * T, block_r)
-    processors, tiles = _num_processors(query.device), B * G * row_tiles
+    processors, tiles = num_processors(query.device), B * G * row_tiles
     config = config or pick_config(K, V, query.element_size(), block_r, key.element_size())
     if config is FEW_ROWS[256] and tiles >= TILES_A_PROCESSOR * processors:
         config = MANY_TILES

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("change", "words"),
-    [("rows", "1 to 2 rows"), ("width", "up to 4096"), ("dtype", "got torch.float64"), ("norm", "one dtype"),
+    [("rows", "1 to 2 rows"), ("width", "up to 4096"), ("dtype", "fp32 alone"), ("norm", "one dtype"),
      ("strides", "contiguous rows"), ("gradient", "no backward")],
 )  # fmt: skip
 def test_what_the_kernels_cannot_do_is_refused_by_name(change, words):

@@ -1,16 +1,14 @@
 """The public functions of layers with parallel branches: contracts, checks, choice of implementation."""
 
-import torch
 from torch import Tensor
 
-from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.dispatch import check_impl, takes_triton
 from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 from hf_longattn.kernels.normed_linears.reference import NormedLinear, Product, joined, normed
 
 MAX_ROWS = 2
 # A row is held in the registers of one program, as is what it is multiplied with.
 MAX_WIDTH = 4096
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def normed_linears(
@@ -51,7 +49,7 @@ def normed_linears(
     Source: layer norm, Ba et al., arXiv 1607.06450; parallel branches as in GPT-NeoX, arXiv 2204.06745.
     """
     name, width = "normed_linears", states.shape[-1]
-    dispatch.check_impl(name, impl, states.device, ("auto", "triton", "reference"))
+    check_impl(name, impl, states.device)
     for which, (scale, shift, weight, bias) in (("first", first), ("second", second)):
         _check_map(name, which, states, width, weight, bias)
         if scale.shape != (width,) or shift.shape != (width,):
@@ -97,7 +95,7 @@ def residual_linears(
     Source: parallel branches as in GPT-NeoX, arXiv 2204.06745.
     """
     name, width = "residual_linears", states.shape[-1]
-    dispatch.check_impl(name, impl, states.device, ("auto", "triton", "reference"))
+    check_impl(name, impl, states.device)
     for which, (inputs, weight, bias) in (("first", first), ("second", second)):
         _check_map(name, which, states, inputs.shape[-1], weight, bias)
         if weight.shape[0] != width or inputs.shape[:-1] != states.shape[:-1] or inputs.dtype != states.dtype:
@@ -124,16 +122,10 @@ def _check_map(name: str, which: str, states: Tensor, width: int, weight: Tensor
 def _takes_triton(name: str, impl: str, states: Tensor, given: tuple[Tensor, ...], width: int) -> bool:
     """Whether the kernel runs; raises where it is asked for by name and cannot."""
     rows = states.numel() // max(states.shape[-1], 1)
-    tensors = (states, *given)
     obstacles = (
         (not 0 < rows <= MAX_ROWS, f"takes 1 to {MAX_ROWS} rows, got {rows}"),
         (width > MAX_WIDTH, f"takes rows of up to {MAX_WIDTH} numbers, got {width}"),
-        (states.dtype not in _DTYPES, f"takes bf16, fp16 and fp32, got {states.dtype}"),
-        (any(t.dtype != states.dtype for t in given), "takes tensors of one dtype"),
-        (any(t.stride(-1) != 1 for t in given), "needs tensors with contiguous rows"),
-        (torch.is_grad_enabled() and any(t.requires_grad for t in tensors), "has no backward"),
+        (any(tensor.dtype != states.dtype for tensor in given), "takes tensors of one dtype"),
+        (any(tensor.stride(-1) != 1 for tensor in given), "needs tensors with contiguous rows"),
     )
-    reason = next((words for found, words in obstacles if found), None)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"`impl='triton'` of {name} {reason}; use 'auto'.")
-    return impl == "triton" or (impl == "auto" and states.is_cuda and reason is None)
+    return takes_triton(name, impl, (states, *given), *obstacles)

@@ -90,3 +90,42 @@ class KeyRange:
         if self.key_mask is not None:
             visible = visible & self.key_mask[:, None, columns]
         return visible[:, None]
+
+
+def check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
+    """Refuses a `mask` that does not fit the tensors of an attention.
+
+    Args:
+        mask: what the caller gave.
+        query: (B, H, T, K).
+        key: (B, G, S, K).
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: a mask that is no `KeyRange`, or dtypes that do not fit.
+    """
+    if not isinstance(mask, KeyRange):
+        raise TypeError(
+            f"`mask` must be a KeyRange or None, got {type(mask).__name__}; a tensor, bool or added to the "
+            "scores, is the `bias` of blockwise_attention."
+        )
+    B, T, S = query.shape[0], query.shape[2], key.shape[2]
+    for name, tensor, width in (
+        ("lower", mask.lower, T),
+        ("upper", mask.upper, T),
+        ("key_mask", mask.key_mask, S),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != 2 or tensor.shape[0] not in (1, B) or tensor.shape[1] != width:
+            raise ValueError(
+                f"`mask.{name}` must be ({B} or 1, {width}) for {B=}, {T=}, {S=}, got {tuple(tensor.shape)}."
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                f"`mask.{name}` must be on {query.device} like `query`, got {tensor.device}; "
+                "use `mask.to(device)`."
+            )
+        if (tensor.dtype == torch.bool) != (name == "key_mask") or tensor.is_floating_point():
+            wanted = "bool" if name == "key_mask" else "an integer dtype"
+            raise TypeError(f"`mask.{name}` must be {wanted}, got {tensor.dtype}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.key_range import KeyRange, check_mask
 
 from . import reference, sdpa
 from .terms import Terms
@@ -75,7 +75,7 @@ def blockwise_attention(
     """
     _check_tensors(query, key, value)
     mask = KeyRange() if mask is None else mask
-    _check_mask(mask, query, key)
+    check_mask(mask, query, key)
     _check_terms(query, key, scale, softcap, dropout)
     _check_bias(bias, query, key)
     if sinks is not None:
@@ -120,30 +120,6 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
     # A kernel would read the address of another device's memory.
     if tensor.device != query.device:
         raise ValueError(f"`{name}` is on {tensor.device}, `query` on {query.device}; move it there.")
-
-
-def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
-    if not isinstance(mask, KeyRange):
-        raise TypeError(
-            f"`mask` must be a KeyRange or None, got {type(mask).__name__}; give a tensor as `bias`, bool or "
-            "added to the scores."
-        )
-    expected = {"lower": query.shape[2], "upper": query.shape[2], "key_mask": key.shape[2]}
-    for name, length in expected.items():
-        tensor = getattr(mask, name)
-        if tensor is None:
-            continue
-        if tensor.ndim != 2 or tensor.shape[0] not in (1, query.shape[0]) or tensor.shape[1] != length:
-            raise ValueError(
-                f"`mask.{name}` must be ({query.shape[0]} or 1, {length}), got shape {tuple(tensor.shape)}."
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"`mask.{name}` is on {tensor.device}, `query` on {query.device}; use `mask.to(device)`."
-            )
-        if (tensor.dtype == torch.bool) != (name == "key_mask") or tensor.is_floating_point():
-            wanted = "bool" if name == "key_mask" else "an integer dtype"
-            raise TypeError(f"`mask.{name}` must be {wanted}, got {tensor.dtype}.")
 
 
 def _check_terms(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_longattn.kernels.decode_attention.reference import decode_reference
 from hf_longattn.kernels.dispatch import check_impl, interpreting, lacks_fp8, triton_runs_on, warn_slow
-from hf_longattn.kernels.key_range import KeyRange
+from hf_longattn.kernels.key_range import KeyRange, check_mask
 
 MAX_QUERIES = 16
 _MAX_HEAD_DIM = 256
@@ -74,7 +74,7 @@ def decode_attention(
     _check_dtypes(query, key, value, scales)
     _check_options(query, softcap, sinks, num_splits)
     mask = KeyRange() if mask is None else mask
-    _check_mask(mask, query, key)
+    check_mask(mask, query, key)
     inputs = (query, key, value) if sinks is None else (query, key, value, sinks)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise ValueError(
@@ -156,31 +156,6 @@ def _check_options(
         )
     if not sinks.is_floating_point():
         raise TypeError(f"`sinks` must be floating point, got {sinks.dtype}.")
-
-
-def _check_mask(mask: KeyRange, query: Tensor, key: Tensor) -> None:
-    if not isinstance(mask, KeyRange):
-        raise TypeError(f"`mask` must be a KeyRange or None, got {type(mask).__name__}.")
-    B, T, S = query.shape[0], query.shape[2], key.shape[2]
-    for name, tensor, width in (
-        ("lower", mask.lower, T),
-        ("upper", mask.upper, T),
-        ("key_mask", mask.key_mask, S),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dim() != 2 or tensor.shape[0] not in (1, B) or tensor.shape[1] != width:
-            raise ValueError(
-                f"`mask.{name}` must be ({B} or 1, {width}) for {B=}, {T=}, {S=}, got {tuple(tensor.shape)}."
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"`mask.{name}` must be on {query.device} like `query`, got {tensor.device}; "
-                "use `mask.to(device)`."
-            )
-        if (tensor.dtype == torch.bool) != (name == "key_mask") or tensor.is_floating_point():
-            wanted = "bool" if name == "key_mask" else "an integer dtype"
-            raise TypeError(f"`mask.{name}` must be {wanted}, got {tensor.dtype}.")
 
 
 def _use_triton(impl: str, query: Tensor, key: Tensor, value: Tensor) -> bool:

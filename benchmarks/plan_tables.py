@@ -51,8 +51,8 @@ LONG = 1 << 20
 
 
 def measured():
-    """Rows of prepared generation in the shape that plans are made for: one H100, a cache in bf16."""
-    for path in sorted(RESULTS.glob("generation*.json")):
+    """Rows of prepared generation in the shape that plans are made for: H100s, a cache in bf16."""
+    for path in [*sorted(RESULTS.glob("generation*.json")), RESULTS / "two_gpus.json"]:
         for row in json.loads(path.read_text()):
             plain = row.get("peer") == "prepared" and row.get("layers") == 32 and "peak_gib" in row
             if plain and not row.get("cache_dtype") and "H100" in row["gpu"]:
@@ -62,7 +62,7 @@ def measured():
 def plan_of(row):
     """The plan of what a row measured."""
     hardware = Hardware(bandwidth=row["copy_rate"])
-    sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"]}
+    sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"], "ranks": Ranks(row.get("ranks", 1))}
     return plan_generation(SHAPE, row["prompt"] + NEW_TOKENS, hardware=hardware, **sizes)
 
 
@@ -105,6 +105,7 @@ def table(head, rows):
 def measured_table():
     """Memory and times of the plan beside those measured."""
     head = [
+        "GPUs",
         "prompt",
         "batch",
         "padding",
@@ -123,7 +124,8 @@ def measured_table():
             (row["first_token_s"], plan.expected_first_token),
             (row["token_ms"], 1e3 * plan.expected_a_token),
         ]
-        cells = [f"{row['prompt'] // 1024}K", str(row["batch"]), str(row.get("pad", 0))]
+        cells = [str(row.get("ranks", 1)), f"{row['prompt'] // 1024}K"]
+        cells += [str(row["batch"]), str(row.get("pad", 0))]
         rows.append([*cells, *(f"{value:.2f}" for pair in pairs for value in pair)])
     return table(head, rows)
 

@@ -22,7 +22,8 @@ place of one at the begin of a block, where the block decoder goes once over its
 
 each product at the larger of its bytes / bandwidth and its operations / rate. What a prompt takes to begin is
 left out: it is less where a prompt of its length was read before. So the time to the first token is a bound
-from below.
+from below; and so is that of a token where ranks share the blocks, for they run one forward a token, whose
+launches no graph holds.
 """
 
 import math

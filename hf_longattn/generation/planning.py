@@ -71,7 +71,7 @@ class Plan:
         expected_a_token: seconds, with the launches of a captured step, and what the ranks exchange.
         expected_first_token: seconds until the first token.
         block_length: tokens of a block of a Block Transformer, whose first token takes at least as long as
-            expected; else 1.
+            expected, and on several ranks every token; else 1.
     """
 
     context: int

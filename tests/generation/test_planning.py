@@ -33,11 +33,15 @@ BLOCKS, LIGHTNING = list(TABLES["measured_blocks"]()), list(TABLES["measured_lig
 LATEST = max(row["date"] for row in MEASURED)[:10]
 
 
+def measured_id(row):
+    return f"P{row.get('ranks', 1)}-{row['prompt']}-B{row['batch']}-pad{row.get('pad', 0)}"
+
+
 def other_id(row):
     return f"{row['prompt']}-{row['new']}-B{row['batch']}"
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda r: f"{r['prompt']}-B{r['batch']}-pad{r.get('pad', 0)}")
+@pytest.mark.parametrize("row", MEASURED, ids=measured_id)
 def test_memory_and_times_are_those_measured(row):
     plan = TABLES["plan_of"](row)
     assert plan.peak == pytest.approx(row["peak_gib"] * 2**30, rel=0.05)
@@ -49,7 +53,8 @@ def test_memory_and_times_are_those_measured(row):
 
 
 def test_there_are_measurements_to_hold_the_plan_against():
-    assert len(MEASURED) >= 6 and len(BLOCKS) >= 4 and len(LIGHTNING) >= 3
+    assert {row.get("ranks", 1) for row in MEASURED} == {1, 2} and len(MEASURED) >= 9
+    assert len(BLOCKS) >= 4 and len(LIGHTNING) >= 3
 
 
 @pytest.mark.parametrize("row", BLOCKS, ids=other_id)

@@ -17,7 +17,7 @@ from hf_longattn.cache.shared_prefix import SharedStates
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.decode_attention import decode_attention
 from hf_longattn.kernels.key_range import KeyRange
-from hf_longattn.kernels.merge_partials import merge_partials
+from hf_longattn.kernels.merge_partials import merge_over_first, merge_partials
 from hf_longattn.masking import LazyMask, Pattern, is_tracing
 
 
@@ -80,7 +80,11 @@ def shared_prefix_attention(
     # Grouped heads let the decoding kernel read a key once for all heads that share it.
     most = 0 if differentiated else MAX_DECODE_QUERIES * (query.shape[1] // prefix_key.shape[1])
     common = _attend_prefix(query, prefix_key, prefix_value, limits.first, most, terms)
-    output, _ = merge_partials(*(torch.stack(pair) for pair in zip(common, own, strict=True)))
+    if few or differentiated or torch.compiler.is_compiling():
+        output, _ = merge_partials(*(torch.stack(pair) for pair in zip(common, own, strict=True)))
+    else:
+        # Large outputs of one layout are merged where they are.
+        output, _ = merge_over_first([own, (common[0], common[1].contiguous())])
     return output.transpose(1, 2).contiguous()
 
 

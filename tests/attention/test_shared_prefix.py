@@ -9,6 +9,7 @@ from hf_longattn.attention import shared_prefix
 from hf_longattn.attention.exact import Options
 from hf_longattn.attention.shared_prefix import shared_prefix_attention
 from hf_longattn.cache.shared_prefix import SharedStates
+from hf_longattn.kernels.merge_partials.api import _alike
 from hf_longattn.masking import lazy_mask
 
 H, G, K, V, WINDOW = 4, 2, 16, 24, 9
@@ -137,6 +138,30 @@ def test_the_prefix_is_read_once_for_sixteen_rows(rows, monkeypatch):
     # Two heads share a key: 32 rows are read twice by the decoding kernel, and by the other kernel as often.
     few = ("decode_attention", pieces, -(-rows // pieces))
     assert reads == [few if rows <= 32 else ("blockwise_attention", 1, rows)]
+
+
+@pytest.mark.parametrize("rows, count", [(16, 64), (3, 40), (1, 512)], ids=lambda size: str(size))
+def test_long_questions_read_the_prefix_in_one_call(rows, count, monkeypatch):
+    calls, merges = [], []
+    real, merge = shared_prefix.blockwise_attention, shared_prefix.merge_over_first
+
+    def record(query, key, value, **keywords):
+        calls.append((tuple(query.shape[:3]), key.shape[2], keywords["mask"].is_dense))
+        return real(query, key, value, **keywords)
+
+    def record_merge(parts):
+        # Both lie as the layer wants them next, and alike: the kernel reads them where they are.
+        assert all(_alike(*pair) for pair in zip(*parts, strict=True))
+        merges.append(len(parts))
+        return merge(parts)
+
+    monkeypatch.setattr(shared_prefix, "blockwise_attention", record)
+    monkeypatch.setattr(shared_prefix, "merge_over_first", record_merge)
+    # Short questions are padded: their prefix is as dense as that of others.
+    check((rows, count), torch.float32)
+    own, common = calls
+    assert own == ((rows, H, count), count + 6, rows == 1)
+    assert common == ((1, H, rows * count), 50, True) and merges == [2]
 
 
 @pytest.mark.slow

@@ -135,6 +135,10 @@ class PrefixAttention(TokenMixer):
 
     def store(self, key: Tensor, value: Tensor) -> None:
         """Keeps the keys (B, G, rows, K) and values (B, G, rows, V) of the running block."""
+        if key.shape[2] == self.length:
+            # They are the layer's own tensors, which it is done with: nothing is copied.
+            self.keys, self.values = key, value
+            return
         if self.keys is None or self.values is None:
             self.keys = key.new_empty(*key.shape[:2], self.length, key.shape[3])
             self.values = value.new_empty(*value.shape[:2], self.length, value.shape[3])
@@ -156,6 +160,12 @@ class PrefixAttention(TokenMixer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of query, of the block's own keys and values if they are complete, and of the sinks."""
         window = self.visibility.window(self.index, self.place)
+        if self._is_alone(window.keys):
+            inputs = (query, *self._columns(window.keys))
+            found = blockwise_attention_gradients(
+                grad, inputs, results, mask=window.limits, bias=window.bias, **options
+            )
+            return found.query, found.key, found.value, found.sinks
         sums, is_first = self._key_sums(window.keys)
         # Dropout counts columns from the first key of the call, so that call must be the forward's.
         parts = [window] if options["dropout"] else window.parts(MOST_KEYS)
@@ -172,7 +182,8 @@ class PrefixAttention(TokenMixer):
                 if is_first:
                     total[:, :, part.keys] = new
                 else:
-                    total[:, :, part.keys] += new
+                    # Not `+=`, which copies the sum to where it is.
+                    total[:, :, part.keys].add_(new)
             del new
             grad_query, grad_sinks = _sum(grad_query, found.query, len(parts)), found.sinks
             # A part's gradients must not wait beside those of the next.
@@ -192,15 +203,25 @@ class PrefixAttention(TokenMixer):
         self.grad_keys, self.grad_values = (make(x, dtype=dtype) for x in (self.keys, self.values))
         return (self.grad_keys, self.grad_values), sees_all
 
+    def _is_alone(self, keys: slice) -> bool:
+        """Whether the running block is the only one, and its gradients need no sums."""
+        return self.rows == slice(0, self.length) == keys and not self.is_shared
+
     def _own_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         assert self.keys is not None and self.values is not None
         assert self.grad_keys is not None and self.grad_values is not None
-        own_key = self.grad_keys[:, :, self.rows].to(self.keys.dtype)
-        return own_key, self.grad_values[:, :, self.rows].to(self.values.dtype)
+        own_key = _as_projected(self.grad_keys[:, :, self.rows], self.keys.dtype)
+        return own_key, _as_projected(self.grad_values[:, :, self.rows], self.values.dtype)
 
     def _columns(self, keys: slice) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, keys], self.values[:, :, keys]
+
+
+def _as_projected(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, G, rows, K) in another dtype, laid out as a projection leaves it, which takes its gradient so."""
+    made = heads.new_empty(heads.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
+    return made.copy_(heads)
 
 
 def _sum(total: Tensor | None, part: Tensor, count: int) -> Tensor:

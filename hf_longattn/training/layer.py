@@ -272,8 +272,11 @@ def run_forward(
 def _is_own(output: Tensor, hidden: Tensor) -> bool:
     """Whether a tensor fills memory of its own, apart from that of the hidden states."""
     storages = [tensor.untyped_storage() for tensor in (output, hidden)]
-    alone = storages[0].nbytes() == output.nbytes and output.is_contiguous()
-    return alone and storages[0].data_ptr() != storages[1].data_ptr()
+    return _fills_its_memory(output) and storages[0].data_ptr() != storages[1].data_ptr()
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
 
 
 def _save_results(
@@ -282,8 +285,11 @@ def _save_results(
     assert attention.results is not None
     output, lse = (result.transpose(1, 2) for result in attention.results)
     if saved.output is None or saved.lse is None:
-        saved.output = runtime.offloader.keep(layout_of(output, rows))
-        saved.lse = runtime.offloader.keep(layout_of(lse, rows))
+        # Of one block, what the kernel made is kept as it is.
+        whole = len(rows) == 1 and _fills_its_memory(output)
+        made = (output, lse) if whole else (None, None)
+        saved.output = runtime.offloader.keep(layout_of(output, rows), made[0], lent=False)
+        saved.lse = runtime.offloader.keep(layout_of(lse, rows), made[1], lent=False)
     saved.output.write(index, output)
     saved.lse.write(index, lse)
 
@@ -356,7 +362,8 @@ class _GradientSums:
         if self.hidden is None:
             self.hidden = self._place(part)
         if index in self.written:
-            self.hidden[:, self.run.rows[index]] += part
+            # Not `+=`, which copies the sum to where it is.
+            self.hidden[:, self.run.rows[index]].add_(part)
         else:
             self.hidden[:, self.run.rows[index]] = part
         self.written.add(index)

@@ -278,12 +278,13 @@ class Offloader:
         self.pool = PinnedPool()
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def keep(self, layout: Layout, tensor: Tensor | None = None) -> Blocks:
+    def keep(self, layout: Layout, tensor: Tensor | None = None, lent: bool = True) -> Blocks:
         """A place for a tensor.
 
         Args:
             layout: shape and blocks.
             tensor: the tensor, where it is there already; else it is written block by block.
+            lent: whether a `tensor` that goes to the host stays as it is until `settle`.
 
         Returns:
             where to write and read it.
@@ -291,7 +292,9 @@ class Offloader:
         if self._moves(layout):
             if layout.device not in self.streams:
                 self.streams[layout.device] = torch.cuda.Stream(layout.device)
-            return HostBlocks(self.pool, self.streams[layout.device], layout, lent=tensor is not None)
+            return HostBlocks(
+                self.pool, self.streams[layout.device], layout, lent=lent and tensor is not None
+            )
         if tensor is not None:
             return DeviceBlocks(tensor, layout.rows, filled=True)
         made = torch.empty(layout.shape, dtype=layout.dtype, device=layout.device)

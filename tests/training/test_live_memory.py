@@ -95,7 +95,7 @@ def slopes(model):
 
 
 def test_a_token_on_the_host_leaves_its_share_of_one_layer(monkeypatch, no_collector):
-    monkeypatch.setattr(Offloader, "keep", lambda self, layout, tensor=None: Host(layout))
+    monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
     # What one call of the kernel takes for its keys is bounded: here below the lengths of the test.
     monkeypatch.setattr(attention, "MOST_KEYS", BLOCK)
     forward, step = slopes(build())
@@ -107,7 +107,7 @@ def test_a_token_on_the_host_leaves_its_share_of_one_layer(monkeypatch, no_colle
 def test_what_somebody_keeps_is_not_written_over(monkeypatch):
     ids, kept = torch.randint(32, (2, 150)), []
     expected = build(offload=False)
-    monkeypatch.setattr(Offloader, "keep", lambda self, layout, tensor=None: Host(layout))
+    monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
     model = build()
     model.load_state_dict(expected.state_dict())
     for way in ("plain", "hidden states", "hook", "embeddings"):
@@ -182,7 +182,7 @@ def test_a_group_of_layers_with_inputs_on_the_host(monkeypatch):
     weights = build().state_dict()
     for every in (1, 3):
         if every > 1:
-            monkeypatch.setattr(Offloader, "keep", lambda self, layout, tensor=None: Host(layout))
+            monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
         model = build(keep_every=every)
         model.load_state_dict(weights)
         model(input_ids=ids, labels=ids).loss.backward()

@@ -1,0 +1,122 @@
+"""What a step of a prepared Block Transformer launches, reads and holds."""
+
+import contextlib
+
+import pytest
+import torch
+from block_answers import GREEDY, both, generate
+from tiny_blocks import PAD, make, prompts
+
+import hf_longattn
+from hf_longattn.generation import blocks
+from hf_longattn.modeling.block_transformer import BlockTransformerCache, decoding, steps
+
+
+def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatch):
+    calls, real = [], steps.few_key_attention
+    monkeypatch.setattr(
+        steps,
+        "few_key_attention",
+        lambda *args, **options: (calls.append((args[0].shape[2], args[5])), real(*args, **options))[1],
+    )
+    plain, fast = both(make(), *prompts(9, 6), **GREEDY)
+    assert torch.equal(fast, plain) and len(recorded) == 1
+    # Rehearsal and capture of four steps, two layers, two groups: P vectors open a block, tokens follow.
+    assert len(calls) == 2 * 4 * 2 * 2
+    assert set(calls) == {(2, 0), (1, 2), (1, 3), (1, 4)}
+
+
+@pytest.mark.parametrize("decoder", ["gpt_neox", "llama"])
+def test_captured_steps_look_their_positions_up(decoder, recorded):
+    model = make(decoder_type=decoder)
+    plain, fast = both(model, *prompts(9, 9), **GREEDY)
+    assert torch.equal(fast, plain)
+    cosines = sum(call[0] is torch.ops.aten.cos.default for call in recorded[0].calls)
+    # A llama computes those of its four steps, and of the block that they fill.
+    assert cosines == (0 if decoder == "gpt_neox" else 5)
+    assert not any("rotary" in str(vars(module).get("forward")) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parallel", [True, False])
+def test_layers_with_parallel_branches_are_joined_by_one_launch(parallel, monkeypatch):
+    model = make(use_parallel_residual=parallel, num_hidden_layers=3).double()
+    calls, real = [], steps.residual_norms
+    monkeypatch.setattr(
+        steps, "residual_norms", lambda *args, **o: (calls.append(len(args)), real(*args, **o))[1]
+    )
+    for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
+        for norm in (module for module in decoder.modules() if isinstance(module, torch.nn.LayerNorm)):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+        calls.clear()
+        states = torch.randn(2, 3, 32, dtype=torch.double)
+        plain = decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+        with steps.few_launches(model):
+            fast = [decoder(inputs_embeds=states * i, use_cache=False).last_hidden_state for i in (1, -1, 1)]
+        torch.testing.assert_close(fast[0], plain)
+        assert torch.equal(fast[0], fast[2]) and not torch.allclose(fast[1], plain)
+        # Two norms between layers, and the last one alone, three passes.
+        assert calls == [4, 4, 3] * 3 * parallel
+
+
+@torch.no_grad()
+def test_pads_of_an_open_block_are_left_out_in_one_launch_too():
+    model = make().double()
+    decoder, results = model.model.token_decoder, []
+    prefix, ids = torch.randn(3, 2, 32, dtype=torch.double), torch.tensor([[5, 6], [PAD, 7], [PAD, PAD]])
+    for fast in (False, True):
+        cache = decoder.make_cache()
+        decoder.step(prefix, ids[:, :0], cache)
+        cache.reset()
+        with steps.few_launches(model) if fast else contextlib.nullcontext():
+            states = [decoder.step(prefix, ids[:, :0], cache, (ids != PAD)[:, :0])]
+            states += [
+                decoder.step(prefix, ids[:, t : t + 1], cache, (ids != PAD)[:, : t + 1]) for t in (0, 1)
+            ]
+        results.append(torch.stack(states))
+    torch.testing.assert_close(*results)
+    assert "forward" not in vars(decoder.decoder.layers[0].attention)
+
+
+@pytest.mark.parametrize(("lengths", "masked"), [((9, 9), False), ((9, 4), True)], ids=["none", "whole"])
+def test_a_mask_over_blocks_is_kept_only_where_a_block_is_all_pads(lengths, masked):
+    model, (ids, mask) = make(block_alignment="columns"), prompts(*lengths)
+    cache = BlockTransformerCache(model.config)
+    with torch.no_grad():
+        # Pads fill up the first block, so that the last one is whole.
+        model(ids, attention_mask=mask, past_key_values=cache, block_offset=torch.tensor([3, 3]))
+    assert cache.block_mask is not None
+    assert (decoding.HeldBlocks(cache, slice(0, 2)).key_mask is not None) == masked
+
+
+def test_bytes_of_the_caches(monkeypatch):
+    held = {}
+    real = blocks.BlockProgram.__init__
+
+    def spy(self, decoding, *args):
+        real(self, decoding, *args)
+        own = [buffer for group in decoding.groups for buffer in group.state() if buffer.ndim == 4]
+        held["token"] = sum(buffer.numel() for buffer in own)
+        layers = decoding.cache.layers
+        held["block"] = sum(layer._keys.numel() + layer._values.numel() for layer in layers)
+
+    monkeypatch.setattr(blocks.BlockProgram, "__init__", spy)
+    model = hf_longattn.prepare_generation(make(token_num_hidden_layers=3))
+    generate(model, *prompts(40, 40, 40), **{**GREEDY, "max_new_tokens": 24})
+    # Two blocks more than the text has: programs run to the end of their last block.
+    assert held["block"] == 2 * 3 * 2 * (64 // 4 + 2) * 32
+    assert held["token"] == 3 * 3 * 2 * (2 + 4 - 1) * 32
+
+
+def test_a_token_costs_one_row_of_the_token_decoder(monkeypatch):
+    from hf_longattn.modeling.block_transformer.blocks import TokenDecoder
+
+    rows, real = [], TokenDecoder._run
+    monkeypatch.setattr(
+        TokenDecoder, "_run", lambda self, x, *a: (rows.append(x.shape[1]), real(self, x, *a))[1]
+    )
+    model = hf_longattn.prepare_generation(make())
+    generate(model, *prompts(8, 8), **{**GREEDY, "max_new_tokens": 10})
+    # The prefix of the open block, then nine steps: two vectors where a block begins.
+    assert rows == [2, 1, 1, 1, 2, 1, 1, 1, 2, 1]

@@ -66,6 +66,10 @@ class BlockProgram:
 
     def choose(self, logits: Tensor) -> None:
         """Adds the token that follows from logits (B, V)."""
+        self.tokens.copy_(self._add(logits))
+
+    def _add(self, logits: Tensor) -> Tensor:
+        """The token (B,) that follows from logits (B, V), added to those there are."""
         # A copy in fp32 of every logit costs more than the choice; in fp64 it could make two of them equal.
         as_they_are = not self.kept and self.choice.takes_largest() and logits.dtype != torch.float64
         if not as_they_are:
@@ -74,10 +78,17 @@ class BlockProgram:
         tokens, scores = self.choice(seen, logits)
         for name, values in self.kept.items():
             values.append(scores if name == "scores" else logits)
-        self.tokens.copy_(tokens)
         self.ids.index_copy_(1, self.column, tokens[:, None])
         self.column.add_(1)
         self.length += 1
+        return tokens
+
+    def _go_on(self, count: int) -> None:
+        """Adds `count` tokens; only the last one has to stay where the next steps find it."""
+        tokens = self.tokens
+        for _ in range(count):
+            tokens = self._add(self.decoding.step(tokens))
+        self.tokens.copy_(tokens)
 
     def run(self, count: int) -> None:
         """Adds `count` tokens, at most L; a graph always adds L, and the rest is for nothing."""
@@ -85,8 +96,7 @@ class BlockProgram:
             self.graph.replay()
             self.length += self.span
             return
-        for _ in range(count):
-            self.choose(self.decoding.step(self.tokens))
+        self._go_on(count)
 
     def end_rows(self, unfinished: Tensor) -> None:
         """Takes over which rows (B,) go on, and the last tokens, where the host has decided."""
@@ -181,8 +191,7 @@ class BlockProgram:
         place, length = self.decoding.place, self.length
         self.capturing = True
         try:
-            for _ in range(self.span):
-                self.choose(self.decoding.step(self.tokens))
+            self._go_on(self.span)
         finally:
             # A capture that fails has run nothing: the host must not believe otherwise.
             self.capturing, self.length, self.decoding.place = False, length, place

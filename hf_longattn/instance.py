@@ -81,13 +81,13 @@ def every_module(model: nn.Module) -> list[nn.Module]:
         model: any module.
     """
     found: dict[int, nn.Module] = {}
-    ahead = [model]
+    ahead: list[nn.Module | None] = [model]
     while ahead:
         module = ahead.pop()
-        if id(module) not in found:
+        if module is not None and id(module) not in found:
             found[id(module)] = module
             if parts := module._modules:
-                ahead += [part for part in reversed(parts.values()) if part is not None]
+                ahead += reversed(parts.values())
     return list(found.values())
 
 

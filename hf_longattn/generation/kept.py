@@ -156,7 +156,7 @@ class SeenModel:
         tensors = [each for table in self._tensors for each in table.values() if each is not None]
         told: list[Any] = [*_switches(), torch.is_autocast_enabled(), any(self._empty)]
         told += [getattr(config, "_attn_implementation", None) for config in self._configs]
-        return told + [type(module) for module in self._modules] + _places(tensors)
+        return [*told, *map(type, self._modules), *_places(tensors)]
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:

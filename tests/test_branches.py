@@ -1,6 +1,5 @@
 """Layers with parallel branches on one row or two: the operators in place of the modules, and where not."""
 
-import contextlib
 import copy
 
 import pytest
@@ -245,7 +244,7 @@ def _step(decoder, prefix, ids, cache, end):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2], ids="B{}".format)
-def test_prepared_models_on_a_gpu_say_what_they_said(rows, monkeypatch):
+def test_prepared_models_on_a_gpu_choose_the_best_tokens(rows, monkeypatch, calls):
     monkeypatch.setattr(graph, "Products", products)
     sizes = {
         "hidden_size": 256,
@@ -255,10 +254,10 @@ def test_prepared_models_on_a_gpu_say_what_they_said(rows, monkeypatch):
     }
     model = unlike(tiny_blocks.make(**sizes)).cuda().bfloat16()
     ids, mask = (tensor.cuda() for tensor in tiny_blocks.prompts(*[30] * rows))
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        hf_longattn.prepare_generation(model)
-        stack.callback(hf_longattn.restore, model)
-        tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
+    hf_longattn.prepare_generation(model)
+    tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
+    hf_longattn.restore(model)
+    assert set(calls) == ({1, 2} if rows == 1 else {2})
     # Teacher-forced, every token is the best but for what rounding changes in a pair of logits.
     with torch.no_grad():
         rounded = model(tokens[:, :-1]).logits[:, -40:].double()

@@ -7,168 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_attention import (
+    HEADS,
+    IMPLS,
+    OPTIONS,
+    check,
+    dense,
+    error,
+    make_inputs,
+    positions,
+    run,
+    supported,
+    torch_only,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_longattn.kernels.blockwise_attention import api, blockwise_attention, sdpa
-from hf_longattn.kernels.blockwise_attention.philox import keep_tile, philox_words
+from hf_longattn.kernels.blockwise_attention import blockwise_attention
+from hf_longattn.kernels.blockwise_attention.philox import philox_words
 from hf_longattn.kernels.blockwise_attention.spans import query_spans
 from hf_longattn.kernels.blockwise_attention.terms import Terms
 from hf_longattn.kernels.dispatch import interpreting
 from hf_longattn.kernels.key_range import KeyRange
-
-# Run as it is, this file tests the torch implementations; `test_interpreter_runs_the_kernels` runs it again
-# with TRITON_INTERPRET=1, and then the same cases go through the Triton kernels.
-IMPLS = ("triton",) if interpreting() else ("reference", "sdpa")
-# The interpreter takes its time for every head.
-HEADS = 2 if interpreting() else 4
-torch_only = pytest.mark.skipif(interpreting(), reason="does not depend on the implementation")
-
-
-def make_inputs(B=2, H=4, G=2, T=63, S=63, K=16, V=None, dtype=torch.float32, std=1.0):
-    value_dim = K if V is None else V
-    shapes = ((B, H, T, K), (B, G, S, K), (B, G, S, value_dim))
-    return [(std * torch.randn(shape)).to(dtype) for shape in shapes]
-
-
-def dense_probs(query, key, *, scale=None, mask=None, bias=None, softcap=None, sinks=None, dropout=None):
-    """The definition, with every pair in memory, in the dtype of its inputs: probabilities and lse."""
-    (B, H, T, K), (G, S) = query.shape, key.shape[1:3]
-    key = key.repeat_interleave(H // G, dim=1)
-    logits = query @ key.mT * (K**-0.5 if scale is None else scale)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
-    tile = (mask or KeyRange()).tile(slice(0, T), slice(0, S), T, S, query.device)
-    logits = logits.masked_fill(~tile, -torch.inf)
-    if sinks is not None:
-        logits = torch.cat((logits, sinks[:, None, None].expand(B, H, T, 1).to(logits.dtype)), dim=3)
-    lse = torch.logsumexp(logits, dim=3)
-    probs = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])[..., :S]
-    if dropout is not None:
-        keep = keep_tile(dropout, (B, H), slice(0, T), slice(0, S), query.device)
-        probs = probs * keep / (1 - dropout[0])
-    return probs, lse
-
-
-def dense(query, key, value, **options):
-    probs, lse = dense_probs(query, key, **options)
-    return probs @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1), lse
-
-
-def sizes_before_cancelling(query, key, value, seeds, options):
-    """Norms of output, lse and the gradients of query and key, every term of their sums taken positive.
-
-    Rounding is relative to these: for a row of one key dp - delta is 0, and the rounding of both is left.
-    """
-    query, key, value, *seeds = (x.double().abs() for x in (query, key, value, *seeds))
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    probs = options["probs"]
-    pairs = probs * (seeds[0] @ value.mT)
-    pairs = pairs + probs * (pairs.sum(dim=3, keepdim=True) + seeds[1][..., None])
-    grad_query, grad_key = options["scale"] * pairs @ key, options["scale"] * pairs.mT @ query
-    return [(probs @ value).norm(), 1.0, grad_query.norm(), group**0.5 * grad_key.norm()]
-
-
-def run(function, tensors, seeds, options, dtype=None):
-    """[output, lse, gradients ...] of `function`; tensors and floating options are leaves in `dtype`."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
-    options = dict(options)
-    for name in ("bias", "sinks"):
-        if is_floating(extra := options.get(name)):
-            options[name] = extra.detach().to(dtype or extra.dtype).requires_grad_()
-            leaves.append(options[name])
-    output, lse = function(*leaves[:3], **options)
-    seen = lse > -torch.inf
-    loss = (output * seeds[0].to(output.dtype)).sum() + (
-        lse.masked_fill(~seen, 0) * seeds[1].to(lse.dtype)
-    ).sum()
-    return [output.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def is_floating(option):
-    return isinstance(option, torch.Tensor) and option.is_floating_point()
-
-
-def error(got, exact):
-    assert got.shape == exact.shape
-    assert torch.equal(got.isfinite(), exact.isfinite())
-    return (got.double() - exact).nan_to_num(0, 0, 0).norm().item()
-
-
-def check(tensors, impl, with_lse=True, **options):
-    """Error against fp64 at most 1.5 times that of the dense formula in the dtype of the inputs."""
-    query, value = tensors[0], tensors[2]
-    seeds = (torch.randn(*query.shape[:3], value.shape[3]), torch.randn(query.shape[:3]) * with_lse)
-    options = {name: option for name, option in options.items() if option is not None}
-    exact = run(dense, tensors, seeds, options, torch.float64)
-    plain = run(dense, tensors, seeds, options)
-    got = run(lambda *a, **k: blockwise_attention(*a, **k, impl=impl), tensors, seeds, options)
-    eps = torch.finfo(query.dtype).eps
-    wide = {name: x.double() if is_floating(x) else x for name, x in options.items()}
-    probs = dense_probs(query.double(), tensors[1].double(), **wide)[0]
-    scale = options.get("scale", query.shape[3] ** -0.5)
-    sizes = sizes_before_cancelling(*tensors, seeds, {"probs": probs, "scale": scale})
-    for index, (x, standard, truth) in enumerate(zip(got, plain, exact, strict=True)):
-        size = max(truth[truth.isfinite()].norm(), sizes[index] if index < len(sizes) else 0)
-        bound = 1.5 * (error(standard, truth) + eps * size)
-        assert error(x, truth) <= bound, f"result {index}: {error(x, truth)} > {bound}"
-
-
-def supported(impl, options):
-    return impl != "sdpa" or not (is_floating(options.get("bias")) or {"softcap", "dropout"} & options.keys())
-
-
-def positions(T=63):
-    return torch.arange(T, dtype=torch.int32)[None]
-
-
-def documents(length, T=63):
-    start = positions(T) // length * length
-    return {"lower": start, "upper": (start + length).clamp(max=T).int()}
-
-
-def rows(*starts, T=63):
-    return torch.tensor(starts, dtype=torch.int32)[:, None].expand(len(starts), T)
-
-
-OPTIONS = {
-    "full": dict,
-    "causal": lambda: {"mask": KeyRange(causal=True)},
-    "scale": lambda: {"mask": KeyRange(causal=True), "scale": 0.7},
-    "window": lambda: {"mask": KeyRange(causal=True, lower=positions() - 8)},
-    "bidirectional-window": lambda: {"mask": KeyRange(lower=positions() - 8, upper=positions() + 9)},
-    "left-padding": lambda: {"mask": KeyRange(causal=True, lower=rows(5, 40))},
-    "right-padding": lambda: {"mask": KeyRange(causal=True, upper=rows(50, 7))},
-    "packed": lambda: {"mask": KeyRange(causal=True, **documents(20))},
-    "packed-bidirectional": lambda: {"mask": KeyRange(**documents(20))},
-    "chunks": lambda: {"mask": KeyRange(causal=True, lower=positions() // 16 * 16)},
-    "holes": lambda: {"mask": KeyRange(causal=True, key_mask=torch.rand(2, 63) > 0.4)},
-    "nothing": lambda: {"mask": KeyRange(upper=rows(0, 9))},
-    "bool-bias": lambda: {"bias": torch.rand(2, 1, 63, 63) > 0.5},
-    "bias": lambda: {"mask": KeyRange(causal=True), "bias": torch.randn(2, HEADS, 63, 63)},
-    "bias-of-a-head": lambda: {"bias": torch.randn(1, HEADS, 63, 63)},
-    "bias-of-a-key": lambda: {"bias": torch.randn(2, 1, 1, 63)},
-    "bias-with-inf": lambda: {
-        "bias": torch.randn(1, 1, 63, 63).masked_fill(torch.rand(63, 63) > 0.8, -torch.inf)
-    },
-    "softcap": lambda: {"mask": KeyRange(causal=True), "softcap": 2.0},
-    "sinks": lambda: {"mask": KeyRange(causal=True), "sinks": torch.randn(HEADS)},
-    "sinks-and-padding": lambda: {
-        "mask": KeyRange(causal=True, lower=rows(5, 40)),
-        "sinks": torch.randn(HEADS),
-    },
-    "dropout": lambda: {"mask": KeyRange(causal=True), "dropout": (0.3, 1234)},
-    "dropout-wide-seed": lambda: {"dropout": (0.1, 2**41 + 17)},
-    "softcap-sinks-window-dropout": lambda: {
-        "mask": KeyRange(causal=True, lower=positions() - 8),
-        "softcap": 1.5,
-        "sinks": torch.randn(HEADS),
-        "dropout": (0.2, 3),
-    },
-}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -209,85 +69,6 @@ def test_shapes(name, causal, impl):
     if impl == "sdpa" and "V" in sizes:
         pytest.skip("torch's kernels do not cover it")
     check(make_inputs(**sizes), impl, mask=KeyRange(causal=causal))
-
-
-def sizes_of(pieces):
-    return [piece.stop - piece.start for piece in pieces]
-
-
-@torch_only
-@pytest.mark.parametrize("tile", [1, 128])
-@pytest.mark.parametrize("unit", [0, 1, 500, 1023, 1024, 4096, 5000])
-@pytest.mark.parametrize("prefix", [0, 1, 127, 4095, 4096, 4097, 8192, 15000, 114624, 131071])
-def test_pieces_cover_the_prefix_in_whole_tiles(prefix, unit, tile):
-    pieces = list(sdpa.prefix_pieces(prefix, unit, tile))
-    sizes = sizes_of(pieces)
-    assert sum(sizes) == prefix and 0 not in sizes
-    assert [piece.start for piece in pieces] == [sum(sizes[:index]) for index in range(len(sizes))]
-    tiled = tile > 1 and prefix >= 4096 and unit >= 1024
-    if tiled:
-        assert all(size % tile == 0 for size in sizes[sizes[:1] == [prefix % tile] :])
-    elif unit and prefix % unit == 0:
-        assert sorted(sizes, reverse=True) == sizes and all((size // unit).bit_count() == 1 for size in sizes)
-    else:
-        assert sizes == ([prefix] if prefix else [])
-
-
-@torch_only
-@pytest.mark.parametrize("before", [-1, -127, 1, 127, 128, 10007])
-def test_chunks_behind_what_fills_no_tile_meet_few_shapes(before):
-    unit, shapes = 4096, set()
-    for chunk in range(2, 32):
-        ragged, *sizes = sizes_of(sdpa.prefix_pieces(chunk * unit + before, unit, 128))
-        # Fewer keys than a tile go to a kernel without plans.
-        shapes |= {*sizes, *([] if ragged < 128 else [ragged])}
-        assert len(sizes) + 1 <= 2 + chunk.bit_length()
-    # One, two, four, eight and 16 chunks, and what lies before the first.
-    assert len(shapes) <= 6 + (before > unit)
-
-
-@torch_only
-def test_cuts_are_for_cudnn_alone(monkeypatch):
-    query, key, _ = make_inputs()
-    monkeypatch.setattr(sdpa, "_uses_cudnn", lambda query, key: True)
-    assert sdpa.key_tile(query, key) == 1 and sdpa.key_tile(query.to("meta"), key) == 1
-
-
-@torch_only
-def test_gradients_of_a_prefix_cut_into_tiles(monkeypatch):
-    monkeypatch.setattr(sdpa, "key_tile", lambda query, key: 16)
-    monkeypatch.setattr(sdpa, "_LONG_PREFIX", 64)
-    monkeypatch.setattr(sdpa, "_MANY_QUERIES", 32)
-    for with_lse in (True, False):
-        check(make_inputs(T=40, S=119), "sdpa", with_lse, mask=KeyRange(causal=True))
-
-
-@torch_only
-@pytest.mark.parametrize("T", [31, 32, 40, 64])
-@pytest.mark.parametrize("offset", [63, 64, 65, 79, 80, 81, 128, 143])
-@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
-def test_prefix_cut_into_tiles(monkeypatch, T, offset, sinks):
-    monkeypatch.setattr(sdpa, "key_tile", lambda query, key: 16)
-    monkeypatch.setattr(sdpa, "_LONG_PREFIX", 64)
-    monkeypatch.setattr(sdpa, "_MANY_QUERIES", 32)
-    tensors = make_inputs(T=T, S=T + offset)
-    forward, seen = sdpa._attend_cpu, []
-
-    def attend(q, k, *rest):
-        seen.append(k.shape[2])
-        return forward(q, k, *rest)
-
-    monkeypatch.setattr(sdpa, "_attend_cpu", attend)
-    options = {"mask": KeyRange(causal=True), **({"sinks": torch.randn(4)} if sinks else {})}
-    results = blockwise_attention(*tensors, **options, impl="sdpa")
-    *pieces, square = seen
-    wide = [x.double() for x in tensors]
-    exact, plain = dense(*wide, **options), dense(*tensors, **options)
-    for got, standard, truth in zip(results, plain, exact, strict=True):
-        eps = torch.finfo(torch.float32).eps
-        assert error(got, truth) <= 1.5 * (error(standard, truth) + eps * truth.norm())
-    assert square == T and sum(pieces) == offset
-    assert (pieces[0] == offset % 16) == (T >= 32 and offset >= 64 and offset % 16 > 0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -498,66 +279,6 @@ def test_philox_known_answers():
 
 
 @torch_only
-def test_memory_grows_with_the_length_only():
-    def saved_bytes(T):
-        total = 0
-
-        def pack(tensor):
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
-
-        leaves = [x.requires_grad_() for x in make_inputs(B=1, T=T, S=T)]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            blockwise_attention(*leaves, mask=KeyRange(causal=True))
-        return total
-
-    short, long = saved_bytes(64), saved_bytes(256)
-    assert short >= 64 * (4 + 2 + 2 + 4) * 16 * 4
-    assert long == 4 * short
-
-
-@torch_only
-def test_default_choice_equals_the_reference():
-    tensors = make_inputs(T=300, S=300)
-    mask = KeyRange(causal=True, lower=positions(300) - 50)
-    chosen, exact = (
-        blockwise_attention(*tensors, mask=mask),
-        blockwise_attention(*tensors, mask=mask, impl="reference"),
-    )
-    torch.testing.assert_close(chosen, exact, rtol=0, atol=5e-6)
-
-
-@torch_only
-@pytest.mark.parametrize("name", ["causal", "bias-of-a-head", "sinks-and-padding"])
-def test_compiles_into_one_graph(name):
-    options = OPTIONS[name]()
-    tensors, seeds = make_inputs(), (torch.randn(2, 4, 63, 16), torch.randn(2, 4, 63))
-    compiled = torch.compile(blockwise_attention, fullgraph=True, backend="aot_eager")
-    expected, got = run(blockwise_attention, tensors, seeds, options), run(compiled, tensors, seeds, options)
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-@torch_only
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("lse_used", [False, True], ids=["output", "lse"])
-def test_operator_is_well_formed(lse_used, impl):
-    mask = KeyRange(causal=True, lower=positions(9))
-    tensors = [x.requires_grad_() for x in make_inputs(T=9, S=9)]
-    arguments = (*tensors, None, None, mask.lower, None, None, True, 0.25, None, 0.0, 0, impl)
-    torch.library.opcheck(torch.ops.hf_longattn.blockwise_attention.default, arguments)
-    output, lse = (x.detach() for x in torch.ops.hf_longattn.blockwise_attention(*arguments))
-    detached = [x.detach() for x in tensors]
-    backward = (torch.randn_like(output), torch.randn_like(lse) if lse_used else None, *detached, output, lse)
-    torch.library.opcheck(
-        torch.ops.hf_longattn.blockwise_attention_backward.default,
-        (*backward, *arguments[3:], False),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-@torch_only
 @settings(
     max_examples=60,
     deadline=None,
@@ -583,69 +304,6 @@ def test_query_spans_hold_every_visible_tile(problem, block_m, block_n):
         assert not any(tile.any() for tile in (*tiles[:first], *tiles[last:]))
         some = visible[b].any(dim=1).split(block_m)
         assert all(tiles[i][some[i]].all() for i in range(inner_first, inner_last))
-
-
-BAD_CALLS = {
-    "`query`": lambda q, k, v: {"query": q[0]},
-    "`query` must have a head dim": lambda q, k, v: {"query": q[..., :0], "key": k[..., :0]},
-    "`key` must share": lambda q, k, v: {"key": k[..., :8]},
-    "`key` heads": lambda q, k, v: {"query": q[:, :3]},
-    "`value`": lambda q, k, v: {"value": v[:, :, :5]},
-    "`mask.lower`": lambda q, k, v: {"mask": KeyRange(lower=positions(5))},
-    "`mask.key_mask`": lambda q, k, v: {"mask": KeyRange(key_mask=torch.ones(3, 63, dtype=torch.bool))},
-    "`bias`": lambda q, k, v: {"bias": torch.zeros(2, 4, 63, 1)},
-    "`sinks`": lambda q, k, v: {"sinks": torch.zeros(3)},
-    "`softcap`": lambda q, k, v: {"softcap": 0.0},
-    "`scale`": lambda q, k, v: {"scale": -1.0},
-    "`dropout`": lambda q, k, v: {"dropout": (1.0, 0)},
-    "`dropout` must be": lambda q, k, v: {"dropout": 0.5},
-    "`key` is on meta": lambda q, k, v: {"key": k.to("meta")},
-    "`value` is on meta": lambda q, k, v: {"value": v.to("meta")},
-    "`bias` is on meta": lambda q, k, v: {"bias": torch.zeros(1, 1, 63, 63, device="meta")},
-    "`sinks` is on meta": lambda q, k, v: {"sinks": torch.zeros(4, device="meta")},
-    "`impl` of": lambda q, k, v: {"impl": "flash"},
-    "`impl='sdpa'`": lambda q, k, v: {"impl": "sdpa", "softcap": 1.0},
-}
-
-
-@torch_only
-@pytest.mark.parametrize("message", BAD_CALLS)
-def test_refuses_by_name(message):
-    query, key, value = make_inputs()
-    call = {"query": query, "key": key, "value": value, **BAD_CALLS[message](query, key, value)}
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        blockwise_attention(call.pop("query"), call.pop("key"), call.pop("value"), **call)
-
-
-@torch_only
-@pytest.mark.parametrize(
-    ("head_dim", "dtype", "chosen"),
-    [
-        (512, torch.bfloat16, "triton"), (520, torch.float16, "reference"), (256, torch.float32, "triton"),
-        (300, torch.float32, "reference"), (64, torch.float64, "reference"),
-    ],
-)  # fmt: skip
-def test_heads_wider_than_the_kernels_hold(head_dim, dtype, chosen, monkeypatch):
-    monkeypatch.setattr(api.dispatch, "triton_runs_on", lambda device: True)
-    tensors = [torch.empty(1, 2, 9, dim, dtype=dtype, device="meta") for dim in (head_dim, head_dim, 16)]
-    terms = Terms(1.0, KeyRange(), None, 20.0, None, None)
-    assert api._choose("auto", *tensors, terms, False) == chosen
-    if chosen == "reference":
-        with pytest.raises(ValueError, match=r"`impl='triton'` of .* cannot take (a head dim of|float64)"):
-            api._choose("triton", *tensors, terms, False)
-
-
-@torch_only
-def test_refuses_what_is_of_another_type():
-    query, key, value = make_inputs()
-    with pytest.raises(TypeError, match="`value`"):
-        blockwise_attention(query, key, value.half())
-    with pytest.raises(TypeError, match="`mask` must be a KeyRange or None, got Tensor"):
-        blockwise_attention(query, key, value, mask=torch.ones(63, 63))
-    with pytest.raises(TypeError, match="`mask.lower` must be an integer dtype"):
-        blockwise_attention(query, key, value, mask=KeyRange(lower=positions(63).float()))
-    with pytest.raises(TypeError, match="`mask.key_mask` must be bool"):
-        blockwise_attention(query, key, value, mask=KeyRange(key_mask=torch.ones(1, 63)))
 
 
 @torch_only

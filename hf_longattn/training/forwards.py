@@ -19,6 +19,7 @@ from hf_longattn.training.ownership import has_saving_hooks, references
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.shared_attention import SharedAttention
 from hf_longattn.training.states import BlockStates
+from hf_longattn.training.unread import UnreadProducts
 from hf_longattn.training.visibility import PACKING
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -46,6 +47,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
     cache_name = next((name for name in _CACHES if name in signature.parameters), _CACHES[0])
     # Once it did, its calls do not begin by finding that out.
     draws = False
+    unread = UnreadProducts(layer)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +75,9 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         hooks = ForwardHooks(layer)
         room = _may_overwrite(runtime, layer, hidden, found, keywords=True)
         numbers = BlockRandomness(_new_seed(layer), hidden.device, draws)
-        run = BlockRun(original, arguments, rows, attention, numbers, hidden.device, hooks, share, room)
+        run = BlockRun(
+            original, arguments, rows, attention, numbers, hidden.device, hooks, share, room, unread=unread
+        )
         output = run_blocks(run, runtime, layer, hidden, grouped=True)
         draws = numbers.draws
         runtime.inputs.note(output)

@@ -13,6 +13,7 @@ Transformer", arXiv 2305.19370, sections 3 and 4.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from hf_longattn.training.ownership import LayerInputs
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.states import BlockRowsCache
 from hf_longattn.training.sums import GradientSum
+from hf_longattn.training.unread import UnreadProducts
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
 # States are kept for the backward where this many times their bytes are those of the layer's input.
@@ -99,6 +101,7 @@ class BlockRun:
         share: what this rank computes of a sequence over several.
         may_overwrite: whether the output may be written over the hidden states once they are on the host.
         beside: what the layer returned beside hidden states, found in a call; None where it returns no tuple.
+        unread: products of the layer that its run in the backward leaves out.
     """
 
     forward: Callable[..., Any]
@@ -111,6 +114,7 @@ class BlockRun:
     share: SequenceShare | None = None
     may_overwrite: bool = False
     beside: tuple[None, ...] | None = None
+    unread: UnreadProducts | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -155,6 +159,11 @@ class BlockRun:
 
         place = rows if self.share is None else self.share.place(rows)
         return self.random.run(place.start, compute)
+
+    def terms(self, index: int, hidden: Tensor, attention: TokenMixer | None, **options: Any) -> list[Tensor]:
+        """Tensors like the output of `block`, for whose gradients its own stands; arguments as there."""
+        compute = functools.partial(self.block, index, hidden, attention, **options)
+        return [compute()] if self.unread is None else self.unread.terms(compute)
 
     def _only_tensor(self, output: Any) -> Tensor:
         if not isinstance(output, tuple):
@@ -418,8 +427,8 @@ def run_backward(
         if attention is not None:
             options = {"results": results, "stores": index == last and not attention.is_shared}
         with torch.enable_grad():
-            output = run.block(index, block, attention, **options)
-        _block_backward(sums, index, block, output, grad, attention)
+            terms = run.terms(index, block, attention, **options)
+        _block_backward(sums, index, block, terms, grad, attention)
     if attention is not None and attention.is_shared:
         _keys_backward(run, saved, attention, sums)
     return sums.results()
@@ -429,16 +438,16 @@ def _block_backward(
     sums: _GradientSums,
     index: int,
     block: Tensor,
-    output: Tensor,
+    terms: list[Tensor],
     grad: Tensor,
     attention: TokenMixer | None,
 ) -> None:
-    grad = grad[:, sums.run.rows[index]]
+    own = [grad[:, sums.run.rows[index]]] * len(terms)
     if attention is None:
-        sums.add(index, block, [output], [grad])
+        sums.add(index, block, terms, own)
         return
     outputs, grads = attention.ends()
-    found = sums.add(index, block, [output, *outputs], [grad, *grads], attention.entering)
+    found = sums.add(index, block, [*terms, *outputs], [*own, *grads], attention.entering)
     attention.take(found)
 
 

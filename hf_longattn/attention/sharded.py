@@ -60,7 +60,8 @@ def sharded_attention(
         held, value = of_one_dtype(held, value)
     if isinstance(shard.layer, ShardedSlidingLayer):
         assert shard.slices is not None
-        output = _attend_window(query, held, value, run, options, shard, shard.slices)
+        states = _whole_run(key, held, value, shard.slices)
+        output = _attend_window(query, *states, run, options, shard.slices)
     elif shard.slices is not None:
         output = _attend_run(query, _States(held, value, scales), run, options, shard, shard.slices)
     else:
@@ -373,17 +374,27 @@ def _held_by_rank(mask: LazyMask, shard: Shard, slices: Slices, device: torch.de
     return mask.derived["held by rank"]
 
 
+def _whole_run(key: ShardedStates, held: Tensor, value: Tensor, slices: Slices) -> tuple[Tensor, Tensor]:
+    """Keys and values of a window layer for the whole run and the window before it.
+
+    The first layer that attends to them appends them to the cache, and those that share its keys find them.
+    """
+    run = key.run
+    if run is None:
+        group, layer, _ = key.shard
+        states = slices.in_order(group.gather(torch.cat([held, value], -1)))
+        run = key.run = layer.append_run(*states.split([held.shape[-1], value.shape[-1]], -1))
+    return run
+
+
 def _attend_window(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: LazyMask,
     options: Options,
-    shard: Shard,
     slices: Slices,
 ) -> Tensor:
-    states = slices.in_order(shard.group.gather(torch.cat([key, value], -1)))
-    key, value = shard.layer.append_run(*states.split([key.shape[-1], value.shape[-1]], -1))
     rows = _bounded(mask, query.device)
     own = KeyRange(
         lower=None if rows.lower is None else slices.take(rows.lower, 1),

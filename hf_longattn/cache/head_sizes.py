@@ -1,4 +1,4 @@
-"""How wide the keys and values of a model's layers are, which may differ from layer to layer (Gemma4)."""
+"""How wide keys, values and feed-forward layers are, which may differ from layer to layer (Gemma4)."""
 
 from typing import Any
 
@@ -43,6 +43,26 @@ def field_of(config: PreTrainedConfig, name: str) -> Any:
     if _differs(config) and name in config._heterogeneity_spec.per_layer_attributes:
         return [getattr(layer, name) for layer in config.per_layer_config]
     return getattr(config, name, None)
+
+
+def feed_forward_width(config: PreTrainedConfig) -> int:
+    """Numbers of a token inside the widest feed-forward layer, those of all experts that it goes through.
+
+    Args:
+        config: the text config.
+    """
+    inner = _most(config, "intermediate_size") or 4 * config.hidden_size
+    if getattr(config, "use_double_wide_mlp", False) and getattr(config, "num_kv_shared_layers", 0):
+        # Layers that read the keys of others are twice as wide (Gemma4).
+        inner *= 2
+    return inner * (_most(config, "num_experts_per_tok") or 1)
+
+
+def _most(config: PreTrainedConfig, name: str) -> int:
+    """A field, or the largest of its values where layers differ in it; 0 where there is none."""
+    found = field_of(config, name)
+    values = found if isinstance(found, list | tuple) else [found]
+    return max([value or 0 for value in values], default=0)
 
 
 def _differs(config: PreTrainedConfig) -> bool:

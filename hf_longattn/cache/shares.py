@@ -45,15 +45,20 @@ class ShardedStates(GuardedStates):
         held: (B, G, S, K), those of this rank.
         shard: what they are a part of.
         dtype: that of the model, which is not that of `held` in 8 bits.
+
+    Attributes:
+        run: keys and values of a window layer's whole run with the window before it, once they are appended.
+            Layers that read the keys of an earlier one (`num_kv_shared_layers`) are given them here, too.
     """
 
     held: Tensor
     shard: Shard
+    run: tuple[Tensor, Tensor] | None
 
     def __new__(cls, held: Tensor, shard: Shard, dtype: torch.dtype) -> "ShardedStates":
         """A tensor in the shape of `held`."""
         states = cls.empty(held.shape, dtype, held.device)
-        states.held, states.shard = held, shard
+        states.held, states.shard, states.run = held, shard, None
         return states
 
     def refuse(self, caller: str) -> NoReturn:

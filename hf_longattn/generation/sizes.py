@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from hf_longattn.cache.head_sizes import head_sizes, layer_sizes
+from hf_longattn.cache.head_sizes import feed_forward_width, head_sizes, layer_sizes
 from hf_longattn.cache.offloaded import BUFFERS
 from hf_longattn.cache.preallocated import rounded_capacity, sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
@@ -223,10 +223,8 @@ def activation_bytes(
     """
     ranks = ranks or Ranks()
     hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    experts = getattr(config, "num_experts_per_tok", None) or 1
     own = -(-tokens // ranks.sequence)
-    layer = own * (4 * inner * experts // ranks.tensor + 3 * hidden)
+    layer = own * (4 * feed_forward_width(config) // ranks.tensor + 3 * hidden)
     heads, _, key_width, _ = head_sizes(config)
     queries = 0 if ranks.sequence == 1 else 6 * tokens * heads * key_width // ranks.tensor
     return max(layer, queries + 3 * own * hidden) * dtype.itemsize

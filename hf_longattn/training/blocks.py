@@ -1,10 +1,6 @@
 """How many tokens go through a layer at a time, and which."""
 
-from typing import Any
-
 import torch
-
-from hf_longattn.cache.head_sizes import field_of
 
 # Tokens of a block, D and F of the model whose block is the measure of what one may take.
 _TOKENS, _WIDTH, _INNER = 16384, 2048, 8192
@@ -15,23 +11,6 @@ _FEWEST = 256
 _STATE_SHARE = 2
 # Blocks begin where vector loads do.
 _STEP = 128
-
-
-def feed_forward_width(config: Any) -> int:
-    """Numbers of a token inside a feed-forward layer, those of all experts that it goes through.
-
-    Args:
-        config: the text config.
-    """
-    inner = _most(config, "intermediate_size") or 4 * config.hidden_size
-    return inner * (_most(config, "num_experts_per_tok") or 1)
-
-
-def _most(config: Any, name: str) -> int:
-    """A field, or the largest of its values where layers differ in it; 0 where there is none."""
-    found = field_of(config, name)
-    values = found if isinstance(found, list | tuple) else [found]
-    return max([value or 0 for value in values], default=0)
 
 
 def token_numbers(width: int, inner: int) -> int:

@@ -51,9 +51,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_longattn.cache.head_sizes import feed_forward_width
 from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.training.attention import MOST_KEYS
-from hf_longattn.training.blocks import block_tokens, feed_forward_width, token_numbers
+from hf_longattn.training.blocks import block_tokens, token_numbers
 from hf_longattn.training.groups import pick_every, waiting
 from hf_longattn.training.liger import MOST_CHUNKS
 from hf_longattn.training.loss import LossOptions

@@ -14,12 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longattn import instance
 from hf_longattn.adapters import check_adapters
-from hf_longattn.cache.head_sizes import head_sizes
+from hf_longattn.cache.head_sizes import feed_forward_width, head_sizes
 from hf_longattn.cache.recurrent import keeps_latents, lightning_layers
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
-from hf_longattn.training.blocks import feed_forward_width, token_numbers
+from hf_longattn.training.blocks import token_numbers
 from hf_longattn.training.forwards import blockwise_forward, is_norm, tokenwise_forward
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime

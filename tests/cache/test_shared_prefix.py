@@ -10,7 +10,7 @@ from hf_longattn import LongContextCache
 from hf_longattn.cache.shared_prefix import SharedPrefixLayer, SharedStates
 
 PREFIX, SUFFIX, LENGTHS = 23, 24, [24, 9, 1]
-FAMILIES = ["llama", "gemma2", "gpt-oss", "mistral-window", "llama4"]
+FAMILIES = ["llama", "gemma2", "gpt-oss", "mistral-window", "llama4", "gemma4-shared"]
 
 
 def filled(model, tokens=PREFIX):

@@ -14,6 +14,7 @@ from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer
 
 FAMILIES = ["llama", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt-oss", "gpt-neox", "gpt2", "llama4"]
+FAMILIES += tiny.SHARED_KEYS
 MODES = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},

@@ -27,10 +27,12 @@ from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.shares import ShardedLayer
 from hf_longattn.parallel.group import SequenceGroup
 
+TALKING = ("llama", "gemma2", "gemma3n")
+
 
 def turns(rank, size, mesh):
     """A conversation on a filled cache, and no rank with more than its share of it."""
-    for family in ("llama", "gemma2"):
+    for family in TALKING:
         model = prepare(family, mesh, prefill_chunk_size=16)
         conversation, cache = tiny.tokens(1, 30), None
         for turn, tokens in enumerate(conversations(family)):
@@ -178,6 +180,7 @@ IN_8_BITS = [
     ("gemma2", "beams", "fp8"),
     ("mistral-window", "greedy", "int8"),
     ("gpt-oss", "lookup", "fp8"),
+    ("gemma4-shared", "greedy", "int8"),
 ]
 MORE_IN_8_BITS = [
     (family, mode, kind)
@@ -240,7 +243,8 @@ def expect(topics):
     if "memory" in topics:
         long_answer()
     if "turns" in topics:
-        conversations("llama"), conversations("gemma2")
+        for family in TALKING:
+            conversations(family)
     for topic, cases in (("eight_bits", IN_8_BITS), ("more_eight_bits", MORE_IN_8_BITS)):
         for case in cases if topic in topics else ():
             expected_in_8_bits(*case)

@@ -43,7 +43,7 @@ from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.reduction import gather_merge, three_reductions, tree_merge
 
-FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4"]
+FAMILIES = ["llama", "qwen3", "gemma2", "mistral-window", "gpt-oss", "llama4", "gemma4-shared"]
 
 
 # Topics: each is a function (rank, size, mesh); `expect` computes beforehand what they compare with

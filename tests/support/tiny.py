@@ -62,6 +62,19 @@ CONFIGS["gemma4"] = _config(
     hidden_size_per_layer_input=16, vocab_size_per_layer_input=97, tie_word_embeddings=False,
     sliding_window=7, layer_types=["sliding_attention", "full_attention", "full_attention"],
 )  # fmt: skip
+# The last layers read keys and values of the last one of their kind before them: here of layers 0 and 1.
+_SHARED = {
+    "num_hidden_layers": 5, "num_kv_shared_layers": 3, "head_dim": 16, "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS["gemma4-shared"] = _config(
+    tf.Gemma4TextConfig, global_head_dim=32, use_double_wide_mlp=True, **_SHARED
+)
+CONFIGS["gemma3n"] = _config(
+    tf.Gemma3nTextConfig, laurel_rank=8, activation_sparsity_pattern=[0.0] * 5, **_SHARED
+)
+SHARED_KEYS = ("gemma4-shared", "gemma3n")
 LIGHTNING_KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
 

@@ -1,14 +1,12 @@
 """How many tokens go through a layer at a time, where nobody says."""
 
-import types
-
 import pytest
 import torch
 import transformers as tf
 
 import hf_longattn
 from hf_longattn.training import layer
-from hf_longattn.training.blocks import block_tokens, even_size, feed_forward_width, token_numbers
+from hf_longattn.training.blocks import block_tokens, even_size, token_numbers
 from hf_longattn.training.visibility import split_rows
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -53,16 +51,6 @@ def test_blocks_of_a_sequence_are_as_few_and_as_even_as_they_can_be(length, most
     sizes = [part.stop - part.start for part in rows]
     assert len(sizes) == -(-length // most) and max(sizes) <= most
     assert max(sizes[:-1], default=0) <= length // len(sizes) + 128
-
-
-def test_the_width_of_a_layer_is_that_of_all_experts_and_of_the_widest_layer():
-    config = tf.MixtralConfig(hidden_size=64, intermediate_size=96, num_experts_per_tok=3)
-    assert feed_forward_width(config) == 3 * 96
-    config = tf.LlamaConfig(hidden_size=64, intermediate_size=96)
-    assert feed_forward_width(config) == 96
-    config = types.SimpleNamespace(hidden_size=64, intermediate_size=[32, 128], num_experts_per_tok=None)
-    assert feed_forward_width(config) == 128
-    assert feed_forward_width(tf.GPT2Config(n_embd=64)) == 256
 
 
 def test_a_prepared_model_picks_blocks_by_its_width(monkeypatch):

@@ -161,6 +161,21 @@ def _rotary(head_dim, width, inverse=False):
     return Case(id, kernel, signature, constexprs, num_warps=2)
 
 
+def _rotary_write(dtype, head_dim, width):
+    """`rotary_cache_write` of slices of one projection, with the first `width` of a head turning."""
+    pointers = ("q", "k", "v", "cos", "sin", "q_out", "keys", "values")
+    signature = {f"{name}_ptr": f"*{dtype}:16" for name in pointers} | {"index_ptr": "*i64:16"}
+    heads = ("q", "k", "v", "q_out", "keys", "values")
+    signature |= {f"{name}_strides": ("i64:16",) * 3 + (1,) for name in heads}
+    signature |= {f"{name}_strides": ("i64:16", "i64:16", 1) for name in ("cos", "sin")}
+    signature |= {"index_strides": ("i64", 1)} | dict.fromkeys(("T", "S", "H", "G"), "i32")
+    constexprs = {"R": width, "K": head_dim, "V": head_dim, "OVERLAP": True, "BLOCK_H": 8}
+    constexprs["BLOCK_R"] = triton.next_power_of_2(width // 2)
+    kernel = "hf_longattn.kernels.rotary_cache_write.triton:_rotary_write_kernel"
+    id = f"rotary_cache_write-K{head_dim}-R{width}-{dtype}"
+    return Case(id, kernel, signature, constexprs, num_warps=2)
+
+
 def _pull_merge(ranks, width, dtype):
     """The join through peers' memory: 32 heads of one row."""
     signature = {
@@ -528,6 +543,9 @@ CASES: list[Case] = [
     _rotary(96, 96),
     _rotary(128, 32),
     _rotary(64, 64, inverse=True),
+    _rotary_write("bf16", 64, 16),
+    _rotary_write("bf16", 128, 128),
+    _rotary_write("fp32", 80, 20),
     _pull_merge(2, 128, "bf16"),
     _pull_merge(8, 96, "fp32"),
     _decode_attention("bf16", 128, 4, masked=False),

@@ -13,6 +13,7 @@ from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_lin
 from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.normed_linears import normed_linears, residual_linears
 from hf_longattn.kernels.residual_norms import residual_norms
+from hf_longattn.kernels.rotary_cache_write import rotary_cache_write
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
 from hf_longattn.kernels.row_norm import row_norm
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
 WIDTH, HEADS, LAYERS = 1024, 8, 6
 OPERATORS = (
     "cache_write", "few_key_attention", "few_row_linear", "gated_activation", "normed_linears",
-    "residual_norms", "rotary_embedding", "row_norm",
+    "residual_norms", "rotary_cache_write", "rotary_embedding", "row_norm",
 )  # fmt: skip
 
 
@@ -58,6 +59,8 @@ def step(layers, states, norm, angles, held, slots, settled=False):
         qkv = few_row_linear(normed, layer["qkv"], **weight).view(rows, 1, 3 * HEADS, -1).transpose(1, 2)
         query, key, value = qkv.chunk(3, dim=1)
         query, key = rotary_embedding(query, key, *angles)
+        further = keys[:, :, 1:], values[:, :, 1:], slots[None]
+        query = rotary_cache_write(query, key, value, *angles, *further)
         attended = few_key_attention(query, key, value, keys[:, :, :8], values[:, :, :8], 3, scale=0.1)
         cache_write(keys, values, slots, key, value)
         out = few_row_linear(attended.flatten(2)[:, 0], layer["out"], **weight)

@@ -2,6 +2,7 @@
 
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
+the block decoder, one launch turns those of a step's block and keeps its keys and values, another attends. In
 layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
 the next layer, unless a `FewRowLayer` runs them. Steps look the rotary embedding of their positions up, of
 which there are as many as keys have room. What a call asks beyond that runs as the module's own forward.
@@ -15,13 +16,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXAttention,
+    GPTNeoXLayer,
+    GPTNeoXModel,
+    eager_attention_forward,
+)
 
 from hf_longattn.branches import FewRowLayer
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.instance import Setup
 from hf_longattn.kernels.few_key_attention import few_key_attention
 from hf_longattn.kernels.residual_norms import residual_norms
+from hf_longattn.kernels.rotary_cache_write import rotary_cache_write
 
 from .held import HeldBlocks
 
@@ -35,13 +43,19 @@ _ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer | HeldBlocks, tuple[Tens
 def few_launches(model: Any) -> Iterator[None]:
     """Inside, attention within a block is one launch a layer, and what lies between two layers another.
 
+    In front of attention to earlier blocks, a step takes one launch for rotation and cache.
+
     Args:
         model: a `BlockTransformerForCausalLM` in evaluation mode.
     """
     changes = Setup(model)
-    for module in model.model.token_decoder.modules():
-        if type(module) is GPTNeoXAttention and "forward" not in vars(module):
-            changes.set(module, "forward", functools.partial(_attend, module, module.forward))
+    for decoder, attend in (
+        (model.model.token_decoder, _attend),
+        (model.model.block_decoder, _attend_to_blocks),
+    ):
+        for module in decoder.modules():
+            if type(module) is GPTNeoXAttention and "forward" not in vars(module):
+                changes.set(module, "forward", functools.partial(attend, module, module.forward))
     for decoder in (model.model.block_decoder, model.model.token_decoder.decoder):
         if type(decoder) is not GPTNeoXModel:
             continue
@@ -69,9 +83,7 @@ def _attend(
     if not isinstance(layer, PreallocatedLayer) or not _is_plain(module, layer, attention_mask):
         keywords |= {"layer_past": layer_past, "position_embeddings": position_embeddings}
         return original(hidden_states, attention_mask=attention_mask, **keywords)
-    batch, length, _ = hidden_states.shape
-    states = module.query_key_value(hidden_states).view(batch, length, -1, 3 * module.head_size)
-    query, key, value = states.transpose(1, 2).chunk(3, dim=-1)
+    query, key, value = _projected(module, hidden_states)
     keys, values = cast(tuple[Tensor, Tensor], (layer._keys, layer._values))
     output = few_key_attention(
         query,
@@ -85,8 +97,39 @@ def _attend(
         # The last query is that of the newest token: what it does not see are pads.
         key_mask=None if attention_mask is None else attention_mask[:, 0, -1],
     )
-    layer.advanced(length)
+    layer.advanced(hidden_states.shape[1])
     return module.dense(output.flatten(2)), None
+
+
+def _attend_to_blocks(
+    module: Any,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    layer_past: Any = None,
+    position_embeddings: Any = None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of GPT-NeoX's attention on one new block of every row."""
+    if not isinstance(layer_past, HeldBlocks) or module.training or torch.is_autocast_enabled():
+        keywords |= {"layer_past": layer_past, "position_embeddings": position_embeddings}
+        return original(hidden_states, attention_mask=attention_mask, **keywords)
+    query, key, value = _projected(module, hidden_states)
+    (cos, sin), (keys, values) = position_embeddings, layer_past.buffers[module.layer_idx]
+    query = rotary_cache_write(query, key, value, cos, sin, keys, values, layer_past.places)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    output, weights = attend(
+        module, query, keys, values, attention_mask, dropout=0.0, scaling=module.scaling, **keywords
+    )
+    return module.dense(output.flatten(2)), weights
+
+
+def _projected(module: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value (B, H, T, K), where the fused projection left them."""
+    states = module.query_key_value(hidden_states)
+    return states.unflatten(-1, (-1, 3 * module.head_size)).transpose(1, 2).chunk(3, dim=-1)
 
 
 def _look_rotations_up(changes: Setup, decoder: Any) -> None:

@@ -8,8 +8,9 @@ from block_answers import GREEDY, both, generate
 from tiny_blocks import PAD, make, prompts
 
 import hf_longattn
+from hf_longattn.fusion import fused
 from hf_longattn.generation import blocks
-from hf_longattn.modeling.block_transformer import BlockTransformerCache, decoding, steps
+from hf_longattn.modeling.block_transformer import BlockTransformerCache, decoding, held, steps
 
 
 def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatch):
@@ -24,6 +25,64 @@ def test_captured_steps_attend_within_a_block_in_one_launch(recorded, monkeypatc
     # Rehearsal and capture of four steps, two layers, two groups: P vectors open a block, tokens follow.
     assert len(calls) == 2 * 4 * 2 * 2
     assert set(calls) == {(2, 0), (1, 2), (1, 3), (1, 4)}
+
+
+def note_writes(monkeypatch):
+    """The keys of every rotation and write in one, and of every write alone, as they come."""
+    together, alone, real = [], [], steps.rotary_cache_write
+    monkeypatch.setattr(
+        steps, "rotary_cache_write", lambda *given: (together.append(given[1].shape), real(*given))[1]
+    )
+    monkeypatch.setattr(held, "cache_write", lambda *given: alone.append(given))
+    return together, alone
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 6)], ids=["even", "own places"])
+def test_captured_steps_turn_and_keep_the_keys_of_a_block_in_one_launch(lengths, recorded, monkeypatch):
+    together, alone = note_writes(monkeypatch)
+    plain, fast = both(make(n_embedding_tokens=2), *prompts(*lengths), **GREEDY)
+    assert torch.equal(fast, plain) and len(recorded) == 1 and not alone
+    # Rehearsal and capture, two layers; rows at slots of their own are two groups.
+    groups = len(set(lengths))
+    assert [tuple(shape) for shape in together] == [(2 // groups, 2, 2, 16)] * 2 * 2 * groups
+
+
+@torch.no_grad()
+def check_one_block(monkeypatch, lengths, device, dtype):
+    """A step of the block decoder has the same bits whether rotation and write are one launch or two."""
+    # The norms of layers without parallel branches are their own.
+    model, results = make(use_parallel_residual=False, rotary_pct=0.5).to(device, dtype), []
+    model.set_attn_implementation("tree_attention")
+    # What is compared is the rotation, not the angles.
+    monkeypatch.setattr(steps, "_look_rotations_up", lambda changes, decoder: None)
+    ids, mask = (tensor.to(device) for tensor in prompts(*lengths))
+    embeds = torch.randn(2, 1, 32, device=device, dtype=dtype)
+    for fast in (False, True):
+        cache = BlockTransformerCache(model.config, 32)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        kept = held.HeldBlocks(cache, slice(0, 2))
+        assert kept.even == (lengths[0] == lengths[1])
+        given = {"inputs_embeds": embeds, "attention_mask": kept.mask(), "position_ids": kept.places}
+        together = note_writes(monkeypatch)[0] if fast else []
+        with fused(model), steps.few_launches(model) if fast else contextlib.nullcontext():
+            outputs = model.model.block_decoder(**given, past_key_values=kept, use_cache=False)
+        assert len(together) == 2 * fast
+        end = int(cache.num_blocks.max()) + 1
+        results.append([outputs[0], *[part[:, :, :end] for pair in kept.buffers for part in pair]])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (13, 6)], ids=["even", "own places"])
+def test_a_block_turned_and_kept_in_one_launch_has_the_bits_of_two(lengths, monkeypatch):
+    check_one_block(monkeypatch, lengths, "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(9, 9), (13, 6)], ids=["even", "own places"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_turned_and_kept_in_one_launch_has_the_bits_of_two_on_a_gpu(lengths, dtype, monkeypatch):
+    check_one_block(monkeypatch, lengths, "cuda", dtype)
 
 
 @pytest.mark.parametrize("decoder", ["gpt_neox", "llama"])

@@ -152,11 +152,11 @@ def takes_triton(name: str, impl: str, given: Sequence[Tensor], *obstacles: tupl
     """
     if impl == "reference":
         return False
-    common = (
-        (not _TRITON_DTYPES.issuperset([x.dtype for x in given]), "takes bf16, fp16 and fp32 alone"),
-        (torch.is_grad_enabled() and any([x.requires_grad for x in given]), "has no backward"),
-    )
-    reason = next((words for found, words in (*obstacles, *common) if found), None)
+    reason = next((words for found, words in obstacles if found), None)
+    if reason is None and not _TRITON_DTYPES.issuperset([tensor.dtype for tensor in given]):
+        reason = "takes bf16, fp16 and fp32 alone"
+    if reason is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        reason = "has no backward"
     if impl == "triton" and reason is not None:
         raise ValueError(f"`impl='triton'` of {name} {reason}; use 'auto'.")
     return impl == "triton" or (given[0].is_cuda and reason is None)

@@ -61,7 +61,10 @@ def few_key_attention(
     _check_shapes(query, key, value, held_keys, held_values, start)
     _check_options(query, start, rotary, key_mask)
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
-    if _takes_triton(query, key, value, held_keys, held_values, impl):
+    num_keys, width = held_keys.shape[2], max(query.shape[-1], value.shape[-1])
+    many = (num_keys > MAX_KEYS, f"holds {MAX_KEYS} keys, got {num_keys}")
+    wide = (width > _MAX_HEAD_DIM, f"holds head dims up to {_MAX_HEAD_DIM}, got {width}")
+    if dispatch.takes_triton(_NAME, impl, (query, key, value, held_keys, held_values), many, wide):
         from hf_longattn.kernels.few_key_attention.triton import attend_forward
 
         return attend_forward(query, key, value, held_keys, held_values, start, rotary, factor, key_mask)
@@ -105,17 +108,3 @@ def _check_options(query: Tensor, start: int, rotary: Rotary | None, key_mask: T
             f"`key_mask` of {_NAME} must be {(B, start + T)} in torch.bool, got {tuple(key_mask.shape)} in "
             f"{key_mask.dtype}."
         )
-
-
-def _takes_triton(
-    query: Tensor, key: Tensor, value: Tensor, held_keys: Tensor, held_values: Tensor, impl: str
-) -> bool:
-    """Whether the kernel runs; raises where it is asked for by name and cannot."""
-    width = max(query.shape[-1], value.shape[-1])
-    return dispatch.takes_triton(
-        _NAME,
-        impl,
-        (query, key, value, held_keys, held_values),
-        (held_keys.shape[2] > MAX_KEYS, f"holds {MAX_KEYS} keys, got {held_keys.shape[2]}"),
-        (width > _MAX_HEAD_DIM, f"holds head dims up to {_MAX_HEAD_DIM}, got {width}"),
-    )

@@ -136,14 +136,21 @@ class PrefixAttention(TokenMixer):
     def store(self, key: Tensor, value: Tensor) -> None:
         """Keeps the keys (B, G, rows, K) and values (B, G, rows, V) of the running block."""
         if key.shape[2] == self.length:
-            # They are the layer's own tensors, which it is done with: nothing is copied.
-            self.keys, self.values = key, value
+            # They are the layer's own tensors, which it is done with. In a backward they stay, and must not
+            # hold the memory of queries beside them.
+            stays = torch.is_grad_enabled()
+            self.keys, self.values = (_alone(x) if stays else x for x in (key, value))
             return
         if self.keys is None or self.values is None:
             self.keys = key.new_empty(*key.shape[:2], self.length, key.shape[3])
             self.values = value.new_empty(*value.shape[:2], self.length, value.shape[3])
         self.keys[:, :, self.rows] = key
         self.values[:, :, self.rows] = value
+
+    def forget(self) -> None:
+        """Drops the keys and values of a block that is the only one, which no later block reads."""
+        if self.keys is not None and self.rows == slice(0, self.length) and not self.is_shared:
+            self.keys = self.values = None
 
     def attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Output and lse of the running block."""
@@ -216,6 +223,11 @@ class PrefixAttention(TokenMixer):
     def _columns(self, keys: slice) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, keys], self.values[:, :, keys]
+
+
+def _alone(heads: Tensor) -> Tensor:
+    """The tensor, or a copy where others share its memory."""
+    return heads if heads.untyped_storage().nbytes() == heads.nbytes else heads.clone()
 
 
 def _as_projected(heads: Tensor, dtype: torch.dtype) -> Tensor:
@@ -320,6 +332,8 @@ def layer_attention_forward(
         layer.found = key, value
         raise KeysKnownError
     output = _BlockAttention.apply(query, key, value, options.sinks, layer, _kernel_options(options))
+    if not torch.is_grad_enabled():
+        layer.forget()
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -5,6 +5,7 @@ import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longattn
+from hf_longattn.training import attention
 
 LENGTH, WIDTH = 104, 64
 COPIES = ("copy_", "_to_copy")
@@ -51,3 +52,25 @@ def test_two_blocks_put_everything_in_its_place_once():
     # forward and again, their sums and their gradients; and half the gradient of the queries, in fp32.
     model = tiny.build("llama").train()
     assert moved(model, COPIES, block_size=LENGTH // 2) == 3 + 2 * 1 + 1 + 1 + 0.5
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt-neox", "llama"])
+def test_keys_of_one_block_hold_their_own_memory(family, monkeypatch):
+    held, forgotten = [], []
+    gradients, forget = attention.PrefixAttention.gradients, attention.PrefixAttention.forget
+
+    def spy(self, *args):
+        held.append([x.untyped_storage().nbytes() / x.nbytes for x in (self.keys, self.values)])
+        return gradients(self, *args)
+
+    def spy_too(self):
+        forget(self)
+        forgotten.append(self.keys is None and self.values is None)
+
+    monkeypatch.setattr(attention.PrefixAttention, "gradients", spy)
+    monkeypatch.setattr(attention.PrefixAttention, "forget", spy_too)
+    model = hf_longattn.prepare_training(tiny.build_to_train(family), block_size=LENGTH)
+    ids = tiny.tokens(1, LENGTH)
+    model(input_ids=ids, labels=ids).loss.backward()
+    # In a forward they go when attention is over.
+    assert held == [[1, 1]] * 3 and forgotten == [True] * 3

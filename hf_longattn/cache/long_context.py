@@ -16,7 +16,7 @@ from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
 from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity, tokens_to_drop
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
-from hf_longattn.cache.recurrent import RecurrentLayer, lightning_layers, recurrent_layers
+from hf_longattn.cache.recurrent import RecurrentLayer, check_whole_keys, lightning_layers, recurrent_layers
 from hf_longattn.cache.shared_prefix import share_layers
 
 _FORMAT, _VERSION = "hf_longattn.cache.", "1"
@@ -38,7 +38,8 @@ class LongContextCache(Cache):
             two buffers on the device serve all of them.
 
     Raises:
-        ValueError: a `cache_dtype` that is none of these, or `offload_layers` that the model does not have.
+        ValueError: a `cache_dtype` that is none of these, or one where lightning layers read keys, or
+            `offload_layers` that the model does not have.
     """
 
     # For caches of models that make their layers themselves.
@@ -56,6 +57,8 @@ class LongContextCache(Cache):
         config = config.get_text_config(decoder=True)
         self.signature = _signature(config)
         self.cache_dtype = read_cache_dtype(cache_dtype)
+        if self.cache_dtype is not None:
+            check_whole_keys(config, "cache_dtype", f"{cache_dtype_name(self.cache_dtype)!r}")
         layers = _make_layers(config, capacity, self.cache_dtype)
         offload(layers, offload_layers, config)
         super().__init__(layers=layers)

@@ -56,7 +56,7 @@ def keeps_latents(config: PreTrainedConfig) -> bool:
 
 
 def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
-    """The lightning layers whose cache is a state: all, unless the model keeps latents.
+    """The lightning layers whose cache is a state: all, unless the model needs their keys.
 
     Then lightning attention reads all that was kept at every step.
 
@@ -64,14 +64,39 @@ def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
         config: as for `lightning_layers`.
     """
     found = lightning_layers(config)
-    if found and keeps_latents(config):
-        warn_slow(
-            IMPLEMENTATION,
-            f"models of type {config.model_type!r} keep compressed keys, not a state, and expand all of them "
-            "at every step",
-        )
+    if found and (reason := _needs_keys(config)):
+        warn_slow(IMPLEMENTATION, f"models of type {config.model_type!r} {reason} at every step")
         return frozenset()
     return found
+
+
+def _needs_keys(config: PreTrainedConfig) -> str | None:
+    """Why the keys of lightning layers are kept and no state, or None."""
+    if keeps_latents(config):
+        return "keep compressed keys, not a state, and expand all of them"
+    if getattr(config, "num_kv_shared_layers", 0):
+        # A state has the decay of one layer in it; the layer that shares the keys has another one.
+        return "have layers that read keys of others, which are kept in the place of a state, and read all"
+    return None
+
+
+def check_whole_keys(config: PreTrainedConfig, name: str, got: str) -> None:
+    """Refuses a cache of which lightning layers that read keys could not have all, in the model's dtype.
+
+    Args:
+        config: as for `lightning_layers`.
+        name: of the argument that asks for the cache.
+        got: what it asks for.
+
+    Raises:
+        ValueError: there are such layers.
+    """
+    if kept := sorted(lightning_layers(config) - recurrent_layers(config)):
+        raise ValueError(
+            f"`{name}`: layers {kept} of this {config.model_type!r} model are {IMPLEMENTATION!r} that reads "
+            f"the keys of all tokens as the model made them, got {got}; generate in one process, on a cache "
+            "in the dtype of the model."
+        )
 
 
 def is_empty(cache: Cache, layer_idx: int = 0) -> bool:

@@ -17,7 +17,7 @@ from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.placement import Placement, Slices
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
 from hf_longattn.cache.quantized import QuantizedLayer, QuantizedSlidingLayer
-from hf_longattn.cache.recurrent import MAX_RECORDED, Recording, RecurrentLayer
+from hf_longattn.cache.recurrent import MAX_RECORDED, Recording, RecurrentLayer, check_whole_keys
 from hf_longattn.cache.shares import (
     ShardedLayer,
     ShardedQuantizedLayer,
@@ -195,8 +195,8 @@ class ShardedCache(LongContextCache):
             of the model.
 
     Raises:
-        ValueError: a layer is none of full attention, a window and lightning attention, or `cache_dtype` is
-            unknown.
+        ValueError: a layer is none of full attention, a window and lightning attention with a state, or
+            `cache_dtype` is unknown.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class ShardedCache(LongContextCache):
         cache_dtype: str | torch.dtype | None = None,
     ) -> None:
         super().__init__(config, capacity if group.world_size == 1 else 0, cache_dtype)
+        check_whole_keys(config.get_text_config(decoder=True), "model", "a cache for several processes")
         self.group = group
         self.placement = Placement(group.rank, group.world_size)
         # Also in a group of one, which refuses the layers that a larger one refuses.

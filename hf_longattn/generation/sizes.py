@@ -18,7 +18,7 @@ from hf_longattn.cache.head_sizes import feed_forward_width, head_sizes, layer_s
 from hf_longattn.cache.offloaded import BUFFERS
 from hf_longattn.cache.preallocated import rounded_capacity, sliding_capacity
 from hf_longattn.cache.quantized import scale_bytes
-from hf_longattn.cache.recurrent import IMPLEMENTATION, lightning_layers, recurrent_layers
+from hf_longattn.cache.recurrent import IMPLEMENTATION, recurrent_layers
 from hf_longattn.cache.shares import share_capacity
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
 
@@ -188,14 +188,14 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
 
 
 def state_bytes(config: PreTrainedConfig) -> dict[int, int]:
-    """Bytes of each lightning layer's state, fp32; a relative position encoding doubles the keys' width.
+    """Bytes of the state of each layer that has one, fp32; a relative position encoding doubles its width.
 
     Args:
         config: the text config.
     """
     heads, _, key_width, value_width = head_sizes(config)
     double = getattr(config, "lrpe_layers", None) or ()
-    return {i: heads * key_width * value_width * 4 << (i in double) for i in lightning_layers(config)}
+    return {i: heads * key_width * value_width * 4 << (i in double) for i in recurrent_layers(config)}
 
 
 def as_loaded(config: PreTrainedConfig) -> PreTrainedConfig:

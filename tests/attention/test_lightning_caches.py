@@ -14,8 +14,10 @@ from lightning_models import BOUND, NAME, families, generate, hybrid, logits, po
 import hf_longattn
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import RecurrentLayer
+from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.graph import GraphDecoder, device_lengths, rehearsal
 from hf_longattn.kernels import dispatch
+from hf_longattn.parallel.group import SequenceGroup
 
 CACHES = {
     "state": LongContextCache,
@@ -207,6 +209,36 @@ def test_latent_attention_keeps_its_latents_and_says_so(caplog):
     assert "'deepseek_v3' keep compressed keys" in caplog.text
     with pytest.raises(ValueError, match="its lightning layers expand compressed keys"):
         hf_longattn.prepare_training(hf_longattn.restore(model))
+
+
+@pytest.mark.parametrize("family", tiny.SHARED_KEYS)
+@pytest.mark.parametrize("lightning", [None, [0, 2, 3], [3, 4]], ids=str)
+def test_layers_that_read_keys_of_others_find_keys_and_no_state(family, lightning, caplog):
+    def make():
+        kinds = {"layer_types": ["full_attention"] * 5, "lightning_layers": lightning}
+        config = tiny.CONFIGS[family](**kinds)
+        torch.manual_seed(0)
+        return tiny.scattered(tf.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)).eval()
+
+    model, ids, mask = make(), tiny.tokens(2, 17), tiny.padding([17, 9], 17, "left")
+    expected = uncached(model, ids[1:, 8:])[0][9:]
+    dispatch.log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_longattn"):
+        prepared = hf_longattn.prepare_generation(make(), prefill_chunk_size=5)
+        assert generate(prepared, ids, mask)[1][17:] == expected
+    assert "have layers that read keys of others" in caplog.text
+    cache = LongContextCache(model.config)
+    parts = [logits(model, ids[:, part], past_key_values=cache) for part in (slice(0, 9), slice(9, 17))]
+    whole = logits(model, ids, use_cache=False)
+    assert tiny.relative_error(torch.cat(parts, 1), whole) <= BOUND
+    with pytest.raises(ValueError, match="`cache_dtype`: layers .* reads the keys of all tokens"):
+        LongContextCache(model.config, cache_dtype="int8")
+    with pytest.raises(ValueError, match="`model`: layers .* got a cache for several processes"):
+        ShardedCache(model.config, SequenceGroup(None))
+    with pytest.raises(ValueError, match="`attn_implementation` must be"):
+        one = LongContextCache(model.config)
+        logits(model, ids[:1], past_key_values=one)
+        logits(model, ids, past_key_values=one.fork(rows=2))
 
 
 def test_a_batch_of_another_size_is_refused():

@@ -110,3 +110,22 @@ def test_what_does_not_fit_is_refused():
         few_row_gated_linear(states, weight, up[:3])
     with pytest.raises(ValueError, match="`impl`"):
         few_row_linear(states, weight, impl="fast")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("rows", "1 to 16 rows"), ("dtype", "fp32 alone"), ("strides", "contiguous rows"),
+     ("gradient", "no backward")],
+)  # fmt: skip
+def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
+    dtype = torch.float64 if change == "dtype" else torch.float32
+    states, weight, up, _ = inputs(17 if change == "rows" else 2, 8, 16, dtype)
+    if change == "strides":
+        weight = weight.T.contiguous().T
+    if change == "gradient":
+        weight.requires_grad_()
+    with pytest.raises(ValueError, match=f"`impl='triton'` of few_row_linear .*{words}"):
+        few_row_linear(states, weight, impl="triton")
+    with pytest.raises(ValueError, match=f"`impl='triton'` of few_row_gated_linear .*{words}"):
+        few_row_gated_linear(states, weight, up, impl="triton")

@@ -46,7 +46,7 @@ def cross_entropy(
     Example:
         >>> losses, gradient = cross_entropy(logits, targets, gradient=True)
     """
-    check_impl(_NAME, impl, logits.device, ("auto", "triton", "reference"))
+    check_impl(_NAME, impl, logits.device)
     _check(logits, targets, label_smoothing)
     if _takes_triton(logits, impl):
         from hf_longattn.kernels.cross_entropy.triton import cross_entropy_forward as run

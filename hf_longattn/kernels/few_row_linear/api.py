@@ -1,6 +1,5 @@
 """The public functions of linear maps of a few rows."""
 
-import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
@@ -8,8 +7,6 @@ from hf_longattn.kernels.few_row_linear.reference import gated_linear, linear
 from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 
 MAX_ROWS = 16
-_IMPLS = ("auto", "triton", "reference")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def few_row_linear(
@@ -44,15 +41,16 @@ def few_row_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, or what "triton" cannot do.
     """
-    _check("few_row_linear", states, weight, impl)
+    name = "few_row_linear"
+    _check(name, states, weight, impl)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` must be ({weight.shape[0]},), got {tuple(bias.shape)}.")
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(
-            f"`activation` of few_row_linear must be None or one of {', '.join(ACTIVATIONS)}, got "
-            f"{activation!r}."
+            f"`activation` of {name} must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}."
         )
-    if _takes_triton(states, (weight, bias), impl):
+    given = (states, weight) if bias is None else (states, weight, bias)
+    if dispatch.takes_triton(name, impl, given, *_obstacles(*given)):
         from hf_longattn.kernels.few_row_linear.triton import launch
 
         return launch(states, weight, None, bias, settled_weight, activation)
@@ -79,12 +77,13 @@ def few_row_gated_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, or what "triton" cannot do.
     """
-    _check("few_row_gated_linear", states, gate, impl)
+    name, given = "few_row_gated_linear", (states, gate, up)
+    _check(name, states, gate, impl)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"`up` must be {tuple(gate.shape)} in {gate.dtype} as `gate`, got {tuple(up.shape)}, {up.dtype}."
         )
-    if _takes_triton(states, (gate, up), impl):
+    if dispatch.takes_triton(name, impl, given, *_obstacles(*given)):
         from hf_longattn.kernels.few_row_linear.triton import launch
 
         return launch(states, gate, up, None, settled_weight)
@@ -92,7 +91,7 @@ def few_row_gated_linear(
 
 
 def _check(name: str, states: Tensor, weight: Tensor, impl: str) -> None:
-    dispatch.check_impl(name, impl, states.device, _IMPLS)
+    dispatch.check_impl(name, impl, states.device)
     if weight.ndim != 2 or states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
         raise ValueError(
             f"`weight` of {name} must be (N, {states.shape[-1]}) in {states.dtype}, got "
@@ -100,17 +99,10 @@ def _check(name: str, states: Tensor, weight: Tensor, impl: str) -> None:
         )
 
 
-def _takes_triton(states: Tensor, weights: tuple[Tensor | None, ...], impl: str) -> bool:
-    """Whether the kernel runs; raises where it is asked for by name and cannot."""
-    given = [tensor for tensor in (states, *weights) if tensor is not None]
+def _obstacles(states: Tensor, *weights: Tensor) -> tuple[tuple[bool, str], ...]:
+    """What keeps the kernel from running, as `dispatch.takes_triton` reads it."""
     rows = states.numel() // max(states.shape[-1], 1)
-    obstacles = (
+    return (
         (not 0 < rows <= MAX_ROWS, f"takes 1 to {MAX_ROWS} rows, got {rows}"),
-        (states.dtype not in _DTYPES, f"takes bf16, fp16 and fp32, got {states.dtype}"),
-        (any(t.stride(-1) != 1 for t in given[1:]), "needs weights with contiguous rows"),
-        (torch.is_grad_enabled() and any(t.requires_grad for t in given), "has no backward"),
+        (any(weight.stride(-1) != 1 for weight in weights), "needs weights with contiguous rows"),
     )
-    reason = next((words for found, words in obstacles if found), None)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"`impl='triton'` of linear maps {reason}; use 'auto'.")
-    return impl == "triton" or (impl == "auto" and states.is_cuda and reason is None)

@@ -61,7 +61,9 @@ def normed_linears(
         raise ValueError(
             f"`activation` of {name} must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}."
         )
-    if _takes_triton(name, impl, states, (*first, *second), width):
+    given = (states, *first, *second)
+    too_wide = (width > MAX_WIDTH, f"takes rows of up to {MAX_WIDTH} numbers, got {width}")
+    if takes_triton(name, impl, given, too_wide, *_obstacles(*given)):
         from hf_longattn.kernels.normed_linears.triton import launch_normed
 
         return launch_normed(states, first, second, eps, activation, settled_weights)
@@ -103,7 +105,8 @@ def residual_linears(
                 f"`{which}` of {name} must map {tuple(states.shape[:-1])} rows in {states.dtype} to {width} "
                 f"numbers, got {tuple(inputs.shape)} in {inputs.dtype} and {tuple(weight.shape)}."
             )
-    if _takes_triton(name, impl, states, (*first, *second), 0):
+    given = (states, *first, *second)
+    if takes_triton(name, impl, given, *_obstacles(*given)):
         from hf_longattn.kernels.normed_linears.triton import launch_joined
 
         return launch_joined(states, first, second, settled_weights)
@@ -119,13 +122,11 @@ def _check_map(name: str, which: str, states: Tensor, width: int, weight: Tensor
         )
 
 
-def _takes_triton(name: str, impl: str, states: Tensor, given: tuple[Tensor, ...], width: int) -> bool:
-    """Whether the kernel runs; raises where it is asked for by name and cannot."""
+def _obstacles(states: Tensor, *others: Tensor) -> tuple[tuple[bool, str], ...]:
+    """What keeps the kernels from running, as `takes_triton` reads it."""
     rows = states.numel() // max(states.shape[-1], 1)
-    obstacles = (
+    return (
         (not 0 < rows <= MAX_ROWS, f"takes 1 to {MAX_ROWS} rows, got {rows}"),
-        (width > MAX_WIDTH, f"takes rows of up to {MAX_WIDTH} numbers, got {width}"),
-        (any(tensor.dtype != states.dtype for tensor in given), "takes tensors of one dtype"),
-        (any(tensor.stride(-1) != 1 for tensor in given), "needs tensors with contiguous rows"),
+        (any(tensor.dtype != states.dtype for tensor in others), "takes tensors of one dtype"),
+        (any(tensor.stride(-1) != 1 for tensor in others), "needs tensors with contiguous rows"),
     )
-    return takes_triton(name, impl, (states, *given), *obstacles)

@@ -1,6 +1,7 @@
 """How long a prompt and a token take, expected from a config and the numbers of a device.
 
-    a token       (weights read + keys and values of the rank + states, read and written) / bandwidth
+    a token       (weights read + keys and values of the rank, in every layer that reads them
+                  + states, read and written) / bandwidth
                   + launches a layer + a reduction a layer whose tokens are shared (`parallel/cost.py`)
                   + 2 all-reduces a layer where T > 1
     first token   matrix products / (P T) at their rate + attention / (P T) at its own + what travels;
@@ -14,12 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache.head_sizes import head_sizes
 from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, MOST_CHUNKS
-from hf_longattn.generation.sizes import Ranks, Weights, state_bytes
+from hf_longattn.generation.sizes import Ranks, Weights, layer_kinds, state_bytes
 from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
 
 # Launches and gaps of a captured step, seconds a layer; an H100 took 1.0 ms over the floor at 32 layers.
@@ -86,7 +86,7 @@ class Clock:
 
     def _kinds(self) -> list[str]:
         """The kind of each layer; "lightning" is not among those of transformers."""
-        recurrent, kinds = lightning_layers(self.config), get_layer_types_and_kwargs(self.config)[0]
+        recurrent, kinds = lightning_layers(self.config), layer_kinds(self.config)[0]
         return ["lightning" if index in recurrent else kind for index, kind in enumerate(kinds)]
 
     def prefill(self, tokens: int) -> float:
@@ -103,7 +103,7 @@ class Clock:
 
     def _attention(self, tokens: int) -> float:
         """Floating-point operations of the visible pairs, and of the states of lightning layers."""
-        window = get_layer_types_and_kwargs(self.config)[1].get("sliding_window") or tokens
+        window = layer_kinds(self.config)[1].get("sliding_window") or tokens
         heads, _, key_width, value_width = head_sizes(self.config)
         total = 0.0
         for kind in self._kinds():

@@ -43,6 +43,7 @@ from hf_longattn.generation.sizes import (
     cache_bytes,
     count_weights,
     longest,
+    read_bytes,
     state_bytes,
     workspace_bytes,
 )
@@ -67,7 +68,8 @@ class Plan:
         memory: bytes of the device.
         room: how many of them are left for keys, values and a chunk of the prompt.
         longest: tokens of prompt and answer that fit.
-        floor_a_token: seconds, weights and cache read once, states written too.
+        floor_a_token: seconds, weights read once, keys and values by every layer that attends to them, states
+            written too.
         expected_a_token: seconds, with the launches of a captured step, and what the ranks exchange.
         expected_first_token: seconds until the first token.
         block_length: tokens of a block of a Block Transformer, whose first token takes at least as long as
@@ -166,7 +168,7 @@ def _plan_tokens(
     fitted = demand if asked else demand.shortened(room)
     states = rows * sum(state_bytes(config).values()) // ranks.tensor
     # What a token of the answer reads, in the middle of it, and the states that it writes.
-    read = rows * cache_bytes(config, context - new_tokens // 2, demand.dtype, ranks)
+    read = rows * read_bytes(config, context - new_tokens // 2, demand.dtype, ranks)
     floor = (weights.read + read + states) / hardware.bandwidth
     clock = Clock(config, weights, ranks, hardware, dtype)
     return Plan(

@@ -165,12 +165,51 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks
     Raises:
         ValueError: a layer keeps no keys and values of single tokens.
     """
-    ranks = ranks or Ranks()
-    kinds, keywords = get_layer_types_and_kwargs(config)
+    # Layers that read keys and values of others come last, and have no kind.
+    return _bytes_of(config, get_layer_types_and_kwargs(config), tokens, dtype, ranks or Ranks())
+
+
+def read_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
+    """Bytes of one sequence's keys and values that a rank reads for a token, once in every layer.
+
+    As many as `cache_bytes`, and those of the layers that hold none and read those of an earlier one.
+
+    Args:
+        config: the text config.
+        tokens: length of the whole sequence.
+        dtype: of keys and values; one of 8 bits counts their scales too.
+        ranks: among which it is divided; one rank if left out.
+
+    Raises:
+        ValueError: a layer keeps no keys and values of single tokens.
+    """
+    return _bytes_of(config, layer_kinds(config), tokens, dtype, ranks or Ranks())
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[list[str], dict[str, Any]]:
+    """The kind of every layer and the keywords of the kinds; transformers leaves out layers that share keys.
+
+    Args:
+        config: the text config.
+    """
+    if getattr(config, "num_kv_shared_layers", 0):
+        config = copy.copy(config)
+        config.num_kv_shared_layers = 0
+    return get_layer_types_and_kwargs(config)
+
+
+def _bytes_of(
+    config: PreTrainedConfig,
+    layers: tuple[list[str], dict[str, Any]],
+    tokens: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> int:
+    """The sum over layers of these kinds, the first of the model."""
+    kinds, keywords = layers
     states = state_bytes(config)
     share = rounded_capacity(tokens) if ranks.sequence == 1 else share_capacity(tokens, ranks.sequence)
     total = 0
-    # Layers that read keys and values of others come last, and have no kind.
     for index, (kind, size) in enumerate(zip(kinds, layer_sizes(config), strict=False)):
         _, groups, key_width, value_width = size
         a_token = groups // ranks.tensor * ((key_width + value_width) * dtype.itemsize + scale_bytes(dtype))

@@ -21,6 +21,7 @@ from hf_longattn.generation.sizes import (
     cache_bytes,
     count_weights,
     layer_bytes,
+    read_bytes,
     workspace_bytes,
 )
 from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
@@ -252,6 +253,29 @@ def test_layers_that_differ_in_their_heads_hold_what_their_cache_holds():
     windows = sliding_capacity(7, 23) * 2 * 2 * 16 * 4
     assert cache_bytes(config, 23, torch.float32) == 23 * a_token + windows
     assert layer_bytes(config, 1, torch.float32) == 2 * full[0].keys[0, :, 0].nbytes
+
+
+@pytest.mark.parametrize("name", tiny.SHARED_KEYS)
+def test_layers_that_share_keys_take_the_time_of_others_and_hold_none(name):
+    """A step reads the keys of an earlier layer again; a prompt attends in every layer."""
+    config, apart = tiny.CONFIGS[name](), tiny.CONFIGS[name](num_kv_shared_layers=0)
+    cache = LongContextCache(config, capacity=23)
+    with torch.no_grad():
+        tiny.build(name)(input_ids=tiny.tokens(1, 23), past_key_values=cache)
+    sizes = {"full_attention": 23 * 2 * cache.layers[1].keys[0, :, 0].nbytes}
+    sizes["sliding_attention"] = sliding_capacity(7, 23) * 2 * cache.layers[0].keys[0, :, 0].nbytes
+    assert cache_bytes(config, 23, torch.float32) == sum(sizes.values())
+    read = sum(sizes[kind] for kind in config.layer_types)
+    assert read_bytes(config, 23, torch.float32) == read == cache_bytes(apart, 23, torch.float32)
+    plan = plan_generation(config, 23, dtype=torch.float32)
+    weights = count_weights(config, torch.float32)
+    assert plan.floor_a_token * clock.Hardware().bandwidth == pytest.approx(weights.read + read)
+    assert plan.cache == cache_bytes(config, 22, torch.float32)
+    ranks, dtype = Ranks(2), torch.float32
+    shared, own = (clock.Clock(c, weights, ranks, clock.Hardware(), dtype) for c in (config, apart))
+    assert shared.prefill(1 << 20) == own.prefill(1 << 20)
+    assert shared.overhead(1) == own.overhead(1)
+    assert config.num_kv_shared_layers == 3
 
 
 def test_heads_that_do_not_divide_are_refused():

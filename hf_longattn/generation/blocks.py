@@ -57,7 +57,8 @@ class BlockProgram:
         # What is not written yet repeats a token of the row, which a penalty on tokens seen does not notice.
         self.ids = torch.cat([input_ids, input_ids[:, :1].expand(-1, room)], dim=1)
         self.length = input_ids.shape[1]
-        self.column = torch.full((1,), self.length, device=input_ids.device)
+        # (L,), of the tokens that come next.
+        self.columns = torch.arange(self.length, self.length + self.span, device=input_ids.device)
         self.tokens = input_ids[:, -1].clone()
         self.kept: dict[str, list[Tensor]] = {name: [] for name in kept}
         self.graph: Any = None
@@ -66,10 +67,11 @@ class BlockProgram:
 
     def choose(self, logits: Tensor) -> None:
         """Adds the token that follows from logits (B, V)."""
-        self.tokens.copy_(self._add(logits))
+        self.tokens.copy_(self._add(logits, 0))
+        self.columns.add_(1)
 
-    def _add(self, logits: Tensor) -> Tensor:
-        """The token (B,) that follows from logits (B, V), added to those there are."""
+    def _add(self, logits: Tensor, step: int) -> Tensor:
+        """The token (B,) that follows from logits (B, V), added to those there are in column `step`."""
         # A copy in fp32 of every logit costs more than the choice; in fp64 it could make two of them equal.
         as_they_are = not self.kept and self.choice.takes_largest() and logits.dtype != torch.float64
         if not as_they_are:
@@ -78,16 +80,16 @@ class BlockProgram:
         tokens, scores = self.choice(seen, logits)
         for name, values in self.kept.items():
             values.append(scores if name == "scores" else logits)
-        self.ids.index_copy_(1, self.column, tokens[:, None])
-        self.column.add_(1)
+        self.ids.index_copy_(1, self.columns[step : step + 1], tokens[:, None])
         self.length += 1
         return tokens
 
     def _go_on(self, count: int) -> None:
         """Adds `count` tokens; only the last one has to stay where the next steps find it."""
         tokens = self.tokens
-        for _ in range(count):
-            tokens = self._add(self.decoding.step(tokens))
+        for step in range(count):
+            tokens = self._add(self.decoding.step(tokens), step)
+        self.columns.add_(count)
         self.tokens.copy_(tokens)
 
     def run(self, count: int) -> None:
@@ -136,7 +138,7 @@ class BlockProgram:
         self.ids[:, length:] = input_ids[:, :1]
         self.ids[:, :length] = input_ids
         self.choice.finished.fill_(False)
-        self.column.fill_(length)
+        self.columns.copy_(torch.arange(length, length + self.span, device=self.columns.device))
         self.capturing = True
         try:
             self.choose(self.decoding.read(input_ids))
@@ -185,7 +187,7 @@ class BlockProgram:
         return [*self._state(), *self.choice.constants(), *self.decoding.constants()]
 
     def _state(self) -> list[Tensor]:
-        return [self.column, self.tokens, self.choice.finished, *self.decoding.state()]
+        return [self.columns, self.tokens, self.choice.finished, *self.decoding.state()]
 
     def _steps(self) -> None:
         place, length = self.decoding.place, self.length

@@ -168,7 +168,10 @@ class TokenDecoder(nn.Module):
         """What the layers read from row `row` of a block on; rows count from that which predicts slot 0."""
         strategy = self.config.decoding_strategy
         if row == 0 and strategy == "prefix":
-            return torch.cat([prefix, self.embed_tokens(token_ids)], dim=1)
+            tokens = self.embed_tokens(token_ids)
+            # To join no tokens would copy the prefix; under autocast it also makes it of their dtype.
+            bare = tokens.numel() == 0 and tokens.dtype == prefix.dtype and not tokens.requires_grad
+            return prefix if bare else torch.cat([prefix, tokens], dim=1)
         if row == 0:
             token_ids = F.pad(token_ids, (1, 0), value=self.config.start_token_id)
         inputs = self.embed_tokens(token_ids)

@@ -117,7 +117,6 @@ class BlockGroup:
         for first in range(0, count, at_once or count):
             self._read_rows(slice(first, first + (at_once or count)), whole, blocks)
         self.open_block()
-        self.held.start.fill_(blocks)
         self.held.places.fill_(blocks)
         self.block_ids[:, : self.slot] = rest
         return self.step(rest)
@@ -170,8 +169,7 @@ class BlockGroup:
 
     def state(self) -> list[Tensor]:
         """Every tensor that `feed` changes, but for the keys and values of blocks, which it only adds to."""
-        own = [self.block_ids, self.context, self.prefix, self.attended, self.valid]
-        own += [self.held.start, self.held.places]
+        own = [self.block_ids, self.context, self.prefix, self.attended, self.valid, self.held.places]
         own += [buffer for layer in self._layers() for buffer in (layer._keys, layer._values)]
         return [tensor for tensor in own if tensor is not None]
 

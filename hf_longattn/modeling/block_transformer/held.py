@@ -41,18 +41,21 @@ class HeldBlocks(Cache):
         if even is None:
             even = bool((cache.num_blocks[rows] == cache.num_blocks[rows.start]).all())
         self.even = even
-        # (R, 1) and (R, n_e), where the block that is computed next goes.
-        places = cache.num_blocks[rows, None] * self.each
+        start = cache.num_blocks[rows, None] * self.each
         # A number needs no copy, which would wait for all that was launched before.
-        self.start = (
-            torch.full_like(places, int(places[0]), device=device) if self.even else places.to(device)
-        )
-        self.places = self.start + torch.arange(self.each, device=device)
+        start = torch.full_like(start, int(start[0]), device=device) if self.even else start.to(device)
+        # (R, n_e), where the block that is computed next goes.
+        self.places = start + torch.arange(self.each, device=device)
         self.key_mask = None  # (R, room) bool, False at blocks of pads alone; None: there are none
         if cache.block_mask is not None and not bool(cache.block_mask[rows].all()):
             held = cache.block_mask[rows].repeat_interleave(self.each, dim=1)
             self.key_mask = torch.ones(batch, self.room, dtype=torch.bool, device=device)
             self.key_mask[:, : held.shape[1]] = held
+
+    @property
+    def start(self) -> Tensor:
+        """(R, 1), where the block that is computed next begins; a view of `places`."""
+        return self.places[:, :1]
 
     def mask(self) -> "EndsMask":
         """What the queries of one new block see: all of it and all before it."""
@@ -72,7 +75,6 @@ class HeldBlocks(Cache):
 
     def advance(self) -> None:
         """Goes on to the next block."""
-        self.start.add_(self.each)
         self.places.add_(self.each)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -99,13 +101,11 @@ class RowBlocks(HeldBlocks):
     def place(self, rows: Tensor, blocks: Tensor) -> None:
         """Says that `rows` (R,) hold `blocks` (R,) blocks."""
         start = blocks[:, None] * self.each
-        self.start.index_copy_(0, rows, start)
         self.places.index_copy_(0, rows, start + torch.arange(self.each, device=start.device))
 
     def advance(self) -> None:
         """Goes on to the next block, where there is room for one."""
         super().advance()
-        self.start.clamp_(max=self.room - self.each)
         self.places.clamp_(max=self._last)
 
 

@@ -1,11 +1,12 @@
 """Fewer launches for a prompt and for a captured step of a Block Transformer whose decoders are GPT-NeoX.
 
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
-and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. In
-the block decoder, one launch turns those of a step's block and keeps its keys and values, another attends. In
-layers with parallel branches, one launch adds both branches to the residual stream and takes the two norms of
-the next layer, unless a `FewRowLayer` runs them. Steps look the rotary embedding of their positions up, of
-which there are as many as keys have room. What a call asks beyond that runs as the module's own forward.
+and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. It
+knows causal order, so that no mask is spelled out. In the block decoder, one launch turns those of a step's
+block and keeps its keys and values, another attends. In layers with parallel branches, one launch adds both
+branches to the residual stream and takes the two norms of the next layer, unless a `FewRowLayer` runs them.
+Steps look the rotary embedding of their positions up, of which there are as many as keys have room. What a
+call asks beyond that runs as the module's own forward.
 """
 
 import contextlib
@@ -61,6 +62,8 @@ def few_launches(model: Any) -> Iterator[None]:
             continue
         if decoder.rotary_emb.rope_type == "default":
             _look_rotations_up(changes, decoder)
+        if _attends_within_blocks(decoder):
+            _leave_mask_out(changes, decoder)
         if _has_parallel_branches(decoder):
             _join_layers(changes, decoder)
     try:
@@ -79,8 +82,8 @@ def _attend(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The forward of GPT-NeoX's attention on the keys of one block."""
-    layer = None if layer_past is None else layer_past.layers[module.layer_idx]
-    if not isinstance(layer, PreallocatedLayer) or not _is_plain(module, layer, attention_mask):
+    layer: Any = None if layer_past is None else layer_past.layers[module.layer_idx]
+    if not _is_plain(module, layer, attention_mask):
         keywords |= {"layer_past": layer_past, "position_embeddings": position_embeddings}
         return original(hidden_states, attention_mask=attention_mask, **keywords)
     query, key, value = _projected(module, hidden_states)
@@ -94,11 +97,18 @@ def _attend(
         layer.end,
         rotary=position_embeddings,
         scale=module.scaling,
-        # The last query is that of the newest token: what it does not see are pads.
-        key_mask=None if attention_mask is None else attention_mask[:, 0, -1],
+        key_mask=_key_mask(attention_mask),
     )
     layer.advanced(hidden_states.shape[1])
     return module.dense(output.flatten(2)), None
+
+
+def _key_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """The keys (B, S) that are no pads, of a mask (B, 1, T, S); None: all."""
+    if attention_mask is None or attention_mask.numel() == 0:
+        return None
+    # The last query is that of the newest token: what it does not see are pads.
+    return attention_mask[:, 0, -1]
 
 
 def _attend_to_blocks(
@@ -130,6 +140,31 @@ def _projected(module: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
     """Query, key and value (B, H, T, K), where the fused projection left them."""
     states = module.query_key_value(hidden_states)
     return states.unflatten(-1, (-1, 3 * module.head_size)).transpose(1, 2).chunk(3, dim=-1)
+
+
+def _attends_within_blocks(decoder: Any) -> bool:
+    """Whether every attention module is one of those that `_attend` stands in for."""
+    forwards = [vars(layer.attention).get("forward") for layer in decoder.layers]
+    # The masks of others than SDPA are not bool, and those modules attend themselves.
+    plain = decoder.config._attn_implementation == "sdpa"
+    return plain and all(getattr(forward, "func", None) is _attend for forward in forwards)
+
+
+def _leave_mask_out(changes: Setup, decoder: Any) -> None:
+    """Has steps inside a block spell no mask out: the kernel knows causal order, and only reads of pads."""
+    run, attentions = decoder.forward, [layer.attention for layer in decoder.layers]
+    none = decoder.final_layer_norm.weight.new_empty((1, 1, 0, 0), dtype=torch.bool)
+
+    def forward(**keywords: Any) -> Any:
+        cache: Any = keywords.get("past_key_values")
+        pads: Any = keywords.get("attention_mask")
+        layers = [] if cache is None else [cache.layers[module.layer_idx] for module in attentions]
+        if layers and all(map(_is_plain, attentions, layers)):
+            # transformers hands a mask of four dimensions on as it is; one without rows leaves no key out.
+            keywords["attention_mask"] = none if pads is None else pads[:, None, None]
+        return run(**keywords)
+
+    changes.set(decoder, "forward", forward)
 
 
 def _look_rotations_up(changes: Setup, decoder: Any) -> None:
@@ -170,9 +205,11 @@ def _rotations(
     return made
 
 
-def _is_plain(module: Any, layer: PreallocatedLayer, attention_mask: Any) -> bool:
+def _is_plain(module: Any, layer: Any, attention_mask: Any = None) -> bool:
     """Whether the kernel computes what the module would: softmax over the visible keys, without dropout."""
-    if module.training or layer._keys is None or torch.is_autocast_enabled():
+    if not isinstance(layer, PreallocatedLayer) or layer._keys is None:
+        return False
+    if module.training or torch.is_autocast_enabled():
         return False
     return attention_mask is None or (
         isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4

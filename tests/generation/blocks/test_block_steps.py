@@ -6,6 +6,8 @@ import pytest
 import torch
 from block_answers import GREEDY, both, generate
 from tiny_blocks import PAD, make, prompts
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers import masking_utils
 
 import hf_longattn
 from hf_longattn.fusion import fused
@@ -94,6 +96,51 @@ def test_captured_steps_look_their_positions_up(decoder, recorded):
     # A llama computes those of its four steps, and of the block that they fill.
     assert cosines == (0 if decoder == "gpt_neox" else 5)
     assert not any("rotary" in str(vars(module).get("forward")) for module in model.modules())
+
+
+def note_first_layers(monkeypatch, recorded):
+    """How many operators a graph holds where the first layer of a decoder begins, as it is recorded."""
+    places, real = [], steps._run_layer
+
+    def enter(layer, *given, **options):
+        if layer.attention.layer_idx == 0 and _get_current_dispatch_mode() is not None:
+            places.append(len(recorded[-1].calls))
+        return real(layer, *given, **options)
+
+    monkeypatch.setattr(steps, "_run_layer", enter)
+    return places
+
+
+def between(calls, place):
+    """The operators that run behind the last embedding in front of `place`; views do not run."""
+    functions = [call[0] for call in calls[:place]]
+    begin = place - functions[::-1].index(torch.ops.aten.embedding.default)
+    return [function.overloadpacket.__name__ for function in functions[begin:] if not function.is_view]
+
+
+@pytest.mark.parametrize(("n_tokens", "offset"), [(1, 3), (2, 3), (1, 0)], ids=["one", "two", "pads"])
+def test_captured_steps_make_nothing_that_no_layer_reads(n_tokens, offset, recorded, monkeypatch):
+    # While a stream is captured, transformers spells every mask out.
+    monkeypatch.setattr(
+        masking_utils, "is_tracing", lambda tensor=None: _get_current_dispatch_mode() is not None
+    )
+    firsts = note_first_layers(monkeypatch, recorded)
+    model = make(block_alignment="columns", n_embedding_tokens=n_tokens)
+    given = {**GREEDY, "block_offset": torch.full((2,), offset)}
+    plain, fast = both(model, *prompts(9 if offset else 10, 1), **given)
+    assert torch.equal(fast, plain) and len(recorded) == 1
+    block, *tokens = sorted((between(recorded[0].calls, first) for first in firsts), key=len, reverse=True)
+    # Places of blocks lie on the device: where they end, and their rotations.
+    assert block == ["add", "index"]
+    # Where a block holds pads, those of it that are not yet known are left out behind the prefix.
+    assert tokens == [["constant_pad_nd"] * (offset == 0)] * 4
+
+
+def test_captured_steps_count_their_tokens_once_a_block(recorded):
+    both(make(), *prompts(9), **GREEDY)
+    counted = [call for call in recorded[0].calls if call[0] is torch.ops.aten.add_.Tensor]
+    # Columns of the tokens, and places of the block.
+    assert [call[2] or call[1][1] for call in counted] == [1, 4]
 
 
 @torch.no_grad()

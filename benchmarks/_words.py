@@ -10,6 +10,7 @@ from typing import Any
 HIDDEN = {
     "block_transformer": ("copy_rate", "matmul_rate", "floor_s", "floor_prompt_s", "share_of_floor"),
     "lightning_attention": ("role", "tiling", "cut"),
+    "cross_entropy": ("copy_rate",),
     "questions": ("copy_rate", "layers"),
 }
 
@@ -28,6 +29,11 @@ COLUMNS = {
         "kv": "key/value heads", "options": "set to False", "ratio": "over the standard", "o": "output",
         "peer": "system", "ms": "ms", "floor": "floor, ms", "over_floor": "time ÷ floor", "gib": "peak, GiB",
         "backward": "with backward",
+    },
+    "cross_entropy": {
+        "case": "rows and vocabulary", "smoothing": "label smoothing", "standard_loss": "loss, standard",
+        "gradient_error": "gradient", "standard_gradient": "gradient, standard", "gradient": "gradient is",
+        "floor": "floor, ms", "over_floor": "time ÷ floor", "extra_gib": "beyond the logits, GiB",
     },
     "questions": {
         "peer": "questions are", "question_tokens": "tokens of each", "first_token_s": "first token, s",
@@ -101,6 +107,20 @@ SENTENCES = {
         "peers": (
             "The same inputs in flash-linear-attention's kernel, and in causal softmax attention by cuDNN, "
             "which is another function of them and costs the square of the length."
+        ),
+    },
+    "cross_entropy": {
+        "check": (
+            "Relative errors of losses and gradient against fp64, the largest of all ways to take them. The "
+            "standard is torch in fp32 on the same logits, its gradient rounded to their dtype; at most 1.5 "
+            "times its error and one rounding passes. Without label smoothing, half of one row is -inf."
+        ),
+        "time": (
+            "The summed loss of random logits in bf16. `kernel` is `cross_entropy`, with the gradient over "
+            "the logits, in memory of its own, or left out; `torch` takes `F.cross_entropy` of an fp32 copy, "
+            "and goes backward for the gradient; `liger` is `liger_cross_entropy` forward and backward, and "
+            "the waits for the device in it count. The floor reads each logit once and writes each gradient "
+            "once, at the rate of a copy of the same logits in the same run."
         ),
     },
     "blockwise_attention_tune": {

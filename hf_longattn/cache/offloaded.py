@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_longattn.cache.pinned import Pins
-from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.cache.preallocated import PreallocatedLayer, lasting_buffers
 from hf_longattn.cache.quantized import QuantizedLayer
 from hf_longattn.kernels.dispatch import warn_slow
 
@@ -154,7 +154,8 @@ class Slot:
         if not same:
             # The old ones are freed before the new ones are made.
             self.buffers = ()
-            self.buffers = tuple(torch.empty(b.shape, dtype=b.dtype, device=device) for b in like)
+            with lasting_buffers():
+                self.buffers = tuple(torch.empty(b.shape, dtype=b.dtype, device=device) for b in like)
             for buffer in self.buffers:
                 copies.lend(buffer)
         self.owner = weakref.ref(layer)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_longattn.cache.preallocated import lasting_buffers
+
 BLOCK = 32
 
 
@@ -188,7 +190,10 @@ class Placement:
     def positions(self, count: int, device: torch.device) -> Tensor:
         """(count,) int64 positions of the first `count` held tokens, ascending."""
         if self._positions is None or self._positions.device != device or len(self._positions) < self.held:
-            self._positions = torch.zeros(self.held + self.held // 2 + 256, dtype=torch.long, device=device)
+            with lasting_buffers():
+                self._positions = torch.zeros(
+                    self.held + self.held // 2 + 256, dtype=torch.long, device=device
+                )
             self._written = 0
         run = bisect.bisect_right(self._before, self._written) - 1
         while self._written < self.held:
@@ -210,7 +215,8 @@ class Placement:
             cropped, change what is in it.
         """
         if self._ahead is None or len(self._ahead) != slots or self._ahead.device != device:
-            self._ahead = torch.zeros(slots, dtype=torch.long, device=device)
+            with lasting_buffers():
+                self._ahead = torch.zeros(slots, dtype=torch.long, device=device)
             self._is_ahead_known = False
         if not self._is_ahead_known:
             self._ahead[: self.held] = self.positions(self.held, device)

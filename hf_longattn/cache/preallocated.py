@@ -5,6 +5,8 @@ traffic of reading it once. Here keys and values live in buffers with room to sp
 what is filled.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +47,20 @@ def rounded_capacity(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+@contextlib.contextmanager
+def lasting_buffers() -> Iterator[None]:
+    """Inside, new tensors are ordinary ones, also in `torch.inference_mode()`.
+
+    What is made in that mode cannot be written to outside of it, and a cache may go on in the other one.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    # To leave the mode asks for gradients again.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def tokens_to_drop(held: Any, tokens_to_remove: int) -> int:
     """How many of the last tokens `crop` forgets.
 
@@ -66,8 +82,9 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.write = torch.zeros(1, dtype=torch.int64, device=device)
-        self.offset = torch.zeros(1, dtype=torch.int64, device=device)
+        with lasting_buffers():
+            self.write = torch.zeros(1, dtype=torch.int64, device=device)
+            self.offset = torch.zeros(1, dtype=torch.int64, device=device)
         self.index = self.write
         self._known = (0, 0)
 
@@ -131,8 +148,9 @@ class PreallocatedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates room for `capacity` tokens of this shape, dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys = key_states.new_empty(_sized(key_states, self.capacity))
-        self._values = value_states.new_empty(_sized(value_states, self.capacity))
+        with lasting_buffers():
+            self._keys = key_states.new_empty(_sized(key_states, self.capacity))
+            self._values = value_states.new_empty(_sized(value_states, self.capacity))
         self.is_initialized = True
 
     def update(
@@ -291,14 +309,16 @@ class PreallocatedLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Moves the buffers to the CPU."""
         if self._keys is not None and self._values is not None:
-            self._keys = self._keys.to("cpu", non_blocking=True)
-            self._values = self._values.to("cpu", non_blocking=True)
+            with lasting_buffers():
+                self._keys = self._keys.to("cpu", non_blocking=True)
+                self._values = self._values.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
         """Moves offloaded buffers back to the device of the layer."""
         if self._keys is not None and self._values is not None:
-            self._keys = self._keys.to(self.device, non_blocking=True)
-            self._values = self._values.to(self.device, non_blocking=True)
+            with lasting_buffers():
+                self._keys = self._keys.to(self.device, non_blocking=True)
+                self._values = self._values.to(self.device, non_blocking=True)
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` needs, without the spare room: safetensors-ready."""
@@ -445,6 +465,7 @@ def _sized(states: Tensor, capacity: int) -> tuple[int, int, int, int]:
 
 
 def _moved(filled: Tensor, capacity: int) -> Tensor:
-    buffer = filled.new_empty(_sized(filled, capacity))
+    with lasting_buffers():
+        buffer = filled.new_empty(_sized(filled, capacity))
     buffer[:, :, : filled.shape[2]] = filled
     return buffer

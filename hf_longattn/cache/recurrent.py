@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_longattn.cache.guarded_states import GuardedStates
-from hf_longattn.cache.preallocated import Clock, grown_capacity, tokens_to_drop
+from hf_longattn.cache.preallocated import Clock, grown_capacity, lasting_buffers, tokens_to_drop
 from hf_longattn.cache.token_rows import TokenRows, scan_rows
 from hf_longattn.kernels.dispatch import warn_slow
 from hf_longattn.kernels.lightning_attention import lightning_attention_step
@@ -175,13 +175,25 @@ class RecurrentLayer(CacheLayerMixin):
 
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()
-        self.recurrent_state: Tensor | None = None
+        self._state: Tensor | None = None
         self.length = 0
         self.capacity = capacity
         self.clock: Clock | None = None
         self.record_past = False
         self._slopes: Tensor | None = None
         self._recording: Recording | None = None
+
+    @property
+    def recurrent_state(self) -> Tensor | None:
+        """(B, H, K, V), None before the first token."""
+        return self._state
+
+    @recurrent_state.setter
+    def recurrent_state(self, state: Tensor | None) -> None:
+        if state is not None and state.is_inference():
+            with lasting_buffers():
+                state = state.clone()
+        self._state = state
 
     @property
     def batch_size(self) -> int:

@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hf_longattn.cache.preallocated import lasting_buffers
+
 from .layout import PendingTokens
 
 # Blocks by which a layer grows at a time, so that a block step copies the cache only now and then.
@@ -111,7 +113,8 @@ class BlockLayer(CacheLayerMixin):
 
         def grown(old: torch.Tensor) -> torch.Tensor:
             # Zeros, because masked places are still multiplied by a weight of 0.
-            new = old.new_zeros((batch_size, old.shape[1], room, old.shape[3]))
+            with lasting_buffers():
+                new = old.new_zeros((batch_size, old.shape[1], room, old.shape[3]))
             if held[2]:
                 new[:, :, : held[2]] = old
             return new
@@ -156,7 +159,10 @@ class BlockLayer(CacheLayerMixin):
                 for buffer in (self._keys, self._values):
                     buffer.copy_(buffer.index_select(0, index))
                 return
-            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+            with lasting_buffers():
+                self._keys, self._values = (
+                    buffer.index_select(0, index) for buffer in (self._keys, self._values)
+                )
             self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from hf_longattn.cache import LongContextCache
-from hf_longattn.cache.preallocated import Clock, PreallocatedLayer
+from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, lasting_buffers
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
@@ -86,6 +86,20 @@ def _can_be_captured(layer: Any) -> bool:
         return layer.is_initialized
     # What is recorded for a rollback is kept on the host.
     return isinstance(layer, RecurrentLayer) and layer.recurrent_state is not None and not layer.record_past
+
+
+@contextlib.contextmanager
+def _casts_inside() -> Iterator[None]:
+    """Inside, autocast casts a weight wherever it is used, and a graph does so at every replay.
+
+    A cast that autocast keeps is gone when autocast ends, which may be after this step.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 @dataclass
@@ -227,7 +241,8 @@ class GraphDecoder:
                 return output
 
             # The rehearsal writes what the replay will write again.
-            graph, output = capture(rehearse, step)
+            with _casts_inside():
+                graph, output = capture(rehearse, step)
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         return Step(graph, inputs, type(output), tensors, leaders, _buffers(cache))
 
@@ -335,7 +350,10 @@ def _is_constant(name: str, value: Any) -> bool:
 def _step_key(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     present = tuple(name for name in _TENSORS if kwargs.get(name) is not None)
     constants = tuple((name, kwargs.get(name)) for name in _CONSTANT)
-    return tuple(kwargs["input_ids"].shape), present, constants
+    ids, device = kwargs["input_ids"], kwargs["input_ids"].device.type
+    # A graph goes on casting, or not, as it did when it was captured.
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return tuple(ids.shape), present, constants, cast
 
 
 def _buffers(cache: LongContextCache) -> tuple[int, ...]:
@@ -347,10 +365,11 @@ def _buffers(cache: LongContextCache) -> tuple[int, ...]:
 
 
 def _make_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    inputs = {name: kwargs[name].clone() for name in _TENSORS if kwargs.get(name) is not None}
-    if (mask := inputs.get("attention_mask")) is not None:
-        # Tokens that are still to come exist once they are written; causal order hides them until then.
-        inputs["attention_mask"] = torch.nn.functional.pad(mask.bool(), (0, _MASK_ROOM), value=True)
+    with lasting_buffers():
+        inputs = {name: kwargs[name].clone() for name in _TENSORS if kwargs.get(name) is not None}
+        if (mask := inputs.get("attention_mask")) is not None:
+            # Tokens that are still to come exist once they are written; causal order hides them until then.
+            inputs["attention_mask"] = torch.nn.functional.pad(mask.bool(), (0, _MASK_ROOM), value=True)
     return inputs
 
 

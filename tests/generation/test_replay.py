@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -114,3 +115,76 @@ def test_a_mask_that_outgrows_its_buffer_is_captured_again(graphs, monkeypatch):
     expected = generate(tiny.build("llama"), ids, mask)
     assert generate(hf_longattn.prepare_generation(tiny.build("llama")), ids, mask) == expected
     assert len(graphs) == 2
+
+
+def test_a_step_of_inference_mode_is_replayed_outside_of_it(graphs):
+    model, plain = hf_longattn.prepare_generation(tiny.build("llama")), tiny.build("llama")
+    cache, ids = LongContextCache(model.config, 64), tiny.tokens(2, 9)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :7], past_key_values=cache)
+        model(input_ids=ids[:, 7:8], past_key_values=cache)
+    with torch.no_grad():
+        last = model(input_ids=ids[:, 8:], past_key_values=cache).logits[:, -1]
+        assert tiny.relative_error(last, plain(ids).logits[:, -1]) < 1e-5
+    assert [graph.replays for graph in graphs] == [2]
+
+
+def test_a_step_of_autocast_is_not_replayed_outside_of_it(graphs):
+    model = hf_longattn.prepare_generation(tiny.build("llama", dtype=torch.bfloat16))
+    cache, ids = LongContextCache(model.config, 64), tiny.tokens(2, 9)
+    with torch.no_grad():
+        model(input_ids=ids[:, :7], past_key_values=cache)
+        for enabled, captured in ((True, 1), (False, 2), (True, 2)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(input_ids=ids[:, :1], past_key_values=cache)
+            assert len(graphs) == captured
+
+
+class _Casts(TorchDispatchMode):
+    """The tensors that are cast inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_captured_step_casts_its_weights_itself(monkeypatch):
+    """What autocast has cast before, and keeps until it ends, a replay could not find later."""
+    casts = _Casts()
+
+    def capture(rehearse, step):
+        rehearse()
+        with casts:
+            return None, step()
+
+    monkeypatch.setattr(graph, "capture", capture)
+    model, ids = tiny.build("llama"), tiny.tokens(1, 9)
+    cache = LongContextCache(model.config, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        decoder = GraphDecoder(model, model.forward)
+        decoder._capture({"input_ids": ids[:, 8:], "past_key_values": cache}, cache, graph.CacheGraphs(), 1)
+        assert torch.is_autocast_cache_enabled()
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(any(cast is weight for cast in casts.seen) for weight in weights)
+
+
+@pytest.mark.gpu
+def test_steps_of_an_autocast_each_are_those_without_a_graph():
+    ids, answers = tiny.tokens(1, 24).cuda(), []
+    for cuda_graph in (False, True):
+        model = hf_longattn.prepare_generation(tiny.build("llama").cuda(), cuda_graph=cuda_graph)
+        cache, logits = LongContextCache(model.config, 64), []
+        for start, stop in ((0, 8), *((i, i + 1) for i in range(8, 24))):
+            # Each ends before the next begins, and the memory of its casts goes to others.
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                step = model(input_ids=ids[:, start:stop], past_key_values=cache).logits[:, -1]
+            logits.append(step.float())
+            torch.randn(1 << 16, device="cuda")
+        answers.append(torch.stack(logits))
+    assert tiny.relative_error(*answers) < 2e-2

@@ -2,24 +2,33 @@
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+# Captures under way in all threads, and whether there was collection before the first of them.
+_lock = threading.Lock()
+_captures, _was_enabled = 0, False
 
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
     """Keeps Python from collecting cycles: to free a graph or an event of another model ends a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    global _captures, _was_enabled
+    with _lock:
+        _captures, _was_enabled = _captures + 1, _was_enabled if _captures else gc.isenabled()
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _lock:
+            _captures -= 1
+            # A thread that is done must not collect in the capture of another one.
+            if not _captures and _was_enabled:
+                gc.enable()
 
 
 def capture(

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from hf_longattn.generation.capture import capture
+from hf_longattn.generation.capture import _without_collection, capture
 
 
 def test_no_cycles_are_collected_during_a_capture(monkeypatch):
@@ -34,6 +34,17 @@ def test_no_cycles_are_collected_during_a_capture(monkeypatch):
     assert seen == [True, False, False] and gc.isenabled()
     with pytest.raises(RuntimeError, match="no room"):
         capture(lambda: None, lambda: (_ for _ in ()).throw(RuntimeError("no room")))
+    assert gc.isenabled()
+
+
+def test_a_thread_that_is_done_leaves_collection_off_for_another_one():
+    """As threads interleave, whose first capture may end before the second."""
+    first, second = _without_collection(), _without_collection()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
     assert gc.isenabled()
 
 

@@ -202,6 +202,16 @@ def test_under_autocast_as_exact_as_sdpa(implementation):
 
 
 @implementations
+def test_autocast_leaves_fp64_as_it_is(implementation):
+    ids = tiny.tokens(2, 19)
+    expected, result = (tiny.build("llama", name).double() for name in ("eager", implementation))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, result = expected(input_ids=ids).logits, result(input_ids=ids).logits
+    assert result.dtype == torch.float64
+    assert tiny.relative_error(result, expected) <= BOUND
+
+
+@implementations
 def test_holes_in_the_padding_of_a_prompt(implementation):
     ids, mask = tiny.tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
     mask[:, 10:13] = 0

@@ -285,7 +285,9 @@ def _is_own(output: Tensor, hidden: Tensor) -> bool:
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+    # Of a layer that somebody compiled, `nbytes` cannot be traced.
+    size = tensor.numel() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() == size and tensor.is_contiguous()
 
 
 def _save_results(

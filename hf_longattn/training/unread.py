@@ -11,7 +11,9 @@ computes what it always did. Of a gated layer that is a third of the feed-forwar
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from hf_longattn.instance import Setup, every_module
+from hf_longattn.training.ownership import has_saving_hooks
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -31,8 +34,12 @@ _FORMS = (
 )
 
 
+# Whether the layer is running that promises stand in.
+_running: ContextVar[bool] = ContextVar("hf_longattn_running_on_promises", default=False)
+
+
 class _ReadError(Exception):
-    """A promise was asked for its numbers where no graph could have been made of the answer."""
+    """A promise was asked for its numbers where they, or their graph, would not be those of its place."""
 
 
 class _Unread(torch.autograd.Function):
@@ -77,12 +84,27 @@ class _Promise(Tensor):
     parts: tuple[Tensor, ...]
     product: _Product | None
     value: Tensor | None
+    # Of what it is made of, and of its value, when they were new.
+    versions: list[int]
+    version: int
 
     def __new__(cls, shape: torch.Size, parts: tuple[Tensor, ...], product: _Product | None) -> "_Promise":
         like = parts[0] if product is None else product.states
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made.parts, made.product, made.value = parts, product, None
+        # What was read, and perhaps changed in place, is as good as any tensor.
+        made.parts = tuple(_value_of(part) for part in parts)
+        made.product, made.value, made.version = product, None, 0
+        made.versions = [_version(part) for part in made.inputs()]
         return made
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors it is made of, parameters apart."""
+        return self.parts if self.product is None else (self.product.states,)
+
+    def check(self) -> None:
+        """Refuses where one of them, or what was computed of it, was changed in place since."""
+        if any(map(int.__ne__, self.versions, map(_version, self.inputs()))):
+            raise _ReadError
 
     @classmethod
     def __torch_function__(
@@ -113,17 +135,31 @@ def _can_wait(parts: tuple[Any, ...]) -> bool:
     return forms[0] == forms[1]
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; of a promise, since it was read."""
+    if not isinstance(tensor, _Promise):
+        return tensor._version
+    return 0 if tensor.value is None else tensor.value._version - tensor.version
+
+
+def _value_of(tensor: Tensor) -> Tensor:
+    return tensor.value if isinstance(tensor, _Promise) and tensor.value is not None else tensor
+
+
 def _kept(promise: _Promise) -> Tensor:
     """The numbers of a promise, as they would have been computed in its place."""
     if promise.value is None:
-        if not torch.is_grad_enabled():
+        # What hooks save here, as those of checkpointing do, is not theirs in the place of the promise.
+        if _running.get() and (not torch.is_grad_enabled() or has_saving_hooks()):
             raise _ReadError
+        promise.check()
         if promise.product is not None:
             states, _, weight, bias = promise.product
             promise.value = F.linear(states, weight, bias)
         else:
             first, second = (_kept(x) if isinstance(x, _Promise) else x for x in promise.parts)
             promise.value = first + second
+        promise.version = promise.value._version
     return promise.value
 
 
@@ -133,6 +169,7 @@ def _terms(output: Tensor) -> list[Tensor]:
         return [output]
     if output.value is not None:
         return [output.value]
+    output.check()
     return [term for part in output.parts for term in _terms(part)] if output.product is None else [output]
 
 
@@ -146,7 +183,7 @@ class UnreadProducts:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         # None until a run in a backward has shown them.
-        self.modules: list[nn.Module] | None = None
+        self.modules: list[weakref.ref[nn.Module]] | None = None
 
     def terms(self, run: Callable[[], Tensor]) -> list[Tensor]:
         """Runs the layer on a block in a backward.
@@ -160,7 +197,8 @@ class UnreadProducts:
         linear = self._linear_layers()
         if self.modules is None:
             return [self._look(run, linear)]
-        known = [module for module in self.modules if module in linear]
+        promised = {id(known()) for known in self.modules}
+        known = [module for module in linear if id(module) in promised]
         if not known:
             return [run()]
         made: list[_Promise] = []
@@ -170,17 +208,24 @@ class UnreadProducts:
         if lost or not found or len(left) < sum(isinstance(term, _Promise) for term in found):
             # What became of a promise is not known.
             self.modules = []
+            # Their graph must not wait beside that of the next run.
+            del found, lost
+            made.clear()
             return [run()]
         read = [promise.product.module for promise in made if promise.value is not None and promise.product]
-        self.modules = [module for module in self.modules if module not in read]
+        self.modules = [known for known in self.modules if known() not in read]
         return [_node(term) if isinstance(term, _Promise) else term for term in found]
 
     def _linear_layers(self) -> list[nn.Module]:
         """Those that are nothing but a product of plain parameters; none where hooks look at results."""
         modules = every_module(self.layer)
         watched = torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
-        # Those of the layer itself are called outside of its forward.
-        if watched or any(vars(part)[name] for part in modules[1:] for name in _HOOKS):
+        # Those of the layer itself are called outside of its forward. What is compiled would be so again for
+        # every forward that is put in the place of another.
+        compiled = any(
+            part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in modules
+        )
+        if watched or compiled or any(vars(part)[name] for part in modules[1:] for name in _HOOKS):
             return []
         return [part for part in modules if _is_plain(part)]
 
@@ -190,15 +235,20 @@ class UnreadProducts:
             output = run()
         if not linear or output.grad_fn is None:
             return output
-        self.modules = [nodes[node] for node in _only_summed(output.grad_fn) if node in nodes]
+        # Not held: somebody may put another module in the place of one.
+        found = _only_summed(output.grad_fn)
+        self.modules = [weakref.ref(nodes[node]) for node in found if node in nodes]
         return output
 
     def _try(self, run: Callable[[], Tensor], known: list[nn.Module], made: list[_Promise]) -> list[Tensor]:
+        token = _running.set(True)
         with self._replaced(known, functools.partial(_promise, made)):
             try:
                 return _terms(run())
             except _ReadError:
                 return []
+            finally:
+                _running.reset(token)
 
     @contextlib.contextmanager
     def _replaced(self, modules: list[nn.Module], make: Callable[..., Tensor]) -> Iterator[None]:
@@ -249,7 +299,8 @@ def _note(nodes: dict[Any, nn.Module], module: nn.Linear, input: Tensor) -> Tens
 def _promise(made: list[_Promise], module: nn.Linear, input: Tensor) -> Tensor:
     states = _kept(input) if isinstance(input, _Promise) else input
     mixed = torch.is_autocast_enabled(states.device.type) or states.dtype != module.weight.dtype
-    if mixed or not (torch.is_grad_enabled() and states.numel() and _has_own_weights(module)):
+    graph = torch.is_grad_enabled() and not has_saving_hooks()
+    if mixed or not (graph and states.numel() and _has_own_weights(module)):
         return F.linear(states, module.weight, module.bias)
     shape = torch.Size((*states.shape[:-1], module.out_features))
     made.append(_Promise(shape, (), _Product(states, module, module.weight, module.bias)))

@@ -1,11 +1,15 @@
 """Products that a backward never reads: which are left out, and that nobody can tell."""
 
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import hf_longattn
 from hf_longattn.training import unread
@@ -66,6 +70,17 @@ class Layer(nn.Module):
     def added_in_place(self, states, product):
         total = states * 1
         total += product
+        return total
+
+    def changed_in_place(self, states, product):
+        total = states + product
+        product *= 2
+        return total
+
+    def changed_beside_it(self, states, product):
+        copy = states * 1
+        total = copy + product
+        copy *= 2
         return total
 
     def spread(self, states, product):
@@ -145,6 +160,88 @@ def test_layers_that_are_more_than_a_product_are_called(change):
     for ours, exact in zip(result, expected, strict=True):
         assert (ours is None) == (exact is None)
         assert exact is None or tiny.relative_error(ours, exact) <= 2e-6
+
+
+def used_to(layer, products):
+    """The layer, of which products have been left out."""
+    for _ in range(2):
+        gradients(layer, products.terms)
+    return layer
+
+
+def test_products_that_checkpointing_begins_to_save_are_computed():
+    torch.manual_seed(1)
+    layer = Layer("summed")
+    products = unread.UnreadProducts(layer)
+    used_to(layer, products)
+    layer.summed = lambda states, product: states + checkpoint(torch.sin, product, use_reentrant=False)
+    expected = gradients(layer, lambda run: [run()])
+    for result, exact in zip(gradients(layer, products.terms), expected, strict=True):
+        assert exact is None or tiny.relative_error(result, exact) <= 2e-6
+
+
+def test_what_a_layer_put_aside_can_be_read_without_a_graph():
+    torch.manual_seed(1)
+    layer, aside = Layer("summed"), []
+    layer.summed = lambda states, product: (aside.append(product), states + product)[1]
+    used_to(layer, unread.UnreadProducts(layer))
+    with torch.no_grad():
+        assert type(aside[-1]) is not torch.Tensor
+        assert torch.equal(aside[-1] * 1, aside[0])
+
+
+def test_modules_that_were_replaced_are_not_held():
+    torch.manual_seed(1)
+    layer = Layer("summed")
+    products = unread.UnreadProducts(layer)
+    old = weakref.ref(used_to(layer, products).down)
+    layer.down = nn.Linear(40, WIDTH)
+    gradients(layer, products.terms)
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("way", ["part", "wrapper"])
+def test_compiled_parts_are_compiled_once(way):
+    torch.manual_seed(1)
+    layer, graphs = Layer("summed"), []
+    layer.mlp = Layer("scaled")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    layer.summed = lambda states, product: states + layer.mlp(states)
+    if way == "part":
+        layer.mlp.compile(backend=backend)
+    else:
+        layer.mlp = torch.compile(layer.mlp, backend=backend)
+    products = unread.UnreadProducts(layer)
+    try:
+        for _ in range(4):
+            gradients(layer, products.terms)
+    finally:
+        torch._dynamo.reset()
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_one_block_train():
+    ids, results = tiny.tokens(2, 33), []
+    for compiled in (False, True):
+        model = hf_longattn.prepare_training(tiny.build_to_train("llama"), block_size=64)
+        if compiled:
+            model.model.layers[1].compile(backend="eager")
+        try:
+            # With other lengths, sizes are symbols.
+            for length in (33, 29):
+                model.zero_grad()
+                model(input_ids=ids[:, :length], labels=ids[:, :length]).loss.backward()
+        finally:
+            torch._dynamo.reset()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for plain, found in zip(*results, strict=True):
+        assert tiny.relative_error(found, plain) <= 1e-5
 
 
 class Products(TorchDispatchMode):

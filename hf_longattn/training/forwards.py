@@ -58,10 +58,12 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
             return hidden
         arguments = named_arguments(signature, args, kwargs)
         del arguments[hidden_name]
-        cached = any(arguments.get(name) is not None for name in _CACHES)
-        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (cached and not layer.training):
+        caches = [arguments[name] for name in _CACHES if arguments.get(name) is not None]
+        trains = layer.training and torch.is_grad_enabled()
+        if not runtime.active or hidden.ndim != 3 or hidden.numel() == 0 or (caches and not trains):
             return original(*args, **kwargs)
         # As gradient checkpointing does: a layer that trains fills no cache.
+        _check_empty(caches)
         arguments = {name: value for name, value in arguments.items() if name not in _CACHES}
         if arguments.get("use_cache"):
             arguments["use_cache"] = False
@@ -84,6 +86,15 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         return run.as_returned(output)
 
     return forward
+
+
+def _check_empty(caches: list[Any]) -> None:
+    held = max((cache.get_seq_length() for cache in caches if hasattr(cache, "get_seq_length")), default=0)
+    if held:
+        raise ValueError(
+            f"`past_key_values` holds {held} tokens: a prepared model trains without a cache; hand it whole "
+            "sequences, or `hf_longattn.restore` the model."
+        )
 
 
 def _attention(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -161,6 +162,9 @@ def prepare_training(
         changes.set_forward(inner, loss_forward(inner, trunk, runtime.is_active, *numbers, sharing))
     if parallel is not None and parallel.copies > 1:
         changes.set_forward(inner, partial_loss_forward(inner.forward, parallel.copies, runtime.is_active))
+    # A compiler that traces the whole model goes round it; parts of layers can be compiled by themselves.
+    traced = inner if "forward" in vars(inner) else decoder
+    changes.set_forward(traced, torch.compiler.disable(traced.forward))
     instance.setups(inner)["training"] = changes
     return model
 

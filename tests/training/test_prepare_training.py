@@ -76,6 +76,19 @@ def test_loss_and_gradients_equal_the_plain_model(family, block_size):
     assert_same(step(model, **batch("full")), plain(family, "full"))
 
 
+@pytest.mark.parametrize("loss", ["chunked", "model"])
+def test_a_compiler_of_the_whole_model_goes_round_what_is_prepared(loss):
+    model = hf_longattn.prepare_training(build("llama"), block_size=16, loss=loss)
+    compiled = torch.compile(model, backend="eager")
+    try:
+        result = compiled(**batch("left"), use_cache=False).loss
+    finally:
+        torch._dynamo.reset()
+    result.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same((result.detach(), gradients), plain("llama", "left"))
+
+
 @families
 @pytest.mark.parametrize("layout", ["left", "right", "packed"])
 def test_padding_and_packing(family, layout):
@@ -392,6 +405,27 @@ def test_generation_inside_training(order):
     hf_longattn.restore(model)
     assert {id(m): set(vars(m)) for m in model.modules()} == attributes
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "model", "flag-hybrid"])
+def test_generation_in_training_mode_reads_its_cache(family):
+    model = build(family) if family in tiny.CONFIGS else tiny.build_lightning(family).train()
+    prompt = tiny.tokens(2, 21)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    hf_longattn.prepare_training(model, block_size=16)
+    assert torch.equal(model.generate(prompt, **options), expected)
+
+
+def test_a_filled_cache_is_refused_where_gradients_are_wanted():
+    model, ids = hf_longattn.prepare_training(build("llama")), tiny.tokens(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+    for mask in (None, torch.ones(1, 9, dtype=torch.long)):
+        with pytest.raises(ValueError, match="`past_key_values` holds 8 tokens|`attention_mask` must cover"):
+            model(ids[:, 8:], attention_mask=mask, past_key_values=cache)
+    hf_longattn.restore(model)
+    model(ids[:, 8:], past_key_values=cache).logits.sum().backward()
 
 
 def test_lora():

@@ -190,6 +190,7 @@ class RecurrentLayer(CacheLayerMixin):
 
     @recurrent_state.setter
     def recurrent_state(self, state: Tensor | None) -> None:
+        """Takes a state as an ordinary tensor, in `torch.inference_mode` too."""
         if state is not None and state.is_inference():
             with lasting_buffers():
                 state = state.clone()

@@ -108,7 +108,7 @@ def test_lora_dropout_draws_the_same_numbers_in_the_backward():
 
 REFUSED = {
     "prefix-tuning": (
-        peft.PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL), "prefix-tuning", "attention_mask",
+        peft.PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL), "prefix-tuning", "past_key_values",
     ),
     "activated-lora": (
         lora(target_modules=["q_proj"], alora_invocation_tokens=IDS[0, -4:-2].tolist()),

@@ -291,3 +291,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # At the exit of one of several processes it would be too late.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

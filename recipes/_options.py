@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,17 @@ def parse_training(kind: Any) -> tuple[Any, Text, Training]:
             "with recipes/accelerate/two_gpus_ddp.yaml"
         )
     return recipe, text, training
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Runs a recipe; several processes leave their group together, before they exit.
+
+    One that exits while another still writes may abort behind its work.
+    """
+    main()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def say(line: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from _common import Rows, narrow_residual, write_report
-from _options import parse
+from _options import parse, run_recipe
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -163,7 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # At the exit of one of several processes it would be too late.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run_recipe(main)

@@ -34,7 +34,7 @@ from _common import (
     train,
     write_report,
 )
-from _options import Text, Training, parse_training, smoke
+from _options import Text, Training, parse_training, run_recipe, smoke
 from _tiny import tiny_model
 from torch import Tensor, nn
 from transformers import (
@@ -290,7 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # At the exit of one of several processes it would be too late.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run_recipe(main)

@@ -27,7 +27,7 @@ from _common import (
     write_report,
     zero_shot,
 )
-from _options import Preset, parse_training, smoke
+from _options import Preset, parse_training, run_recipe, smoke
 from _tiny import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -123,7 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # At the exit of one of several processes it would be too late.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run_recipe(main)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Data, flops_a_token, load_rows, train, write_report, zero_shot
-from _options import Preset, parse_training, smoke
+from _options import Preset, parse_training, run_recipe, smoke
 from _tiny import tiny_model
 from transformers import (
     AutoConfig,
@@ -198,7 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # At the exit of one of several processes it would be too late.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run_recipe(main)

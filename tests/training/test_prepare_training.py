@@ -422,7 +422,7 @@ def test_a_filled_cache_is_refused_where_gradients_are_wanted():
     with torch.no_grad():
         cache = model(ids[:, :8], use_cache=True).past_key_values
     for mask in (None, torch.ones(1, 9, dtype=torch.long)):
-        with pytest.raises(ValueError, match="`past_key_values` holds 8 tokens|`attention_mask` must cover"):
+        with pytest.raises(ValueError, match="`past_key_values` holds 8 tokens"):
             model(ids[:, 8:], attention_mask=mask, past_key_values=cache)
     hf_longattn.restore(model)
     model(ids[:, 8:], past_key_values=cache).logits.sum().backward()

@@ -10,8 +10,11 @@ dim forward and 10 backward. Rows are saved after each measurement.
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from hf_longattn.kernels.key_range import KeyRange
 DEVICE = "cuda"
 CHECK_LENGTH = 777
 LENGTH, HEADS, GROUPS = 32768, 32, 8
+TURNS = 5
 
 
 def positions(length: int) -> Tensor:
@@ -164,23 +168,37 @@ def milliseconds(function: Callable) -> float:
     return do_bench(function, warmup=30, rep=150, return_mode="median")
 
 
-def time_case(report: Report, case: str, tensors: list[Tensor], terms: Terms, module) -> None:
-    """One row: forward and backward of one implementation."""
-    length, head_dim = tensors[0].shape[2:]
+def time_case(report: Report, case: str, *runs: tuple[Any, list[Tensor]], terms: Terms) -> None:
+    """A row for each implementation and its inputs, forward and backward.
+
+    Several are timed in turns, and each gets its median: the clock of a GPU that has just become warm is not
+    that of one that has been busy for a while, which is worth several per cent.
+    """
+    forwards, backwards = [], []
+    for module, tensors in runs:
+        results = module.forward(*tensors, terms)
+        grad = torch.randn_like(results[0])
+        forwards.append(partial(module.forward, *tensors, terms))
+        backwards.append(partial(module.backward, grad, None, tensors, results, terms))
+    times = zip(*(median_times(functions) for functions in (forwards, backwards)), strict=True)
+    length, head_dim = runs[0][1][0].shape[2:]
     operations = num_pairs(terms.mask, length) * head_dim * HEADS
-    results = module.forward(*tensors, terms)
-    grad = torch.randn_like(results[0])
-    forward = milliseconds(lambda: module.forward(*tensors, terms))
-    backward = milliseconds(lambda: module.backward(grad, None, tensors, results, terms))
-    report.add(
-        section="time",
-        case=case,
-        impl=module.__name__.rsplit(".", 1)[-1],
-        forward_ms=forward,
-        backward_ms=backward,
-        forward_tflops=4e-9 * operations / forward,
-        backward_tflops=10e-9 * operations / backward,
-    )
+    for (module, _), (forward, backward) in zip(runs, times, strict=True):
+        report.add(
+            section="time",
+            case=case,
+            impl=module.__name__.rsplit(".", 1)[-1],
+            forward_ms=forward,
+            backward_ms=backward,
+            forward_tflops=4e-9 * operations / forward,
+            backward_tflops=10e-9 * operations / backward,
+        )
+
+
+def median_times(functions: list[Callable]) -> list[float]:
+    """Milliseconds of each function, the median of its turns."""
+    turns = [[milliseconds(function) for function in functions] for _ in range(TURNS if functions[1:] else 1)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 class TritonKernels:
@@ -241,11 +259,10 @@ def time_all(report: Report) -> None:
             if report.time_left() < 8:
                 return
             if name == "causal":
-                for module in (sdpa, FlashKernels):
-                    time_case(report, f"D{head_dim}-{name}", tensors, terms, module)
                 leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-                time_case(report, f"D{head_dim}-{name}", leaves, terms, PlainTorch)
-            time_case(report, f"D{head_dim}-{name}", tensors, terms, TritonKernels())
+                covered = ((sdpa, tensors), (PlainTorch, leaves), (FlashKernels, tensors))
+                time_case(report, f"D{head_dim}-{name}", *covered, terms=terms)
+            time_case(report, f"D{head_dim}-{name}", (TritonKernels(), tensors), terms=terms)
 
 
 def peak_memory(report: Report) -> None:

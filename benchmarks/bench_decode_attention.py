@@ -358,6 +358,7 @@ def main():
     parser.add_argument(
         "--most", type=int, default=2**23, help="keys of all rows together in the largest case"
     )
+    parser.add_argument("--least", type=int, default=0, help="the same of the smallest case")
     arguments = parser.parse_args()
     if arguments.short and not arguments.tune:
         parser.error("--short belongs to --tune")
@@ -367,7 +368,7 @@ def main():
     if not arguments.skip_check and not check(report):
         raise SystemExit("decode_attention is wrong on this machine; nothing was timed.")
     for B, S in () if arguments.tune else SIZES:
-        if report.time_left() > 8 and B * S <= arguments.most:
+        if report.time_left() > 8 and arguments.least <= B * S <= arguments.most:
             time_size(report, B, S)
         gc.collect()
         torch.cuda.empty_cache()

@@ -57,7 +57,8 @@ class TokenChoice:
             tokens = scores.argmax(dim=-1)
         if self.ends is not None:
             tokens = torch.where(self.finished, self.pad, tokens)
-            self.finished.logical_or_(torch.isin(tokens, self.ends))
+            # `torch.isin` sorts where the ends are many, which waits for the device.
+            self.finished.logical_or_((tokens[:, None] == self.ends).any(dim=1))
         return tokens, scores
 
     def takes_largest(self) -> bool:

@@ -31,7 +31,7 @@ from hf_longattn.kernels.key_range import KeyRange
 DEVICE = "cuda"
 CHECK_LENGTH = 777
 LENGTH, HEADS, GROUPS = 32768, 32, 8
-TURNS = 5
+WARM_TURNS, TURNS = 4, 20
 
 
 def positions(length: int) -> Tensor:
@@ -196,9 +196,19 @@ def time_case(report: Report, case: str, *runs: tuple[Any, list[Tensor]], terms:
 
 
 def median_times(functions: list[Callable]) -> list[float]:
-    """Milliseconds of each function, the median of its turns."""
-    turns = [[milliseconds(function) for function in functions] for _ in range(TURNS if functions[1:] else 1)]
-    return [statistics.median(times) for times in zip(*turns, strict=True)]
+    """Milliseconds of each: `do_bench`, or medians of single calls in turns, each turn the other way."""
+    if not functions[1:]:
+        return [milliseconds(functions[0])]
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(WARM_TURNS + TURNS):
+        for index in sorted(range(len(functions)), reverse=turn % 2 == 1):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            functions[index]()
+            stop.record()
+            stop.synchronize()
+            times[index].append(start.elapsed_time(stop))
+    return [statistics.median(calls[WARM_TURNS:]) for calls in times]
 
 
 class TritonKernels:

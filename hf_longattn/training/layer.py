@@ -31,7 +31,7 @@ from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import LayerInputs
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.states import BlockRowsCache
-from hf_longattn.training.sums import GradientSum
+from hf_longattn.training.sums import GradientSum, local_gradients
 from hf_longattn.training.unread import UnreadProducts
 from hf_longattn.training.visibility import VisibilityCache, split_rows
 
@@ -358,7 +358,7 @@ class _GradientSums:
             return None
         outputs, grads = map(list, zip(*pairs, strict=True))
         wanted += [] if entering is None else [entering]
-        parts = list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        parts = local_gradients(outputs, wanted, grads)
         found = None if entering is None else parts.pop()
         if self.needs_input and (part := parts.pop(0)) is not None:
             self._add_hidden(index, part)

@@ -31,7 +31,7 @@ from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.ownership import is_held_once
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.sequence import SequenceParallel, drops_anything, taking_loss
-from hf_longattn.training.sums import GradientSum
+from hf_longattn.training.sums import GradientSum, local_gradients
 from hf_longattn.training.zero import in_one_call, is_cut
 
 # Logits of a chunk: half a GiB in 16 bits on a GPU, where smaller products would run slower.
@@ -199,7 +199,11 @@ class _ChunkedLoss(torch.autograd.Function):
                     into.add(parts.pop(0))
         ctx.dtypes, ctx.share = [parameter.dtype for parameter in parameters], options.share
         if grad_hidden is not None:
-            found = [into.wide_like(p) for into, p in zip(sums, parameters, strict=True)]
+            # A parameter that the head does not use has no gradient: an optimizer leaves it alone. Ranks must
+            # add up the same ones, and without tokens it is not known which those are.
+            known = len(counted) and options.share is None
+            pairs = zip(sums, parameters, strict=True)
+            found = [into.wide() if known else into.wide_like(p) for into, p in pairs]
             ctx.save_for_backward(grad_hidden.view_as(hidden), *found)
         return total
 
@@ -207,10 +211,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *sums = ctx.saved_tensors
-        sums = [part * grad for part in sums]
+        sums = [None if part is None else part * grad for part in sums]
         if ctx.share is not None:
-            sums = [ctx.share.group.add_up(part.contiguous()) for part in sums]
-        grads = (part.to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True))
+            sums = [ctx.share.group.add_up(part.contiguous()) for part in sums if part is not None]
+        pairs = zip(sums, ctx.dtypes, strict=True)
+        grads = (None if part is None else part.to(dtype) for part, dtype in pairs)
         return None, None, None, None, hidden * grad.to(hidden.dtype), *grads
 
 
@@ -236,7 +241,7 @@ def _chunk_loss(
         loss, grad = output.detach(), None
     if not needs_grad:
         return loss, []
-    return loss, list(torch.autograd.grad(output, [block, *parameters], grad, allow_unused=True))
+    return loss, local_gradients([output], [block, *parameters], None if grad is None else [grad])
 
 
 def _uncached_autocast(device: torch.device) -> torch.autocast:

@@ -66,6 +66,29 @@ class GradientSum:
         return None if total is None else total.to(dtype)
 
 
+def local_gradients(
+    outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor] | None
+) -> list[Tensor | None]:
+    """Gradients of one block, of which hooks on parameters see nothing: they wait for the sum of all blocks.
+
+    Args:
+        outputs: what the block made.
+        inputs: tensors that want a gradient, leaves of the block's graph.
+        grads: of the outputs; None for the one output, a scalar.
+
+    Returns:
+        one for each input, None where the outputs do not depend on it.
+    """
+    hooked = [(tensor, hooks) for tensor in inputs if (hooks := tensor._backward_hooks) and tensor.is_leaf]
+    try:
+        for tensor, _ in hooked:
+            tensor._backward_hooks = None
+        return list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
 def _is_alone(part: Tensor) -> bool:
     """Whether nothing else can be in the memory of a tensor."""
     if type(part) is not Tensor or part.nbytes < _LARGE:

@@ -9,12 +9,16 @@ Of B rows, with L tokens a block, n_e embedding tokens a block, P context vector
     open block    keys and values of the token decoder for one block, L + P - 1 tokens of each row, its
                   context and its prefix
     activations   of the block decoder for 8192 embedding tokens of all rows together, or one chunk of each
-                  row where one prompt has more or ranks share it, or of an encoder that embeds them; of the
-                  token decoder behind the prompt for one block of each row; or a copy of the open blocks
-                  while the steps are captured: the most. Rows with pads are read by chunks of each row
+                  row where one prompt has more or ranks share it, or of an encoder that embeds them. Rows
+                  with pads are read by chunks of each row
+    rehearsal     of the token decoder behind the prompt for one block of each row, or a copy of the open
+                  blocks while the steps are captured: what either takes beyond the activations
 
-and the other terms of `planning`. A token goes through the token decoder and the head; P vectors stand in the
-place of one at the begin of a block, where the block decoder goes once over its weights and all blocks:
+and the other terms of `planning`. The longest prompt, and how far its chunks are shortened, is the answer of
+`BlockDemand`, which is what `generate` asks.
+
+A token goes through the token decoder and the head; P vectors stand in the place of one at the begin of a
+block, where the block decoder goes once over its weights and all blocks:
 
     a token       (token weights: L - 1 times for B rows, once for P B rows
                   + block weights and the blocks of the rank, for B rows) / L + launches + reductions
@@ -26,6 +30,7 @@ from below; and so is that of a token where ranks share the blocks, for they run
 launches no graph holds.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -35,6 +40,7 @@ from transformers import PreTrainedConfig
 from hf_longattn.cache.head_sizes import head_sizes
 from hf_longattn.cache.shares import share_capacity
 from hf_longattn.generation.clock import OVERHEAD_A_LAYER, PRODUCT_SHARE, Clock, Hardware
+from hf_longattn.generation.demand import Demand
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, pick_chunk
 from hf_longattn.generation.sizes import (
     Ranks,
@@ -99,7 +105,7 @@ def shape_of_blocks(
             f"`--tp {ranks.tensor}`: there is no tensor parallel plan for the layers of a Block Transformer; "
             "leave it out, so that all GPUs share the blocks."
         )
-    return BlockShape(config, batch_size, dtype, ranks, count_block_weights(config, dtype))
+    return BlockShape(config, config.block_decoder_config(), batch_size, dtype, ranks)
 
 
 def count_block_weights(config: PreTrainedConfig, dtype: torch.dtype) -> BlockWeights:
@@ -129,29 +135,51 @@ class BlockShape:
 
     Args:
         config: a `BlockTransformerConfig`.
+        block: that of its block decoder.
         batch_size: sequences.
         dtype: of weights and cache.
         ranks: the GPUs, which share the blocks.
-        weights: what is held and read.
+        device: of the model.
     """
 
     config: PreTrainedConfig
+    block: PreTrainedConfig
     batch_size: int
     dtype: torch.dtype
     ranks: Ranks
-    weights: BlockWeights
+    device: torch.device = _GPU
+
+    @functools.cached_property
+    def weights(self) -> BlockWeights:
+        """What is held and read."""
+        return count_block_weights(self.config, self.dtype)
 
     def chunk(self, tokens: int) -> int:
         """Tokens that are read at a time, all rows and ranks together.
 
         Args:
-            tokens: of prompt and answer.
+            tokens: of a prompt.
         """
-        blocks, ranks = -(-tokens // self.config.block_length), self.ranks.sequence
-        at_once = GPU_CHUNK_TOKENS
-        if ranks > 1 or self.config.n_embedding_tokens > 1 or blocks > at_once:
-            at_once = pick_chunk(self.batch_size, _GPU, ranks) * self.batch_size
+        blocks = -(-tokens // self.config.block_length)
+        at_once = GPU_CHUNK_TOKENS if self._reads_whole and blocks <= GPU_CHUNK_TOKENS else self._a_chunk
         return min(at_once, self.batch_size * blocks) * self.config.block_length
+
+    @property
+    def most(self) -> int:
+        """Tokens that are read at a time of the prompt of which that is the most."""
+        at_once = max(GPU_CHUNK_TOKENS, self._a_chunk) if self._reads_whole else self._a_chunk
+        return at_once * self.config.block_length
+
+    @property
+    def _reads_whole(self) -> bool:
+        """Whether prompts are read some rows at a time, each of them whole."""
+        one = self.ranks.sequence == 1 and self.config.n_embedding_tokens == 1
+        return one and self.device.type == _GPU.type
+
+    @property
+    def _a_chunk(self) -> int:
+        """Blocks of a chunk, all rows and ranks together."""
+        return pick_chunk(self.batch_size, self.device) * self.batch_size
 
     def cache(self, tokens: int) -> int:
         """Bytes of the keys and values of blocks on a rank.
@@ -173,10 +201,9 @@ class BlockShape:
     @property
     def _a_slot(self) -> int:
         """Bytes of the keys and values of one embedding token, of all rows and layers."""
-        block = self.config.block_decoder_config()
-        _, groups, key_width, value_width = head_sizes(block)
+        _, groups, key_width, value_width = head_sizes(self.block)
         a_layer = groups * (key_width + value_width) * self.dtype.itemsize
-        return self.batch_size * block.num_hidden_layers * a_layer
+        return self.batch_size * self.block.num_hidden_layers * a_layer
 
     def open_block(self) -> int:
         """Bytes of the open block of every row: keys and values of the token decoder, context and prefix."""
@@ -191,31 +218,36 @@ class BlockShape:
         vectors = config.n_embedding_tokens * config.hidden_size + prefixes * config.token_hidden_size
         return self.batch_size * (kept + vectors) * self.dtype.itemsize
 
-    def workspace(self, tokens: int) -> Workspace:
+    def reading(self, tokens: int) -> int:
+        """Bytes alive in the widest place while one chunk of the prompt is read.
+
+        Args:
+            tokens: of the chunk, all rows and ranks together.
+        """
+        positions = tokens // self.config.block_length * self.config.n_embedding_tokens
+        decoding = activation_bytes(self.block, positions, self.dtype, self.ranks)
+        return max(decoding, self._embedding(positions))
+
+    def workspace(self, tokens: int, chunk: int) -> Workspace:
         """Everything beside weights, and keys and values of blocks.
 
         Args:
             tokens: of prompt and answer.
+            chunk: tokens of a chunk, all rows and ranks together.
         """
-        config, item = self.config, self.dtype.itemsize
-        block, rows = config.block_decoder_config(), self.batch_size
-        at_once = self.chunk(tokens) // config.block_length * config.n_embedding_tokens
+        config, rows = self.config, self.batch_size
         # What stands before the last token of a block, and the block's first step.
         longest, first = config.num_prefix_tokens + config.block_length - 1, config.num_prefix_tokens
         open_block = self.open_block()
-        activations = max(
-            activation_bytes(block, at_once, self.dtype, self.ranks),
-            self._embedding(at_once),
-            self._token_step(rows * longest),
-            open_block,
-        )
+        activations = self.reading(min(chunk, self.chunk(tokens)))
         return Workspace(
             activations=activations,
             logits=logits_bytes(config, rows, self.dtype),
-            partials=partial_bytes(block, rows),
-            graph=self._token_step(rows * first) + rows * config.vocab_size * item,
+            partials=partial_bytes(self.block, rows),
+            graph=self._token_step(rows * first) + rows * config.vocab_size * self.dtype.itemsize,
             tokens=token_bytes(tokens, rows),
             libraries=library_bytes(rows),
+            rehearsal=max(self._token_step(rows * longest), open_block, activations) - activations,
             open_block=open_block,
         )
 
@@ -284,4 +316,50 @@ class BlockShape:
         """Of the block decoder, for which an embedding token is a token."""
         size = self.weights.blocks
         weights = Weights(size, size, size // self.dtype.itemsize)
-        return Clock(self.config.block_decoder_config(), weights, self.ranks, hardware, self.dtype)
+        return Clock(self.block, weights, self.ranks, hardware, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDemand(Demand):
+    """What one call of `generate` of a Block Transformer asks of the memory of a rank.
+
+    Args:
+        shape: the sums of the model, for these rows.
+    """
+
+    shape: BlockShape
+
+    def kept(self, tokens: int) -> int:
+        """Bytes on this rank of the keys and values of blocks.
+
+        Args:
+            tokens: of a row.
+        """
+        # The last token is never cached, and the shape counts it.
+        return self.shape.cache(tokens + 1) if tokens else 0
+
+    def work(self, tokens: int) -> int:
+        """Bytes on this rank of the activations of one chunk.
+
+        Args:
+            tokens: that are to be read, all rows and ranks together.
+        """
+        return self.shape.reading(min(tokens, self.chunk, self.shape.chunk(-(-tokens // self.rows))))
+
+    @property
+    def smallest_chunk(self) -> int:
+        """Tokens below which no chunk is shortened, all rows and ranks together."""
+        return super().smallest_chunk * self.shape.config.block_length
+
+    @property
+    def has_smaller_cache(self) -> bool:
+        """Blocks are kept in the dtype of the model."""
+        return False
+
+    def fewest_offloaded(self, room: int) -> int | None:
+        """None: no layer waits in host memory.
+
+        Args:
+            room: bytes.
+        """
+        return None

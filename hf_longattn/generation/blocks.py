@@ -21,6 +21,7 @@ from hf_longattn.generation.choice import TokenChoice
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.kept import KeptProgram, same_place
 from hf_longattn.generation.linear import Products
+from hf_longattn.generation.prefill import asked_chunk
 from hf_longattn.generation.prompts import (
     few_launches_of_prompt,
     fits_at_once,
@@ -250,7 +251,10 @@ def sample(
         call["synced_gpus"] = synced_gpus
         return cast(Any, GenerationMixin)._sample(model, input_ids, **call, **model_kwargs)
     with kept.serving() as own:
-        return _sample(_Captures(model, setup, decoder, own), input_ids, model_kwargs, **call)
+        chunk = asked_chunk(setup.prefill_chunk_size, generation_config)
+        chunk = chunk or getattr(model_kwargs["past_key_values"], "fitting_chunk", None)
+        captures = _Captures(model, setup, decoder, own, chunk)
+        return _sample(captures, input_ids, model_kwargs, **call)
 
 
 def _sample(
@@ -273,7 +277,7 @@ def _sample(
     with contextlib.ExitStack() as undo:
         program = captures.read_again(input_ids, choice, generation_config) if whole else None
         if program is None:
-            rows = captures.rows_at_once(input_ids, generation_config) if whole and not lasting else 0
+            rows = captures.rows_at_once(input_ids) if whole and not lasting else 0
             decoding = _read(model, input_ids, generation_config, model_kwargs, whole, rows)
             if lasting:
                 undo.callback(decoding.close)
@@ -326,12 +330,21 @@ def _read(
 
 @dataclass
 class _Captures:
-    """Where the graphs of one call come from."""
+    """Where the graphs of one call come from.
+
+    Args:
+        model: that generates.
+        setup: the settings of `prepare_generation`.
+        decoder: of this model; knows whether graphs can be captured.
+        kept: what earlier calls have left.
+        chunk: tokens of each row in a chunk of the prompt, where it may not be read in one piece.
+    """
 
     model: PreTrainedModel
     setup: "GenerationSetup"
     decoder: GraphDecoder
     kept: KeptProgram
+    chunk: int | None
 
     def read_again(
         self, input_ids: Tensor, choice: TokenChoice, generation_config: Any
@@ -341,7 +354,7 @@ class _Captures:
         if program is None or self.decoder.given_up or not self.kept.prompts.knows(length):
             return None
         room = generation_config.max_length - length + program.span
-        at_once = fits_at_once(input_ids, program.span, self._chunk(generation_config))
+        at_once = fits_at_once(input_ids, program.span, self.chunk)
         if (
             not at_once
             or self.setup.progress
@@ -356,17 +369,14 @@ class _Captures:
             return None
         return program
 
-    def rows_at_once(self, input_ids: Tensor, generation_config: Any) -> int:
+    def rows_at_once(self, input_ids: Tensor) -> int:
         """Rows of prompts that are read together, each of them whole; 0 where they are read in chunks."""
-        span, chunk = self.model.config.block_length, self._chunk(generation_config)
+        span, chunk = self.model.config.block_length, self.chunk
         device = input_ids.device.type
         plain = device in _GRAPH_DEVICES and chunk is None and not self.setup.progress
         # Which dtypes keys and values have under autocast, the forward alone finds out.
         plain = plain and not torch.is_autocast_enabled(device)
         return rows_at_once(input_ids, span) if plain and not fits_at_once(input_ids, span, chunk) else 0
-
-    def _chunk(self, generation_config: Any) -> int | None:
-        return self.setup.prefill_chunk_size or generation_config.prefill_chunk_size
 
     def find(self, program: BlockProgram, left: int) -> tuple[BlockProgram, int]:
         """The program to go on with, and how many of the `left` tokens it makes next."""

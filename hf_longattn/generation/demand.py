@@ -71,17 +71,39 @@ class Demand:
             total: tokens.
             certain: the share of the activations that counts.
         """
-        added, held = (
-            # States do not grow, but an empty cache has none yet.
-            cache_bytes(self.config, tokens, self.dtype, self.ranks)
-            - saved_bytes(self.config, tokens, self.dtype, self.offload)
-            if tokens
-            else 0
-            for tokens in (total, self.past)
-        )
         new = max(min(total, self.prompt) - self.past, 1) * self.rows
-        work = activation_bytes(self.config, min(new, self.chunk), self.activations, self.ranks)
-        return max(self.rows * (added - held) - self.spare, 0) + int(certain * work)
+        added = self.kept(total) - self.kept(self.past) - self.spare
+        return max(added, 0) + int(certain * self.work(new))
+
+    def kept(self, tokens: int) -> int:
+        """Bytes on this rank of what the cache keeps of so many tokens of every row.
+
+        Args:
+            tokens: of a row.
+        """
+        if not tokens:
+            # States do not grow, but an empty cache has none yet.
+            return 0
+        a_row = cache_bytes(self.config, tokens, self.dtype, self.ranks)
+        return self.rows * (a_row - saved_bytes(self.config, tokens, self.dtype, self.offload))
+
+    def work(self, tokens: int) -> int:
+        """Bytes on this rank of the activations of one chunk.
+
+        Args:
+            tokens: that are to be read, all rows and ranks together.
+        """
+        return activation_bytes(self.config, min(tokens, self.chunk), self.activations, self.ranks)
+
+    @property
+    def smallest_chunk(self) -> int:
+        """Tokens below which no chunk is shortened, all rows and ranks together."""
+        return max(_SMALLEST_CHUNK, 64 * self.rows) * self.ranks.sequence
+
+    @property
+    def has_smaller_cache(self) -> bool:
+        """Whether the cache could be kept in fewer bits."""
+        return self.dtype.itemsize > 1
 
     def shortened(self: AnyDemand, room: int) -> AnyDemand:
         """With chunks halved until it fits beside the reserve, or until they are the shortest.
@@ -89,9 +111,11 @@ class Demand:
         Args:
             room: bytes.
         """
-        smallest = max(_SMALLEST_CHUNK, 64 * self.rows) * self.ranks.sequence
         shorter = self
-        while shorter.need(self.total, certain=1.0) > room - RESERVE and shorter.chunk >= 2 * smallest:
+        while (
+            shorter.need(self.total, certain=1.0) > room - RESERVE
+            and shorter.chunk >= 2 * self.smallest_chunk
+        ):
             shorter = replace(shorter, chunk=shorter.chunk // 2)
         return shorter
 

@@ -30,7 +30,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_longattn.cache.head_sizes import layer_sizes
-from hf_longattn.generation.block_planning import BlockShape, shape_of_blocks
+from hf_longattn.generation.block_planning import BlockDemand, BlockShape, shape_of_blocks
 from hf_longattn.generation.clock import START, Clock, Hardware
 from hf_longattn.generation.demand import RESERVE, Demand
 from hf_longattn.generation.prefill import pick_chunk
@@ -42,7 +42,6 @@ from hf_longattn.generation.sizes import (
     as_loaded,
     cache_bytes,
     count_weights,
-    longest,
     read_bytes,
     state_bytes,
     workspace_bytes,
@@ -199,15 +198,22 @@ def _longest(demand: Demand, room: int, asked: bool) -> int:
 
 
 def _plan_blocks(shape: BlockShape, context: int, new_tokens: int, hardware: Hardware) -> Plan:
-    """The plan of a Block Transformer, of which `generate` neither refuses nor shortens anything."""
+    """The plan of a Block Transformer."""
     prompt, middle = max(context - new_tokens, 1), context - new_tokens // 2
-
-    def grown(tokens: int) -> int:
-        workspace = shape.workspace(tokens)
-        return shape.cache(tokens) + workspace.activations + workspace.tokens
-
-    workspace = shape.workspace(context)
-    room = hardware.memory - RESERVE - shape.weights.total - workspace.fixed
+    demand = BlockDemand(
+        config=shape.config,
+        rows=shape.batch_size,
+        prompt=prompt,
+        total=max(context - 1, 1),
+        dtype=shape.dtype,
+        activations=shape.dtype,
+        chunk=shape.most,
+        ranks=shape.ranks,
+        shape=shape,
+    )
+    fixed = shape.workspace(LONGEST, shape.most).fixed
+    room = hardware.memory - RESERVE - shape.weights.total - fixed
+    chunk, picked = demand.shortened(room).chunk, shape.chunk(context)
     return Plan(
         context=context,
         new_tokens=new_tokens,
@@ -215,12 +221,12 @@ def _plan_blocks(shape: BlockShape, context: int, new_tokens: int, hardware: Har
         weights=shape.weights.total,
         cache=shape.cache(context),
         states=0,
-        workspace=workspace,
-        chunk=shape.chunk(context),
-        shortened=False,
+        workspace=shape.workspace(context, chunk),
+        chunk=min(chunk, picked),
+        shortened=chunk < picked,
         memory=hardware.memory,
         room=room,
-        longest=longest(grown, room),
+        longest=_longest(demand, room, asked=False),
         floor_a_token=shape.floor_a_token(middle, hardware),
         expected_a_token=shape.expected_a_token(middle, hardware),
         expected_first_token=shape.expected_first_token(prompt, hardware),

@@ -10,11 +10,11 @@ to what it held, and the error says how many tokens fit.
 import functools
 import traceback
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import OutOfMemoryError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from hf_longattn.cache import LongContextCache
@@ -22,6 +22,7 @@ from hf_longattn.cache.offloaded import full_layers, offload
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.cache.snapshot import Snapshot
 from hf_longattn.devices import free_memory, host_memory
+from hf_longattn.generation.block_planning import BlockDemand, BlockShape
 from hf_longattn.generation.demand import RESERVE, Demand
 from hf_longattn.generation.offloading import held_buffers, is_empty, place_layers
 from hf_longattn.generation.prefill import asked_chunk, pick_chunk
@@ -33,15 +34,30 @@ _GIB = 1024**3
 _PLANNED = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call(Demand):
+@dataclass(frozen=True)
+class Call:
     """One call of `generate`, as far as its memory is concerned.
 
     Args:
         model: that generates.
+        demand: what it asks for.
     """
 
     model: PreTrainedModel
+    demand: Demand
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer, the last of which is never cached."""
+        return self.demand.total + 1
+
+    def fits(self, room: int) -> bool:
+        """Whether the call fits.
+
+        Args:
+            room: bytes.
+        """
+        return self.demand.need(self.demand.total) <= room
 
     def fewest_offloaded(self, room: int) -> int | None:
         """The fewest layers in host memory with which the call fits; None where none do, or the host is full.
@@ -49,27 +65,30 @@ class Call(Demand):
         Args:
             room: bytes.
         """
-        fewest = super().fewest_offloaded(room)
-        size = (fewest or 0) * self.rows * layer_bytes(self.config, self.total, self.dtype)
+        demand = self.demand
+        fewest = demand.fewest_offloaded(room)
+        if not fewest:
+            return fewest
+        size = fewest * demand.rows * layer_bytes(demand.config, demand.total, demand.dtype)
         return fewest if size <= host_memory(self.model.device) else None
 
     def refusal(self, room: int) -> str:
         """Why it does not fit, and what would."""
-        fitting = self.fitting(room)
-        name = "max_new_tokens" if self.prompt < fitting else "input_ids"
-        rows = f" in each of {self.rows} rows" if self.rows > 1 else ""
+        demand, fitting = self.demand, self.demand.fitting(room)
+        name = "max_new_tokens" if demand.prompt < fitting else "input_ids"
+        rows = f" in each of {demand.rows} rows" if demand.rows > 1 else ""
         ways = ["ask for fewer tokens"]
-        if self.rows > 1:
+        if demand.rows > 1:
             ways.append("pass fewer rows or beams at a time")
-        if self.dtype.itemsize > 1:
+        if demand.has_smaller_cache:
             ways.append("keep the cache in 8 bits with `cache_dtype='int8'`")
-        if self.ranks.total == 1 and not self.past and (fewest := self.fewest_offloaded(room)):
+        if demand.ranks.total == 1 and not demand.past and (fewest := self.fewest_offloaded(room)):
             ways.append(f"keep {fewest} layers in host memory with `offload_layers='auto'`, which is slower")
         ways.append("share the prompt among more GPUs with `accelerator=`")
         return (
-            f"`{name}`: a prompt of {self.prompt:,} tokens and {self.total + 1 - self.prompt:,} new{rows} "
-            f"need {self.need(self.total) / _GIB:.2f} GiB for keys, values and a chunk of the prompt, and "
-            f"{room / _GIB:.2f} GiB are there on {self.model.device}; {fitting:,} tokens of prompt and "
+            f"`{name}`: a prompt of {demand.prompt:,} tokens and {self.tokens - demand.prompt:,} new{rows} "
+            f"need {demand.need(demand.total) / _GIB:.2f} GiB for keys, values and a chunk of the prompt, "
+            f"and {room / _GIB:.2f} GiB are there on {self.model.device}; {fitting:,} tokens of prompt and "
             f"answer fit. To make it fit, {'; '.join(ways)}."
         )
 
@@ -122,29 +141,32 @@ class Room:
             call = self.call = _fit_chunk(cache, call, before)
         if before is not None and self.offload_layers == "auto":
             call = self.call = self._offload_to_fit(cache, call, before)
-        if before is not None and call.need(call.total) > before:
+        if before is not None and not call.fits(before):
             raise ValueError(call.refusal(before))
-        _reserve(cache, call.total)
+        _reserve(cache, call.demand.total)
 
     def _offload_to_fit(self, cache: Any, call: Call, room: int) -> Call:
         """The call with as many layers in host memory as it takes to fit, where that can be had."""
+        if not isinstance(cache, LongContextCache):
+            return call
         if cache.offload_layers or not is_empty(cache) or not full_layers(cache.layers):
             return call
         count = call.fewest_offloaded(room)
         if not count:
             return call
-        offload(cache.layers, count, call.config)
+        demand = call.demand
+        offload(cache.layers, count, demand.config)
         warn_slow(
             "offload_layers",
-            f"keys and values of {count} of {number_of_layers(call.config)} layers wait in host memory, so "
-            f"that {call.total + 1:,} tokens fit on {self.model.device}",
+            f"keys and values of {count} of {number_of_layers(demand.config)} layers wait in host memory, so "
+            f"that {call.tokens:,} tokens fit on {self.model.device}",
         )
-        return replace(call, offload=count)
+        return replace(call, demand=replace(demand, offload=count))
 
     def _free(self, cache: Any) -> int | None:
         """The least that any rank has free, so that all of them refuse alike."""
         free = free_memory(self.model.device)
-        if free is None or not isinstance(cache, ShardedCache):
+        if free is None or getattr(cache, "group", None) is None:
             return free
         return int(cache.group.control.gather(torch.tensor([free], device=self.model.device)).min())
 
@@ -152,37 +174,60 @@ class Room:
         self, generation_config: Any, model_kwargs: Any, mode: Any, batch_size: int, max_cache_length: int
     ) -> Call | None:
         """What the call asks for; None where its memory is not ours to count."""
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         placement = getattr(self.model, "hf_device_map", None) or {}
-        if not isinstance(cache, LongContextCache) or len(set(placement.values())) > 1:
-            return None
         config = self.model.config.get_text_config(decoder=True)
-        kinds, states = get_layer_types_and_kwargs(config)[0], state_bytes(config)
-        if any(kind not in _PLANNED and index not in states for index, kind in enumerate(kinds)):
+        if cache is None or len(set(placement.values())) > 1:
             return None
-        ranks = cache.group.world_size if isinstance(cache, ShardedCache) else 1
+        has_blocks = hasattr(self.model, "decode_blocks")
+        if not has_blocks and not _is_counted(cache, config):
+            return None
+        group = getattr(cache, "group", None)
+        ranks = Ranks(1 if group is None else group.world_size, getattr(self.model, "tp_size", None) or 1)
         mask = model_kwargs.get("attention_mask")
         new = generation_config.max_new_tokens or 1
         known = isinstance(mask, torch.Tensor) and mask.ndim == 2
         prompt = mask.shape[1] if known else max_cache_length + 1 - new
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        chunk = asked_chunk(self.chunk, generation_config) or pick_chunk(rows, self.model.device, ranks)
+        asked = asked_chunk(self.chunk, generation_config)
         cache.fitting_chunk = None
-        return Call(
-            model=self.model,
-            config=config,
-            rows=rows,
-            prompt=prompt,
+        fields = {
+            "config": config,
+            "rows": rows,
+            "prompt": prompt,
             # The ids may be those of the new tokens alone, with a mask of all.
-            total=max(max_cache_length, prompt + new - 1),
-            past=int(cache.get_seq_length()),
+            "total": max(max_cache_length, prompt + new - 1),
+            "past": int(cache.get_seq_length()),
+            "activations": self.model.dtype,
+            "ranks": ranks,
+        }
+        count = self._of_blocks if has_blocks else self._of_tokens
+        return Call(self.model, count(cache, asked, fields))
+
+    def _of_tokens(self, cache: Any, asked: int | None, fields: dict[str, Any]) -> Demand:
+        """The demand on a cache of tokens."""
+        rows, ranks = fields["rows"], fields["ranks"].sequence
+        return Demand(
+            **fields,
             spare=_spare(cache),
             dtype=getattr(cache, "cache_dtype", None) or self.model.dtype,
-            activations=self.model.dtype,
-            chunk=chunk * rows,
-            ranks=Ranks(ranks, getattr(self.model, "tp_size", None) or 1),
+            chunk=(asked or pick_chunk(rows, self.model.device, ranks)) * rows,
             offload=cache.offload_layers,
         )
+
+    def _of_blocks(self, cache: Any, asked: int | None, fields: dict[str, Any]) -> Demand:
+        """The demand on a cache of blocks, which may fill the buffers of a program that was kept."""
+        model, rows = self.model, fields["rows"]
+        block = cast(Any, model.base_model).block_decoder.config
+        shape = BlockShape(fields["config"], block, rows, model.dtype, fields["ranks"], model.device)
+        chunk = asked * rows if asked else shape.most
+        demand = BlockDemand(**fields, dtype=model.dtype, chunk=chunk, shape=shape)
+        kept = vars(model).get("_kept_program")
+        held = [cache] if kept is None or kept.program is None else [cache, kept.program.decoding.cache]
+        layers = [layer for each in held for layer in each.layers if layer.is_initialized]
+        # What makes way for this call, or is filled by it, is not what the past takes.
+        room = sum(layer._keys.nbytes + layer._values.nbytes for layer in layers)
+        return replace(demand, spare=room - demand.kept(demand.past))
 
     def _run(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
@@ -210,19 +255,29 @@ class Room:
             return f"{words}; {left}."
         # What was free was not enough: less of it is promised now.
         room = min(self.before, now) - min(RESERVE, min(self.before, now) // 8)
-        fitting = max(min(self.call.fitting(room), self.call.total), self.call.past)
+        demand = self.call.demand
+        fitting = max(min(demand.fitting(room), demand.total), demand.past)
         return (
-            f"{words}: {self.call.total + 1:,} tokens of prompt and answer were asked for and about "
+            f"{words}: {self.call.tokens:,} tokens of prompt and answer were asked for and about "
             f"{fitting:,} fit; {left}."
         )
 
 
-def _fit_chunk(cache: LongContextCache, call: Call, room: int) -> Call:
+def _is_counted(cache: Any, config: PreTrainedConfig) -> bool:
+    """Whether it is a cache of ours, with layers that the counts know."""
+    if not isinstance(cache, LongContextCache):
+        return False
+    kinds, states = get_layer_types_and_kwargs(config)[0], state_bytes(config)
+    return all(kind in _PLANNED or index in states for index, kind in enumerate(kinds))
+
+
+def _fit_chunk(cache: Any, call: Call, room: int) -> Call:
     """The call with chunks that fit, of which its cache is told."""
-    shorter = call.shortened(room)
-    if shorter is not call:
-        cache.fitting_chunk = shorter.chunk // call.rows
-    return shorter
+    shorter = call.demand.shortened(room)
+    if shorter is call.demand:
+        return call
+    cache.fitting_chunk = shorter.chunk // shorter.rows
+    return replace(call, demand=shorter)
 
 
 def _left_behind(cache: Any, snapshot: Snapshot | None) -> str:
@@ -235,9 +290,9 @@ def _left_behind(cache: Any, snapshot: Snapshot | None) -> str:
     )
 
 
-def _reserve(cache: LongContextCache, tokens: int) -> None:
+def _reserve(cache: Any, tokens: int) -> None:
     """Makes room for a whole call in layers that have none: memory that moves is a graph captured anew."""
-    if not isinstance(cache, ShardedCache):
+    if isinstance(cache, LongContextCache) and not isinstance(cache, ShardedCache):
         layers: list[Any] = cache.layers
         for layer in layers:
             layer.reserve(tokens)

@@ -77,7 +77,8 @@ class Workspace:
         graph: the pool of a captured step.
         tokens: ids and masks.
         libraries: what the library of matrix products keeps.
-        rehearsal: copies of states while a step is captured, beyond the activations that are gone by then.
+        rehearsal: copies of states while a step is captured, beyond the activations that are gone by then; of
+            a Block Transformer, of the open blocks, or what the token decoder takes behind the prompt.
         open_block: of a Block Transformer, keys, values and context of the open block.
     """
 

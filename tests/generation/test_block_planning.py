@@ -8,7 +8,7 @@ import torch
 
 import hf_longattn
 from hf_longattn import BlockTransformerConfig
-from hf_longattn.generation import blocks
+from hf_longattn.generation import blocks, demand
 from hf_longattn.generation.block_planning import count_block_weights, shape_of_blocks
 from hf_longattn.generation.clock import Hardware
 from hf_longattn.generation.planning import plan_generation
@@ -107,9 +107,13 @@ def test_the_longest_fits_and_one_block_more_does_not():
     config, hardware = BlockTransformerConfig(), Hardware(memory=3 << 30)
     plan = plan_generation(config, 4096, hardware=hardware)
     at_limit = plan_generation(config, plan.longest, hardware=hardware)
-    assert plan.fits and at_limit.fits and at_limit.peak + (1 << 30) <= hardware.memory
+    assert plan.fits and at_limit.fits and at_limit.longest == plan.longest
+    # What is counted in full eats into the reserve by half of the shortest chunk, and by ids and masks.
+    over = at_limit.peak - (hardware.memory - demand.RESERVE)
+    assert over <= at_limit.workspace.activations / 2 + at_limit.workspace.tokens
+    assert at_limit.shortened and at_limit.chunk == 512 * config.block_length
     beyond = plan_generation(config, plan.longest + config.block_length, hardware=hardware)
-    assert not beyond.fits and beyond.peak + (1 << 30) > hardware.memory
+    assert not beyond.fits and beyond.peak + demand.RESERVE > hardware.memory
 
 
 def test_what_blocks_do_not_have_is_refused():

@@ -2,14 +2,12 @@
 
 import re
 import threading
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from living import Living
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_longattn
@@ -409,33 +407,6 @@ def test_restore_gives_generate_back():
     assert "generate" in vars(model)
     hf_longattn.restore(model)
     assert "generate" not in vars(model)
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def forget(self, address, size):
-        self.known.discard(address)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is None or storage._cdata in self.known | given:
-                continue
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        return output
 
 
 @pytest.mark.parametrize(("family", "feed_forward"), [("llama", 3), ("gpt-neox", 2), ("phi3", 4)], ids=str)

@@ -185,6 +185,8 @@ class BlockTransformerCache(Cache):
     group: Any = None
     # Whether the prompt that this was made for is one document a row, without pads; None: unknown.
     whole_prompt: bool | None = None
+    # Tokens of each row in a chunk of the prompt, where memory has no room for longer ones.
+    fitting_chunk: int | None = None
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
         self.block_length = config.block_length

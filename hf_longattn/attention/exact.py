@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_longattn.attention.packing import check_documents, check_lengths, read_lengths
 from hf_longattn.attention.padded_rows import attend_rows, empty_slots
 from hf_longattn.attention.quantized import attend_pieces, bias_of, piece_of
 from hf_longattn.cache.guarded_states import GuardedStates
@@ -63,8 +64,9 @@ def read_options(module: Any, scaling: float | None, dropout: float, keywords: d
         the `Options`.
 
     Raises:
-        ValueError: `output_attentions=True`: the weights are never all in memory.
-        TypeError: a keyword that would change the result and is not known here.
+        ValueError: `output_attentions=True`: the weights are never all in memory; or cumulative lengths
+            that do not fit each other.
+        TypeError: a keyword that would change the result and is not known here, or lengths of another type.
     """
     keywords = {name: value for name, value in keywords.items() if value is not None}
     if keywords.pop("output_attentions", False):
@@ -73,7 +75,7 @@ def read_options(module: Any, scaling: float | None, dropout: float, keywords: d
             "implementation never builds; load the model with `attn_implementation='eager'` to get it."
         )
     causal = keywords.pop("is_causal", getattr(module, "is_causal", True))
-    cu_seqlens_q, cu_seqlens_k = keywords.pop("cu_seq_lens_q", None), keywords.pop("cu_seq_lens_k", None)
+    cu_seqlens = read_lengths(module, keywords)
     options = Options(
         causal=bool(causal),
         scale=scaling,
@@ -84,7 +86,7 @@ def read_options(module: Any, scaling: float | None, dropout: float, keywords: d
         bias=keywords.pop("position_bias", None),
         position_ids=keywords.pop("position_ids", None),
         documents=keywords.pop("seq_idx", None),
-        cu_seqlens=None if cu_seqlens_q is None else (cu_seqlens_q, _or(cu_seqlens_k, cu_seqlens_q)),
+        cu_seqlens=cu_seqlens,
     )
     if unknown := sorted(set(keywords) - _WITHOUT_EFFECT):
         raise TypeError(
@@ -109,10 +111,6 @@ def unsupported(mask: LazyMask | Tensor | None, options: Options) -> str | None:
         "attention_mask": not isinstance(mask, LazyMask) or mask.pattern is None,
     }
     return next((name for name, present in refused.items() if present), None)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -274,12 +272,15 @@ def _narrow_to_window(limits: KeyRange, query: Tensor, key: Tensor, window: int,
 def _pack(limits: KeyRange, query: Tensor, key: Tensor, mask: LazyMask | None, options: Options) -> KeyRange:
     """Keeps packed documents apart: by cumulative lengths, document ids, or positions that restart at 0."""
     if options.cu_seqlens is not None:
-        sizes = query.shape[2], query.shape[0], key.shape[2]
+        sizes = queries, batch, keys = query.shape[2], query.shape[0], key.shape[2]
+        alike = options.causal and queries == keys
+        check_lengths(options.cu_seqlens, batch * queries, batch * keys, mask, alike)
         lower, upper, diagonal = packed_bounds(*options.cu_seqlens, *sizes)
         return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal) if options.causal else upper)
     if query.shape[2] != key.shape[2] or query.shape[2] == 1:
         return limits
     if options.documents is not None:
+        check_documents(options.documents, query.shape[0], query.shape[2])
         return limits.narrowed(*document_bounds(options.documents))
     if mask is None or options.position_ids is None or not options.causal:
         return limits

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_longattn.attention.exact import Options, read_options
+from hf_longattn.attention.packing import check_documents, check_lengths
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, RecurrentStates, lightning_layers
 from hf_longattn.cache.sharded import ShardedRecurrentLayer
@@ -300,7 +301,12 @@ def _make_rows(
     stepping = layer is not None and query.shape[2] <= FEW_TOKENS and device.type != "cpu"
     rows = TokenRows(exists, look=not (is_tracing(query) or stepping))
     if query.shape[2] == total > 1:
-        rows.bounds = None if options.cu_seqlens is None else options.cu_seqlens[0]
+        if options.cu_seqlens is not None:
+            tokens = query.shape[0] * query.shape[2]
+            check_lengths(options.cu_seqlens, tokens, tokens, mask, alike=True)
+            rows.bounds = options.cu_seqlens[0]
+        if options.documents is not None:
+            check_documents(options.documents, query.shape[0], query.shape[2])
         if rows.bounds is None and mask is not None and mask.pattern is None:
             rows.bounds = _traced_bounds(mask, options)
         elif rows.bounds is None:

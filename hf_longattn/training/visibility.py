@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_longattn.attention.packing import check_documents, check_lengths, read_lengths
 from hf_longattn.kernels.key_range import KeyRange
 from hf_longattn.masking import LazyMask, document_bounds, packed_bounds
 from hf_longattn.parallel.sequence import SequenceShare
 
-# Arguments of a layer that say how documents are packed into a row.
+# Arguments of a layer that say how documents are packed into a row; the first three say where they end.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 
 
@@ -188,7 +189,7 @@ class VisibilityCache:
 def _dense_visibility(
     mask: Tensor | None, arguments: dict[str, Any], blocks: list[slice], device: torch.device
 ) -> Visibility:
-    packed = [name for name in PACKING if isinstance(arguments.get(name), Tensor)]
+    packed = [name for name in PACKING[:3] if arguments.get(name) is not None]
     length = blocks[-1].stop
     if mask is not None and (packed or mask.ndim != 4 or mask.shape[-2:] != (length, length)):
         raise ValueError(
@@ -196,7 +197,7 @@ def _dense_visibility(
             f"shape {tuple(mask.shape)}{' and ' + ', '.join(packed) if packed else ''}."
         )
     limits = KeyRange(causal=True)
-    return Visibility(_pack(limits, arguments, length) if packed else limits, blocks, mask)
+    return Visibility(_pack(limits, arguments, length, None) if packed else limits, blocks, mask)
 
 
 def _limits(mask: LazyMask, arguments: dict[str, Any], length: int, device: torch.device) -> KeyRange:
@@ -208,16 +209,19 @@ def _limits(mask: LazyMask, arguments: dict[str, Any], length: int, device: torc
             f"mask function {name!r}; train this model unprepared, with gradient checkpointing."
         )
     positions = arguments.get("position_ids")
-    if any(isinstance(arguments.get(name), Tensor) for name in PACKING):
-        return _pack(limits, arguments, length, mask.batch_size)
+    if any(arguments.get(name) is not None for name in PACKING[:3]):
+        return _pack(limits, arguments, length, mask)
     return limits if positions is None else mask.apart(limits, positions)
 
 
-def _pack(limits: KeyRange, arguments: dict[str, Any], length: int, batch: int = 1) -> KeyRange:
-    lengths, documents = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
+def _pack(limits: KeyRange, arguments: dict[str, Any], length: int, mask: LazyMask | None) -> KeyRange:
+    lengths, documents = read_lengths(None, dict(arguments)), arguments.get("seq_idx")
+    batch = 1 if mask is None else mask.batch_size
     if lengths is not None:
-        keys = arguments.get("cu_seq_lens_k")
-        sizes = length, batch, length
-        lower, upper, diagonal = packed_bounds(lengths, lengths if keys is None else keys, *sizes)
+        check_lengths(lengths, batch * length, batch * length, mask, alike=True)
+        lower, upper, diagonal = packed_bounds(*lengths, length, batch, length)
         return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal))
-    return limits if documents is None else limits.narrowed(*document_bounds(documents))
+    if documents is None:
+        return limits
+    check_documents(documents, len(documents) if mask is None else batch, length)
+    return limits.narrowed(*document_bounds(documents))

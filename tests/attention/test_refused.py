@@ -93,3 +93,47 @@ def test_window_on_a_layer_without_a_side():
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match="sliding_window"):
         tree_attention_forward(Layer(), q, q, q, None, sliding_window=2, is_causal=False)
+
+
+def bounds(*numbers, dtype=torch.int32):
+    return torch.tensor(numbers, dtype=dtype)
+
+
+RIGHT = bounds(0, 5, 12)
+PACKINGS = {
+    "keys alone": ({"cu_seq_lens_k": RIGHT}, "`cu_seq_lens_k` came without `cu_seq_lens_q`"),
+    "a list": ({"cu_seq_lens_q": [0, 5, 12]}, "`cu_seq_lens_q` must be a tensor of int32 or int64, got list"),
+    "floats": ({"cu_seq_lens_q": bounds(0, 5, 12, dtype=torch.float32)}, "got torch.float32"),
+    "rows": ({"cu_seq_lens_q": RIGHT[None]}, r"`cu_seq_lens_q` must be \(documents \+ 1,\)"),
+    "counts": ({"cu_seq_lens_q": RIGHT, "cu_seq_lens_k": RIGHT[1:]}, "as many for queries as for keys"),
+    "no zero": ({"cu_seq_lens_q": RIGHT[1:]}, "must rise from 0 .* got 5 to 12"),
+    "too many": ({"cu_seq_lens_q": bounds(0, 5, 13)}, "must rise from 0 .* 12 here, got 0 to 13"),
+    "falling": ({"cu_seq_lens_q": bounds(0, 7, 5, 12)}, "got falling numbers"),
+    "two": ({"cu_seq_lens_q": RIGHT, "cu_seq_lens_k": bounds(0, 6, 12)}, "`cu_seq_lens_q` and .* differ"),
+    "documents": ({"seq_idx": torch.zeros(1, 11, dtype=torch.long)}, r"`seq_idx` must be \(1, 12\)"),
+}
+
+
+@pytest.mark.parametrize("how", ["tree_attention", "blockwise_attention", "lightning_attention", "trained"])
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_packing_of_other_tokens(kind, how):
+    packing, message = PACKINGS[kind]
+    model = tiny.build("llama", "blockwise_attention" if how == "trained" else how)
+    if how == "trained":
+        hf_longattn.prepare_training(model, block_size=5)
+    ids = tiny.tokens(1, 12)
+    with pytest.raises((ValueError, TypeError), match=message):
+        model(input_ids=ids, labels=ids, use_cache=False, **packing)
+
+
+@pytest.mark.parametrize("targets", [(0, 4, 12), (0, 4, 9)], ids=["as-many", "fewer"])
+def test_packing_of_encoder_decoders_by_two_lengths(targets):
+    config = tf.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=97,
+    )  # fmt: skip
+    config._attn_implementation = "tree_attention"
+    model = tf.BartForConditionalGeneration(config)
+    packing = {"cu_seq_lens_q": bounds(*targets), "cu_seq_lens_k": RIGHT}
+    with pytest.raises(ValueError, match="an encoder-decoder hands one pair"):
+        model(tiny.tokens(1, 12), decoder_input_ids=tiny.tokens(1, targets[-1]), use_cache=False, **packing)

@@ -68,6 +68,16 @@ def test_answers_are_those_of_separate_runs(family, mode, given):
     assert result[0] != result[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_sixteen_questions_about_one_document(device):
+    lengths = [1 + 7 * row % WIDTH for row in range(16)]
+    model, (ids, mask) = build("gemma2", device), questions(lengths)
+    document = read_prefix(model)
+    result = answers(model, ids, mask, document.fork(rows=16))
+    assert result == answers_alone(tiny.build("gemma2").to(device), ids, lengths)
+    assert len({tuple(row) for row in result}) == 16 and document.get_seq_length() == PREFIX
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_long_answers_grow_the_suffixes_alone(family):

@@ -53,7 +53,8 @@ def lasting_buffers() -> Iterator[None]:
 
     What is made in that mode cannot be written to outside of it, and a cache may go on in the other one.
     """
-    if not torch.is_inference_mode_enabled():
+    # The question would end a compiler's graph, and what that makes stays in the mode it was called in.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
     # To leave the mode asks for gradients again.
@@ -211,7 +212,14 @@ class PreallocatedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.capacity = max(self.capacity, count)
             self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None
+        assert self._keys is not None and self._values is not None
+        for held, new in ((self._keys, key_states), (self._values, value_states)):
+            if (held.shape[1], held.shape[3]) != (new.shape[1], new.shape[3]):
+                raise ValueError(
+                    f"`past_key_values` holds {held.shape[1]} heads x {held.shape[3]} in a layer, got "
+                    f"{new.shape[1]} x {new.shape[3]}: another model filled it; pass a cache made from this "
+                    "model's config."
+                )
         if key_states.shape[0] != self._keys.shape[0]:
             raise ValueError(
                 f"`past_key_values` holds {self._keys.shape[0]} sequences, got a batch of "

@@ -34,6 +34,10 @@ _GRAPH_DEVICES = ("cuda",)
 _MAX_TOKENS = 16
 # A mask that outgrows its buffer gets this much more room.
 _MASK_ROOM = 4096
+_NOT_COMPILED = (
+    "a prepared model captures its decoding steps: compile it without `fullgraph`, compile its layers, or "
+    "prepare it with `cuda_graph=False`"
+)
 _TENSORS = ("input_ids", "position_ids", "attention_mask")
 # Keywords of a decoding step that are the same at every step, with the values that a graph may hold.
 _CONSTANT = {"use_cache": (True, None), "return_dict": (True, None), "logits_to_keep": None}
@@ -140,6 +144,8 @@ class GraphDecoder:
         self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
         self.given_up = False
         self.stand_in: Any = None
+        # What captures and replays is no part of a graph that a compiler makes of the model.
+        self._uncompiled_step: Any = torch.compiler.disable(self._step, reason=_NOT_COMPILED)
 
     def owns_forward(self) -> bool:
         """Whether the model's forward is its class's, or ours: `stand_in` is what the instance was given."""
@@ -154,7 +160,7 @@ class GraphDecoder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args or self.given_up or not self._fits(kwargs):
                 return self.original(*args, **kwargs)
-            return self._step(kwargs)
+            return self._uncompiled_step(kwargs)
 
         return forward
 

@@ -214,6 +214,23 @@ def test_graph_gives_the_tokens_of_eager(family, mode):
 
 
 @gpu
+@pytest.mark.parametrize("part", ["model", "forward", "layers"])
+def test_steps_of_a_compiled_model_are_captured(part):
+    """`tests/generation/test_replay.py` holds the same on a CPU, with a stand-in for the graph."""
+    ids, mask = tiny.tokens(2, 23).cuda(), tiny.padding([23, 9], 23, "left").cuda()
+    expected, model = generate(tiny.build("llama").cuda(), ids, mask), tiny.build("llama").cuda()
+    torch._dynamo.reset()
+    if part == "forward":
+        model.forward = torch.compile(model.forward, fullgraph=True)
+    for module in {"model": [model], "layers": model.model.layers}.get(part, []):
+        module.compile()
+    # True raises where a step cannot be captured.
+    hf_longattn.prepare_generation(model, prefill_chunk_size=8, cuda_graph=True)
+    assert [generate(model, ids, mask) for _ in range(2)] == [expected] * 2
+    torch._dynamo.reset()
+
+
+@gpu
 def test_one_capture_serves_a_whole_answer(monkeypatch):
     captures = []
     real = GraphDecoder._capture

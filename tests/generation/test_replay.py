@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longattn
@@ -11,6 +12,9 @@ from hf_longattn.generation import graph
 from hf_longattn.generation.graph import GraphDecoder, Step, device_lengths
 
 FAMILIES = ["llama", "gemma2", pytest.param("gpt-neox", marks=pytest.mark.slow)]
+
+
+_CAPTURE = GraphDecoder._capture
 
 
 class _Replayed:
@@ -138,6 +142,57 @@ def test_a_step_of_autocast_is_not_replayed_outside_of_it(graphs):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 model(input_ids=ids[:, :1], past_key_values=cache)
             assert len(graphs) == captured
+
+
+def compile_parts(model, part, **options):
+    """The model, of which a user has compiled itself in place, its forward, or its layers."""
+    if part == "forward":
+        model.forward = torch.compile(model.forward, fullgraph=True, **options)
+    for module in {"model": [model], "layers": model.model.layers}.get(part, []):
+        module.compile(**options)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "order"), [("model", "before"), ("model", "after"), ("forward", "before"), ("layers", "after")]
+)
+def test_steps_of_a_compiled_model(part, order, graphs, monkeypatch):
+    """What a compiler traces are the model and its layers: not the capture, and nothing new inside of it."""
+    traced, stand_in = [], GraphDecoder._capture
+
+    def capture(rehearse, step):
+        rehearse()
+        before = counters["frames"]["total"], counters["stats"]["unique_graphs"]
+        output = step()
+        assert before == (counters["frames"]["total"], counters["stats"]["unique_graphs"])
+        traced.append(output)
+        return None, output
+
+    def both(self, kwargs, cache, graphs, count):
+        assert not torch.compiler.is_compiling()
+        _CAPTURE(self, kwargs, cache, graphs, count)
+        # The capture has moved them on.
+        graphs.clocks.clear()
+        return stand_in(self, kwargs, cache, graphs, count)
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(GraphDecoder, "_capture", both)
+    ids, mask = tiny.tokens(2, 17), tiny.padding([17, 9], 17, "left")
+    expected, model = generate(tiny.build("llama"), ids, mask), tiny.build("llama")
+    torch._dynamo.reset()
+    try:
+        model = compile_parts(model, part, backend="eager") if order == "before" else model
+        hf_longattn.prepare_generation(model)
+        model = compile_parts(model, part, backend="eager") if order == "after" else model
+        counters.clear()
+        assert generate(model, ids, mask) == expected
+    finally:
+        torch._dynamo.reset()
+    assert len(traced) == 1 and [graph.replays for graph in graphs] == [13]
+    assert counters["stats"]["unique_graphs"] >= 1
+    # The call of a step ends a graph where the whole model is compiled in place; nothing else does.
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
 
 class _Casts(TorchDispatchMode):

@@ -7,6 +7,7 @@ streamers and stopping criteria come in the order of transformers' own loop.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
 from hf_longattn.generation.choice import TokenChoice
+from hf_longattn.generation.draws import DrawnNumbers
 from hf_longattn.generation.graph import GraphDecoder, obstacle, reason_of
 from hf_longattn.generation.kept import KeptProgram, same_place
 from hf_longattn.generation.linear import Products
@@ -85,21 +87,30 @@ class BlockProgram:
         self.length += 1
         return tokens
 
-    def _go_on(self, count: int) -> None:
+    def _go_on(self, count: int, note: Callable[[int], None] | None = None) -> None:
         """Adds `count` tokens; only the last one has to stay where the next steps find it."""
         tokens = self.tokens
         for step in range(count):
             tokens = self._add(self.decoding.step(tokens), step)
+            if note is not None:
+                note(self.length)
         self.columns.add_(count)
         self.tokens.copy_(tokens)
 
-    def run(self, count: int) -> None:
-        """Adds `count` tokens, at most L; a graph always adds L, and the rest is for nothing."""
-        if self.graph is not None:
-            self.graph.replay()
-            self.length += self.span
+    def run(self, count: int, note: Callable[[int], None] | None = None) -> None:
+        """Adds `count` tokens, at most L; a graph always adds L, and the rest is for nothing.
+
+        Args:
+            count: tokens.
+            note: gets the length wherever the host has just launched a token.
+        """
+        if self.graph is None:
+            self._go_on(count, note)
             return
-        self._go_on(count)
+        self.graph.replay()
+        self.length += self.span
+        if note is not None:
+            note(self.length)
 
     def end_rows(self, unfinished: Tensor) -> None:
         """Takes over which rows (B,) go on, and the last tokens, where the host has decided."""
@@ -285,9 +296,10 @@ def _sample(
             program = BlockProgram(decoding, choice, input_ids, room, _kept(generation_config))
             program.choose(decoding.first())
         criteria = criteria_on_host(stopping_criteria, generation_config)
-        spectator = Spectator(program, criteria, streamer)
-        _decode(spectator, generation_config.max_length, captures, not lasting)
+        spectator, drawn = Spectator(program, criteria, streamer), DrawnNumbers(program)
+        _decode(spectator, drawn, generation_config.max_length, captures, not lasting)
         program = spectator.program
+        drawn.take_back(program, spectator.length)
         if lasting:
             taken = program.ids[:, prompt : program.length - 1]
             program.decoding.finish(taken, program.length - spectator.length)
@@ -392,7 +404,9 @@ class _Captures:
         return program, steps or count
 
 
-def _decode(spectator: Spectator, max_length: int, captures: _Captures, ahead: bool) -> None:
+def _decode(
+    spectator: Spectator, drawn: DrawnNumbers, max_length: int, captures: _Captures, ahead: bool
+) -> None:
     """Adds tokens until every row has ended.
 
     `ahead` says that tokens behind the end do no harm: the next program is then queued before the host has
@@ -405,12 +419,12 @@ def _decode(spectator: Spectator, max_length: int, captures: _Captures, ahead: b
         left = max_length - program.length
         queued = ahead and program.graph is not None and left > 0
         if queued:
-            program.run(program.span)
+            program.run(program.span, drawn.note)
         if not spectator.watch():
             return
         if not queued:
             spectator.program, count = captures.find(program, left)
-            spectator.program.run(count)
+            spectator.program.run(count, drawn.note)
 
 
 def _kept(generation_config: Any) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class TokenChoice:
         self.pad = torch.zeros((), dtype=torch.long) if pad is None else pad
         self.pad = self.pad.to(device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.noise: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, seen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens (B,), scores (B, V)) of logits (B, V) behind the tokens `seen` (B, >= 1).
@@ -52,6 +53,7 @@ class TokenChoice:
             probabilities = scores.softmax(dim=-1)
             # What `torch.multinomial` computes for one draw, without its check, which stops for the device.
             noise = torch.empty_like(probabilities).exponential_()
+            self.noise = noise.shape, noise.dtype
             tokens = (probabilities / noise).argmax(dim=-1)
         else:
             tokens = scores.argmax(dim=-1)
@@ -60,6 +62,12 @@ class TokenChoice:
             # `torch.isin` sorts where the ends are many, which waits for the device.
             self.finished.logical_or_((tokens[:, None] == self.ends).any(dim=1))
         return tokens, scores
+
+    def draw_again(self) -> None:
+        """Draws the random numbers of one choice, like the last one, for nothing."""
+        if self.noise is not None:
+            shape, dtype = self.noise
+            torch.empty(shape, dtype=dtype, device=self.finished.device).exponential_()
 
     def takes_largest(self) -> bool:
         """Whether the token is that of the largest logit, which the logits' own dtype shows as fp32 does."""

@@ -1,4 +1,7 @@
-"""Adapters of PEFT under `prepare_generation`: the tokens of plain PEFT, whatever the chunks."""
+"""Adapters of PEFT under `prepare_generation`: the tokens of plain PEFT, whatever the chunks.
+
+Where PEFT is missing, `test_graph.py` still captures steps through adapted layers of its own.
+"""
 
 import pytest
 import tiny
@@ -29,18 +32,19 @@ KINDS = {
 }
 
 
-def build(config, order):
-    model = tiny.build("llama")
+def build(config, order, device="cpu", **fields):
+    model, fields = tiny.build("llama").to(device), {"prefill_chunk_size": 5, **fields}
     if order == "before":
-        hf_longattn.prepare_generation(model, prefill_chunk_size=5)
+        hf_longattn.prepare_generation(model, **fields)
     torch.manual_seed(3)
     model = peft.get_peft_model(model, config).eval()
-    return hf_longattn.prepare_generation(model, prefill_chunk_size=5) if order == "after" else model
+    return hf_longattn.prepare_generation(model, **fields) if order == "after" else model
 
 
 def generate(model, rows, **options):
-    mask = tiny.padding([23, 10][:rows], 23, "left")
-    call = {"input_ids": IDS[:rows], "attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    mask = tiny.padding([23, 10][:rows], 23, "left").to(model.device)
+    ids = IDS[:rows].to(model.device)
+    call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
     return model.generate(**call, **options).tolist()
 
 
@@ -51,6 +55,16 @@ def test_tokens_are_those_of_plain_peft(kind):
     assert expected != generate(tiny.build("llama"), rows), "the adapter does nothing"
     for order in ("before", "after"):
         assert generate(build(KINDS[kind], order), rows) == expected, order
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_steps_with_adapters_are_captured(kind):
+    expected = generate(build(KINDS[kind], "never", "cuda"), 2)
+    assert expected != generate(tiny.build("llama").cuda(), 2), "the adapter does nothing"
+    for order in ("before", "after"):
+        # True refuses a call whose steps cannot be captured.
+        assert generate(build(KINDS[kind], order, "cuda", cuda_graph=True), 2) == expected, order
 
 
 def test_an_adapter_for_each_row():

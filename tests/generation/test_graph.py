@@ -113,7 +113,10 @@ def model_and_cache(name):
     """A model that our attention runs, and an empty cache of ours for it."""
     cache_dtype = "int8" if name == "int8" else None
     name = "gemma2" if name == "int8" else name
-    model = tiny.build(name, "tree_attention") if name in FAMILIES else tiny.build_lightning(name)
+    if name in LAYERS:
+        model = build_with(name)
+    else:
+        model = tiny.build(name, "tree_attention") if name in FAMILIES else tiny.build_lightning(name)
     hf_longattn.prepare_generation(tiny.capturable(model))
     if name == "minimax":
         from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
@@ -122,10 +125,51 @@ def model_and_cache(name):
     return model, LongContextCache(model.config, 40, cache_dtype)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with a product of low rank beside it, as LoRA has."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+        self.down = torch.nn.Linear(linear.in_features, 4, bias=False)
+        self.up = torch.nn.Linear(4, linear.out_features, bias=False)
+
+    def forward(self, states):
+        return self.base_layer(states) + self.up(self.down(states))
+
+
+class EightBits(torch.nn.Module):
+    """A linear layer whose weight is kept in 8 bits, with a scale for each row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = torch.nn.Parameter(linear.weight.abs().amax(1, keepdim=True) / 127, requires_grad=False)
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), False)
+
+    def forward(self, states):
+        return torch.nn.functional.linear(states, self.weight.to(states.dtype) * self.scale)
+
+
+LAYERS = {"adapter": Adapted, "8-bit-weights": EightBits}
+
+
+def build_with(kind):
+    """A Llama whose linear layers are of another kind, but for the head."""
+    model = tiny.build("llama")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, child in list(part.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(part, name, LAYERS[kind](child))
+    return model
+
+
 LIGHTNING = ["model", "hybrid", "flag", "flag-hybrid", "neox-flag", "minimax"]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "int8", *LIGHTNING])
+@pytest.mark.parametrize("name", [*FAMILIES, "int8", *LIGHTNING, *LAYERS])
 @pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
 def test_a_captured_step_never_asks_the_device(name, positions, monkeypatch):
     (model, cache), clocks = model_and_cache(name), {}
@@ -228,6 +272,17 @@ def test_steps_of_a_compiled_model_are_captured(part):
     hf_longattn.prepare_generation(model, prefill_chunk_size=8, cuda_graph=True)
     assert [generate(model, ids, mask) for _ in range(2)] == [expected] * 2
     torch._dynamo.reset()
+
+
+@gpu
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_another_kind_are_captured(kind):
+    """What PEFT and packages of quantised weights put in the place of linear layers, without the packages."""
+    ids, mask = tiny.tokens(2, 23).cuda(), tiny.padding([23, 9], 23, "left").cuda()
+    expected = generate(build_with(kind).cuda(), ids, mask)
+    assert expected != generate(tiny.build("llama").cuda(), ids, mask)
+    model = hf_longattn.prepare_generation(build_with(kind).cuda(), prefill_chunk_size=8, cuda_graph=True)
+    assert generate(model, ids, mask) == expected
 
 
 @gpu

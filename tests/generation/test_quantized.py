@@ -1,4 +1,7 @@
-"""Quantised weights under `prepare_generation`: the tokens of the same model unprepared."""
+"""Quantised weights under `prepare_generation`: the tokens of the same model unprepared.
+
+Where a package is missing, `test_graph.py` still captures steps through layers of 8-bit weights of its own.
+"""
 
 import pytest
 import quantized
@@ -13,9 +16,12 @@ def folder(tmp_path_factory):
 
 
 @quantized.kinds
-def test_tokens_are_those_of_the_unprepared_model(make, folder):
-    ids, mask = tiny.tokens(2, 23), tiny.padding([23, 10], 23, "left")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tokens_are_those_of_the_unprepared_model(make, folder, device):
+    ids, mask = tiny.tokens(2, 23).to(device), tiny.padding([23, 10], 23, "left").to(device)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 9}
-    expected = quantized.load(folder, make).generate(ids, **options).tolist()
-    model = hf_longattn.prepare_generation(quantized.load(folder, make), prefill_chunk_size=5)
+    expected = quantized.load(folder, make, device).generate(ids, **options).tolist()
+    # On a GPU every step is captured, or the call is refused.
+    fields = {"prefill_chunk_size": 5, "cuda_graph": device == "cuda"}
+    model = hf_longattn.prepare_generation(quantized.load(folder, make, device), **fields)
     assert model.generate(ids, **options).tolist() == expected

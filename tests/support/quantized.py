@@ -57,9 +57,9 @@ def save(folder):
     return folder
 
 
-def load(folder, make):
+def load(folder, make, device="cpu"):
     """The model with quantised weights, and a proof that they are."""
-    options = {"attn_implementation": "eager", "dtype": torch.float32, "device_map": "cpu"}
+    options = {"attn_implementation": "eager", "dtype": torch.float32, "device_map": device}
     model = tf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=make(), **options)
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert type(weight) is not torch.nn.Parameter, "the weights are not quantised"

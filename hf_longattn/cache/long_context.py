@@ -68,6 +68,31 @@ class LongContextCache(Cache):
         """How many layers keep keys and values in host memory."""
         return len(offloaded_layers(self.layers))
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends keys and values of one layer, as a model's layers do.
+
+        Args:
+            key_states: (B, G, T, K).
+            value_states: (B, G, T, V).
+            layer_idx: of the layer.
+            args: as transformers' caches take them.
+            kwargs: as transformers' caches take them.
+
+        Returns:
+            keys and values to look at.
+
+        Raises:
+            ValueError: the cache was made for a model with fewer layers.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"`past_key_values` was made for a model with {len(self.layers)} layers, got keys of layer "
+                f"{layer_idx}; pass a cache made from this model's config."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def fork(self, batch_size: int = 1, rows: int | None = None) -> "LongContextCache":
         """A cache to continue the same prefix in several ways; this one stays as it is.
 

@@ -41,7 +41,7 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a shape that does not fit, by name.
-        TypeError: ids that are no tensor of integers, or a cache that is none, by name.
+        TypeError: ids that are no tensor of integers, a mask that is none, or a cache that is none, by name.
     """
     name = "input_ids" if inputs is None else "inputs"
     ids = keywords.get("input_ids") if inputs is None else inputs
@@ -53,8 +53,8 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
     if ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"`{name}` must hold token ids, integers, got {ids.dtype}; cast with `.long()`.")
     needed = 0 if keywords.get("inputs_embeds") is not None else 1
-    if ids.ndim != 2 or ids.shape[1] < needed:
-        way = "`[None]` makes a batch of one row" if ids.ndim == 1 else "at least one token a row is needed"
+    if ids.ndim != 2 or ids.shape[1] < needed or ids.shape[0] < 1:
+        way = "`[None]` makes a batch of one row" if ids.ndim == 1 else "a row and a token in it are needed"
         raise ValueError(f"`{name}` must be (batch, tokens), got shape {tuple(ids.shape)}; {way}.")
     cache = keywords.get("past_key_values")
     if cache is not None and not hasattr(cache, "get_seq_length"):
@@ -63,7 +63,11 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
             "`LongContextCache(model.config)`, one of transformers, or nothing."
         )
     mask = keywords.get("attention_mask")
-    if needed and isinstance(mask, Tensor) and mask.ndim == 2:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(
+            f"`attention_mask` must be a tensor, got {type(mask).__name__}; pass `torch.tensor(...)`."
+        )
+    if needed and mask is not None and mask.ndim == 2:
         _check_mask(mask, ids, cache)
 
 

@@ -62,7 +62,7 @@ class GenerationSetup:
 
     def __post_init__(self) -> None:
         size = self.prefill_chunk_size
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(
                 f"`prefill_chunk_size` must be a positive number of tokens or None, got {size!r}."
             )

@@ -18,7 +18,13 @@ PROMPTS = {
     "floating": ({"input_ids": IDS.float()}, TypeError, "`input_ids` must hold token ids"),
     "one row": ({"input_ids": IDS[0]}, ValueError, r"got shape \(9,\); `\[None\]` makes"),
     "three dims": ({"inputs": IDS[None]}, ValueError, r"`inputs` must be \(batch, tokens\)"),
-    "no token": ({"input_ids": IDS[:, :0]}, ValueError, "at least one token"),
+    "no token": ({"input_ids": IDS[:, :0]}, ValueError, "a row and a token in it are needed"),
+    "no row": ({"input_ids": IDS[:0], "attention_mask": ONES[:0]}, ValueError, r"got shape \(0, 9\)"),
+    "mask list": (
+        {"attention_mask": ONES.tolist()},
+        TypeError,
+        "`attention_mask` must be a tensor, got list",
+    ),
     "short mask": ({"attention_mask": ONES[:, :5]}, ValueError, r"\(1, 9\) as the token ids, got \(1, 5\)"),
     "long mask": ({"attention_mask": ONES.repeat(1, 2)}, ValueError, r"got \(1, 18\)"),
     "other rows": ({"attention_mask": ONES.repeat(3, 1)}, ValueError, r"got \(3, 9\)"),
@@ -30,6 +36,7 @@ SETTINGS = [
     ({"accelerator": 3}, TypeError, "`accelerator` must be an accelerate.Accelerator, got int"),
     ({"prefill_chunk_size": 2.5}, ValueError, "`prefill_chunk_size` must be"),
     ({"prefill_chunk_size": "big"}, ValueError, "`prefill_chunk_size` must be"),
+    ({"prefill_chunk_size": True}, ValueError, "`prefill_chunk_size` must be"),
     ({"timeout": "1"}, ValueError, "`timeout` must be"),
     ({"progress": "yes"}, ValueError, "`progress` must be"),
 ]
@@ -79,6 +86,24 @@ def test_a_cache_that_another_model_filled(model, family, monkeypatch):
     ):
         patch.setattr(type(model.model), "forward", lambda *args, **kwargs: pytest.fail("worked"))
         model.generate(IDS, attention_mask=ONES, past_key_values=cache, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "shallow"])
+def test_a_cache_of_ours_that_another_model_filled(family):
+    other = tiny.build("llama" if family == "shallow" else family, "tree_attention")
+    if family == "shallow":
+        other.model.layers, other.config.num_hidden_layers = other.model.layers[:2], 2
+    cache = LongContextCache(other.config)
+    with torch.no_grad():
+        other(input_ids=IDS[:, :4], past_key_values=cache)
+        expected = other(input_ids=IDS[:, 4:], past_key_values=cache.fork()).logits
+        with pytest.raises(
+            ValueError, match="`past_key_values` .* pass a cache made from this model's config"
+        ):
+            # The layers that there are take the tokens before one is missing.
+            held = cache.fork() if family == "shallow" else cache
+            tiny.build("llama", "tree_attention")(input_ids=IDS[:, 4:], past_key_values=held)
+        assert torch.equal(other(input_ids=IDS[:, 4:], past_key_values=cache).logits, expected)
 
 
 def test_embeddings_need_no_ids(model):

@@ -124,6 +124,8 @@ def test_refuses_what_is_of_another_type():
     query, key, value = make_inputs()
     with pytest.raises(TypeError, match="`value`"):
         blockwise_attention(query, key, value.half())
+    with pytest.raises(TypeError, match="`query` must be bf16, fp16, fp32 or fp64, .* got float8_e4m3fn"):
+        blockwise_attention(*(states.to(torch.float8_e4m3fn) for states in (query, key, value)))
     with pytest.raises(TypeError, match="`mask` must be a KeyRange or None, got Tensor"):
         blockwise_attention(query, key, value, mask=torch.ones(63, 63))
     with pytest.raises(TypeError, match="`mask.lower` must be an integer dtype"):

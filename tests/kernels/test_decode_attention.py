@@ -251,6 +251,7 @@ def test_compiles_in_one_graph_and_passes_opcheck():
 
 
 BYTES = {name: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for name in ("key", "value")}
+FP8 = {name: states.to(torch.float8_e4m3fn) for name, states in BYTES.items()}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,12 @@ BYTES = {name: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for name in ("key", "v
         ),
         ({"query": torch.zeros(1, 4, 1, 8)}, ValueError, "`key` must be"),
         ({"value": torch.zeros(1, 2, 8, 16)}, ValueError, "`key` must be"),
-        ({"value": torch.zeros(1, 2, 9, 16).half()}, TypeError, "must share one floating-point dtype"),
+        ({"value": torch.zeros(1, 2, 9, 16).half()}, TypeError, "must share one dtype of bf16, fp16"),
+        (
+            FP8 | {"query": torch.zeros(1, 4, 1, 16).to(torch.float8_e4m3fn)},
+            TypeError,
+            "got torch.float8_e4m3fn, torch.float8_e4m3fn and",
+        ),
         ({"query": torch.zeros(1, 4, 1, 16, requires_grad=True)}, ValueError, "`blockwise_attention`"),
         ({"softcap": 0.0}, ValueError, "`softcap` must be positive"),
         ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1"),

@@ -16,6 +16,7 @@ from .terms import Terms
 
 _NAME = "blockwise_attention"
 _IMPLS = ("auto", "triton", "sdpa", "reference")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Bytes of the widest rows whose tiles fit in shared memory.
 _MOST_DIMS = 1024
 
@@ -99,9 +100,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"`{name}` must be (batch, heads, length, dim), got shape {tuple(tensor.shape)}."
             )
-        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
             raise TypeError(
-                f"`{name}` must be floating and of the query's dtype, got {_describe(tensor)}; cast it."
+                f"`{name}` must be bf16, fp16, fp32 or fp64, as `query`, got {_describe(tensor)}; cast it."
             )
         _check_device(name, tensor, query)
     if query.shape[3] == 0:

@@ -119,10 +119,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None) -> None:
     if scales is None:
-        if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        known = query.dtype in _TRITON_DTYPES or query.dtype == torch.float64
+        if not known or not query.dtype == key.dtype == value.dtype:
             raise TypeError(
-                f"`query`, `key` and `value` must share one floating-point dtype, got {query.dtype}, "
-                f"{key.dtype} and {value.dtype}; convert them with `.to(dtype)`, or give the `scales` of "
+                f"`query`, `key` and `value` must share one dtype of bf16, fp16, fp32 and fp64, got "
+                f"{query.dtype}, {key.dtype} and {value.dtype}; convert them with `.to(dtype)`, or give the `scales` of "
                 "keys and values in 8 bits."
             )
         return

@@ -123,8 +123,8 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, scales: Tensor | No
         if not known or not query.dtype == key.dtype == value.dtype:
             raise TypeError(
                 f"`query`, `key` and `value` must share one dtype of bf16, fp16, fp32 and fp64, got "
-                f"{query.dtype}, {key.dtype} and {value.dtype}; convert them with `.to(dtype)`, or give the `scales` of "
-                "keys and values in 8 bits."
+                f"{query.dtype}, {key.dtype} and {value.dtype}; convert them with `.to(dtype)`, or give the "
+                "`scales` of keys and values in 8 bits."
             )
         return
     if key.dtype not in _EIGHT_BITS or value.dtype != key.dtype or not query.is_floating_point():

@@ -31,6 +31,7 @@ from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.ownership import is_held_once
 from hf_longattn.training.randomness import BlockRandomness
 from hf_longattn.training.sequence import SequenceParallel, drops_anything, taking_loss
+from hf_longattn.training.shards import find_unit
 from hf_longattn.training.sums import GradientSum, local_gradients
 from hf_longattn.training.zero import in_one_call, is_cut
 
@@ -89,7 +90,7 @@ class Head:
             return states[-1]
 
         # The last token's logits go unused: the price of leaving the model's forward as it is.
-        with self._stubbed(self.trunk, remember):
+        with self._stubbed(self.trunk, remember), self._without_unit():
             output = self.forward(**arguments, logits_to_keep=1, return_dict=True)
         if len(states) != 1:
             raise ValueError(
@@ -101,6 +102,17 @@ class Head:
         others = {name: value for name, value in output.items() if name != "logits"}
         return type(output)(**others), states[0]
 
+    @contextlib.contextmanager
+    def _without_unit(self) -> Iterator[None]:
+        """Inside, a head that FSDP2 cuts makes logits of zeros: it is gathered for one call a step."""
+        unit = find_unit(self._named_children())
+        if unit is None:
+            yield
+            return
+        width = cast(Any, self.model.get_output_embeddings()).weight.shape[0]
+        with self._stubbed(unit[0], lambda hidden: hidden.new_zeros(*hidden.shape[:-1], width)):
+            yield
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits (1, n, V) of (1, n, D) hidden states."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
@@ -109,27 +121,34 @@ class Head:
             return self.forward(input_ids=ids, use_cache=False, return_dict=True).logits
 
     def while_whole(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """`compute(hidden)`, for the time of which ZeRO stage 3 leaves the parameters of the head whole."""
-        children = self.model.named_children()
-        cut = [(name, child) for name, child in children if name != self.trunk and is_cut(child)]
-        if not cut:
-            return compute(hidden)
+        """`compute(hidden)`, during which FSDP2 and ZeRO stage 3 leave the head's parameters whole."""
+        cut = [(name, child) for name, child in self._named_children() if is_cut(child)]
         if len(cut) > 1:
             raise ValueError(
                 f"`loss='chunked'` under DeepSpeed's ZeRO stage 3 knows heads that are one module, got "
                 f"{', '.join(name for name, _ in cut)}; use `loss='model'`."
             )
-        name, child = cut[0]
-        own = child.forward
+        unit = cut[0] if cut else find_unit(self._named_children())
+        if unit is None:
+            return compute(hidden)
+        name, child = unit
+        own, results = child.forward, list[Tensor]()
 
         def without_hooks(hidden: Tensor) -> Tensor:
             with self._stubbed(name, own):
-                return compute(hidden)
+                results.append(compute(hidden))
+            # FSDP2 rounds what is returned to the dtype in which it hands on logits. It gathers again in the
+            # backward of that: a norm in the same unit is next there.
+            return results[0] if cut else hidden
 
-        return in_one_call(child, without_hooks, hidden)
+        output = in_one_call(child, without_hooks, hidden)
+        return output if cut else results[0]
+
+    def _named_children(self) -> list[tuple[str, nn.Module]]:
+        return [(name, child) for name, child in self.model.named_children() if name != self.trunk]
 
     def _children(self) -> list[nn.Module]:
-        return [child for name, child in self.model.named_children() if name != self.trunk]
+        return [child for _, child in self._named_children()]
 
     def seed(self) -> int | None:
         """A number that what the head draws may follow from; None where it draws nothing."""
@@ -268,9 +287,10 @@ def chunked_loss(
     share, targets = options.share, shifted.to(hidden.device)
     targets = (targets if share is None else share.take(targets, 1, options.ignore_index)).reshape(-1)
     counted = _places(targets != options.ignore_index, options.count if share is None else None)
-    parameters = head.parameters() if torch.is_grad_enabled() else []
 
     def sum_over_chunks(hidden: Tensor) -> Tensor:
+        # Of a head that FSDP2 cuts, these are whole in here alone.
+        parameters = head.parameters() if torch.is_grad_enabled() else []
         return _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
 
     # Ranks have other numbers of chunks: their generators must go on alike all the same.

@@ -25,7 +25,7 @@ from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training.layer import BlockRun, Runtime, Saved, layout_of, run_backward, run_forward
 from hf_longattn.training.offload import DeviceBlocks
 from hf_longattn.training.ownership import has_saving_hooks, is_unshared
-from hf_longattn.training.shards import whole_parameters
+from hf_longattn.training.shards import check_one_unit, whole_parameters
 from hf_longattn.training.zero import check_input, check_whole
 
 
@@ -209,6 +209,7 @@ def run_blocks(
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     check_whole(module)
+    check_one_unit(module)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
         with torch.no_grad(), fused_layer(module, hidden):
             return run_forward(run, hidden, None)[0]

@@ -27,6 +27,63 @@ def _shards(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
+def _wrappers(module: nn.Module) -> list[nn.Module]:
+    """The modules inside a layer, itself among them, that the older FSDP put around others."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return [part for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
+
+
+def check_one_unit(module: nn.Module) -> None:
+    """Refuses a module whose parameters are gathered and taken away inside its call, a block at a time.
+
+    Args:
+        module: a layer or a norm, called for all of its blocks at once.
+
+    Raises:
+        ValueError: FSDP cuts a module inside it by itself, or keeps the parameters where they cannot be seen.
+    """
+    inside = [part for part in (*_shards(module), *_wrappers(module)) if part is not module]
+    kind = type(module).__name__
+    if inside:
+        raise ValueError(
+            f"`model`: FSDP cuts {type(inside[0]).__name__} inside {kind} by itself, and takes its "
+            f"parameters away before the backward of a block needs them; shard {kind} as a whole, with "
+            "`fully_shard(layer)` or TRANSFORMER_BASED_WRAP of accelerate."
+        )
+    if next(module.parameters(), None) is None and any(map(_has_views, module.modules())):
+        raise ValueError(
+            f"`model`: FullyShardedDataParallel keeps the parameters of {kind} in a flat tensor of another "
+            "module; give it `use_orig_params=True`, or use FSDP2."
+        )
+
+
+def _has_views(module: nn.Module) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in vars(module).values())
+
+
+def find_unit(children: list[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
+    """The one of a head's modules that FSDP2 cuts by itself, with its name, or None.
+
+    Args:
+        children: the modules of the head.
+
+    Raises:
+        ValueError: several, one inside of another, or one of the older FSDP.
+    """
+    units = [part for _, child in children for part in (*_shards(child), *_wrappers(child))]
+    found = [(name, child) for name, child in children if child in units and child in _shards(child)]
+    if len(units) > len(found) or len(found) > 1:
+        names = ", ".join(type(part).__name__ for part in units)
+        raise ValueError(
+            f"`loss='chunked'` knows heads that FSDP2 cuts as one module, got {names}; use `loss='model'`, "
+            "or leave the head to the shards of the whole model."
+        )
+    return found[0] if found else None
+
+
 def _is_flat(module: nn.Module) -> bool:
     # With `use_orig_params=True` there are views of the flat one in their place for the time of a forward.
     return any(getattr(p, _IS_FLAT, False) or not isinstance(p, nn.Parameter) for p in module.parameters())

@@ -91,7 +91,7 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def in_one_call(module: nn.Module, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+def in_one_call(module: nn.Module, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """`compute(hidden)` as one call of a module, for the time of which its parameters are whole.
 
     Args:

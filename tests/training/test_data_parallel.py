@@ -1,5 +1,6 @@
 """Two processes on the CPU under DDP and FSDP, each with its own rows: the gradients of one with all."""
 
+import functools
 import os
 import socket
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_longattn
@@ -35,24 +36,37 @@ def ddp_gradients(prepared, rank):
     return {name: p.grad for name, p in parallel.module.named_parameters()}
 
 
-def fsdp_gradients(prepared, rank):
+def fsdp_gradients(prepared, rank, apart=None):
     mesh = init_device_mesh("cpu", (2,))
-    for layer in prepared.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(prepared, mesh=mesh)
+    for unit in (*([] if apart is None else [apart(prepared)]), *prepared.model.layers, prepared):
+        fully_shard(unit, mesh=mesh)
+    if apart is not None:
+        # Once more, after it was sharded.
+        hf_longattn.prepare_training(prepared, block_size=16, loss_chunk_size=9)
     for offset in (0, 2):
         prepared(**rows(rank + offset)).loss.backward()
     return {name: p.grad.full_tensor() for name, p in prepared.named_parameters()}
 
 
-KINDS = {"ddp": ddp_gradients, "fsdp": fsdp_gradients}
+KINDS = {
+    "ddp": ddp_gradients,
+    "fsdp": fsdp_gradients,
+    "fsdp-head": functools.partial(fsdp_gradients, apart=lambda model: model.lm_head),
+    "fsdp-tail": functools.partial(fsdp_gradients, apart=lambda model: [model.model.norm, model.lm_head]),
+}
 SETTINGS = {"every layer": {}, "every third": {"keep_every": 3}}
+CASES = [(kind, settings) for kind in ("ddp", "fsdp") for settings in SETTINGS]
+CASES += [("fsdp-head", "every layer"), ("fsdp-tail", "every layer")]
+
+
+def join(rank, world_size, port):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
 def work(rank, port, folder, kind, settings):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    join(rank, 2, port)
     recall, recalls = node._recall, []
     node._recall = lambda last: recalls.append(last.run) or recall(last)
     gradients = KINDS[kind](hf_longattn.prepare_training(model(), block_size=16, **SETTINGS[settings]), rank)
@@ -62,14 +76,16 @@ def work(rank, port, folder, kind, settings):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_averaged_once(tmp_path, kind, settings):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, tmp_path, kind, settings), nprocs=2)
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_gradients_are_averaged_once(tmp_path, kind, settings):
+    mp.spawn(work, args=(free_port(), tmp_path, kind, settings), nprocs=2)
     plain = model()
     for rank in range(4):
         (plain(**rows(rank)).loss / 2).backward()
@@ -79,6 +95,42 @@ def test_gradients_are_averaged_once(tmp_path, kind, settings):
             assert tiny.relative_error(found[name], parameter.grad) <= 10 * BOUND, name
         whole = (torch.cat([g[n].flatten() for n in found]) for g in (found, dict_of_gradients(plain)))
         assert tiny.relative_error(*whole) <= BOUND
+
+
+def shard_mlp(prepared, mesh):
+    for layer in prepared.model.layers:
+        fully_shard(layer.mlp, mesh=mesh)
+
+
+def shard_inside_head(prepared, mesh):
+    prepared.lm_head = torch.nn.Sequential(prepared.lm_head)
+    fully_shard(prepared.lm_head[0], mesh=mesh)
+
+
+def shard_flat(prepared, mesh):
+    return FullyShardedDataParallel(prepared, device_mesh=mesh, device_id=torch.device("cpu"))
+
+
+REFUSED = {
+    "LlamaMLP inside .*LlamaDecoderLayer.*as a whole": shard_mlp,
+    "`loss='chunked'`.*FSDPLinear.*`loss='model'`": shard_inside_head,
+    "flat tensor.*`use_orig_params=True`": shard_flat,
+}
+
+
+def work_refused(rank, port):
+    join(rank, 1, port)
+    mesh = init_device_mesh("cpu", (1,))
+    for words, shard in REFUSED.items():
+        prepared = hf_longattn.prepare_training(model(), block_size=16)
+        with pytest.raises(ValueError, match=words):
+            (shard(prepared, mesh) or prepared)(**rows(0))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_parameters_that_are_gone_between_blocks_are_refused():
+    mp.spawn(work_refused, args=(free_port(),), nprocs=1)
 
 
 def dict_of_gradients(module):

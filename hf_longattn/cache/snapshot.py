@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_longattn.cache.long_context import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer, PreallocatedSlidingLayer
+from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.cache.sharded import ShardedCache
 
 # What counts the tokens of a layer of full attention. Its capacity is that of the layers beside it, some of
@@ -48,6 +49,33 @@ class Snapshot:
                 layers[index] = kept
         if isinstance(self.cache, ShardedCache):
             self.cache.placement.truncate(self.length)
+
+    def settle(self) -> None:
+        """Has every layer hold the tokens that all of them hold, after an error somewhere in a step.
+
+        Where a layer cannot go back so far, or does not tell how far it has come, all hold what they held.
+        """
+        layers: list[Any] = self.cache.layers
+        if not all(isinstance(layer, (PreallocatedLayer, RecurrentLayer)) for layer in layers):
+            self.restore()
+            return
+        lengths = [int(layer.get_seq_length()) for layer in layers]
+        drops = [length - min(lengths) for length in lengths]
+        if not any(drops):
+            return
+        if min(lengths) <= self.length or not all(map(_can_drop, layers, drops)):
+            self.restore()
+            return
+        for layer, drop in zip(layers, drops, strict=True):
+            layer.crop(-drop)
+
+
+def _can_drop(layer: Any, count: int) -> bool:
+    try:
+        layer.check_drop(count)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Window:

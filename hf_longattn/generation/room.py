@@ -245,6 +245,9 @@ class Room:
             # What stops one rank stops all, and their shares must fit together afterwards.
             if snapshot is not None and isinstance(cache, ShardedCache):
                 snapshot.restore()
+            elif snapshot is not None:
+                # Some layers may have read a chunk that the others have not.
+                snapshot.settle()
             raise
 
     def _explain(self, error: OutOfMemoryError, left: str) -> str:

@@ -23,6 +23,7 @@ from hf_longattn.generation.planning import plan_generation
 from hf_longattn.generation.sizes import activation_bytes, cache_bytes
 
 FAMILIES = ["llama", "gemma2", "mistral-window", "gpt-oss", "llama4"]
+LIGHTNING = ["flag-hybrid"]
 
 
 def prepare(family="llama", **fields):
@@ -248,17 +249,20 @@ def test_a_cpu_counts_what_its_container_may_take(monkeypatch, tmp_path):
     assert room.free_memory(torch.device("cpu")) == 4096
 
 
-def run_out(model, call_number):
-    """Memory runs out in the last layer at one of its calls; returns the hook."""
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+
+
+def run_out(model, call_number, error=OUT_OF_MEMORY, layer=-1):
+    """Memory runs out in the last layer at one of its calls, or another error ends it; returns the hook."""
     seen = []
 
     def hook(module, args):
         seen.append(1)
         if len(seen) == call_number:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+            raise error
 
-    # Behind the attention, so that the last layer's keys are written already.
-    return model.model.layers[-1].post_attention_layernorm.register_forward_pre_hook(hook)
+    # Behind the attention, so that the layer's keys are written already.
+    return model.model.layers[layer].post_attention_layernorm.register_forward_pre_hook(hook)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,6 +282,30 @@ def test_memory_that_runs_out_leaves_model_and_cache_as_they_were(family, call_n
     assert found and held <= int(found[1].replace(",", "")) < second.shape[1] + 6
     assert cache.get_seq_length() == held
     assert generate(model, second, past_key_values=cache) == generate(prepare(family), second)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *LIGHTNING])
+@pytest.mark.parametrize(
+    ("call_number", "chunk"), [(2, 5), (2, 80), (28, 5)], ids=["prefill", "long-chunk", "decode"]
+)
+def test_a_cache_goes_on_after_an_interruption_within_a_step(family, call_number, chunk):
+    """As by a key that is pressed: the first layer has read what the others have not."""
+    build = tiny.build_lightning if family in LIGHTNING else tiny.build
+    model, conversation = hf_longattn.prepare_generation(build(family)), tiny.tokens(1, 11)
+    cache, plain = LongContextCache(model.config), hf_longattn.prepare_generation(build(family))
+    first = torch.tensor(generate(model, conversation, past_key_values=cache))
+    # Longer than what a window can give back.
+    second = torch.cat([first, tiny.tokens(1, 119, seed=4)], 1)
+    expected = torch.tensor(generate(plain, second, max_new_tokens=40))
+    hook = run_out(model, call_number, KeyboardInterrupt(), 0)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, second, past_key_values=cache, prefill_chunk_size=chunk, max_new_tokens=40)
+    hook.remove()
+    held = cache.get_seq_length()
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {held}
+    whole = expected[:, : max(second.shape[1], held + 1)]
+    left = expected.shape[1] - whole.shape[1]
+    assert generate(model, whole, past_key_values=cache, max_new_tokens=left) == expected.tolist()
 
 
 def test_an_empty_cache_gives_its_memory_back():

@@ -6,6 +6,7 @@ import torch
 import transformers as tf
 
 import hf_longattn
+from hf_longattn.cache import LongContextCache
 
 BOUND = 2e-5
 implementations = pytest.mark.parametrize("implementation", ["tree_attention", "blockwise_attention"])
@@ -106,10 +107,59 @@ def test_answers_of_prepared_encoder_decoders(make, side):
     ids, mask = tiny.tokens(2, 18), tiny.padding([18, 18 if side == "none" else 7], 18, side)
     eager, model = pair(make, "tree_attention")
     hf_longattn.prepare_generation(model, prefill_chunk_size=5)
+    real = tiny.padding([13, 13 if side == "none" else 6], 13, "left")
+    begun = {"decoder_input_ids": tiny.tokens(2, 13, seed=5), "decoder_attention_mask": real}
     for beams in (1, 2):
-        call = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "num_beams": beams}
-        expected, result = (one.generate(ids, **call) for one in (eager, model))
-        assert torch.equal(result, expected), beams
+        for prompt in ({}, begun):
+            call = {
+                "attention_mask": mask,
+                "max_new_tokens": 7,
+                "do_sample": False,
+                "num_beams": beams,
+                **prompt,
+            }
+            expected, result = (one.generate(ids, **call) for one in (eager, model))
+            assert torch.equal(result, expected), (beams, len(prompt))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize("make", [bart, t5], ids=["bart", "t5"])
+@pytest.mark.parametrize("kind", [tf.DynamicCache, LongContextCache])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_answers_in_parts_on_a_cache_that_stays(make, kind, prepared, side):
+    # By the forward: `generate` of transformers reads what a cache of an encoder-decoder holds once more.
+    eager, model = pair(make, "tree_attention")
+    if prepared:
+        hf_longattn.prepare_generation(model)
+    ids, mask = tiny.tokens(2, 18), tiny.padding([18, 18 if side == "none" else 7], 18, side)
+    answers, real = tiny.tokens(2, 21, seed=5), tiny.padding([21, 21 if side == "none" else 13], 21, side)
+    cache, logits = tf.EncoderDecoderCache(*(kind(config=model.config) for _ in range(2))), []
+    with torch.no_grad():
+        expected = eager(ids, mask, decoder_input_ids=answers, decoder_attention_mask=real).logits
+        encoded = model.get_encoder()(ids, mask)
+        for part in (slice(0, 8), slice(8, 9), slice(9, 21)):
+            call = {"decoder_input_ids": answers[:, part], "decoder_attention_mask": real[:, : part.stop]}
+            output = model(attention_mask=mask, encoder_outputs=encoded, past_key_values=cache, **call)
+            logits.append(output.logits)
+    real = real.bool()
+    assert tiny.relative_error(torch.cat(logits, 1)[real], expected[real]) <= BOUND
+
+
+@implementations
+def test_packed_documents_of_encoder_decoders(implementation):
+    lengths = (5, 8, 7)
+    texts, answers = ([tiny.tokens(1, n, seed=n + start) for n in lengths] for start in (0, 20))
+    bounds = torch.tensor([0, 5, 13, 20], dtype=torch.int32)
+    eager, model = pair(t5, implementation)
+    with torch.no_grad():
+        alone = [
+            eager(input_ids=text, decoder_input_ids=answer)
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        packed = {"input_ids": torch.cat(texts, 1), "decoder_input_ids": torch.cat(answers, 1)}
+        result = model(**packed, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False).logits
+    assert tiny.relative_error(result, torch.cat([one.logits for one in alone], 1)) <= BOUND
 
 
 @pytest.mark.slow

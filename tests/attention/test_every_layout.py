@@ -115,12 +115,15 @@ def test_turns_and_chunks_on_a_cache_that_stays(family, setup):
         assert torch.equal(generate(model, conversation, mask, past_key_values=cache), expected), turn
         conversation = torch.cat([expected, tiny.tokens(2, 6, seed=turn)], 1)
         mask = torch.cat([mask, torch.ones(2, conversation.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-    ids, mask = tiny.tokens(2, 26), tiny.padding([26, 15], 26, "left")
-    cache, parts = LongContextCache(model.config), []
-    with torch.no_grad():
-        expected = eager(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-        for part in (slice(0, 8), slice(8, 9), slice(9, 26)):
-            where = {"position_ids": positions(mask)[:, part], "past_key_values": cache}
-            parts.append(model(input_ids=ids[:, part], attention_mask=mask[:, : part.stop], **where).logits)
-    real = mask.bool()
-    assert tiny.relative_error(torch.cat(parts, 1)[real], expected[real]) <= BOUND
+    ids = tiny.tokens(2, 26)
+    for side, short in (("none", 26), ("left", 15), ("right", 15)):
+        mask, cache, parts = tiny.padding([26, short], 26, side), LongContextCache(model.config), []
+        with torch.no_grad():
+            expected = eager(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
+            for part in (slice(0, 8), slice(8, 9), slice(9, 26)):
+                where = {"position_ids": positions(mask)[:, part], "past_key_values": cache}
+                parts.append(
+                    model(input_ids=ids[:, part], attention_mask=mask[:, : part.stop], **where).logits
+                )
+        real = mask.bool()
+        assert tiny.relative_error(torch.cat(parts, 1)[real], expected[real]) <= BOUND, side

@@ -22,6 +22,7 @@ from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, lasting_buf
 from hf_longattn.cache.recurrent import RecurrentLayer
 from hf_longattn.fusion import fused
 from hf_longattn.generation.capture import capture
+from hf_longattn.generation.casts import WeightCasts
 from hf_longattn.generation.linear import Products
 from hf_longattn.instance import Setup, every_module
 from hf_longattn.kernels.dispatch import warn_slow
@@ -92,23 +93,9 @@ def _can_be_captured(layer: Any) -> bool:
     return isinstance(layer, RecurrentLayer) and layer.recurrent_state is not None and not layer.record_past
 
 
-@contextlib.contextmanager
-def _casts_inside() -> Iterator[None]:
-    """Inside, autocast casts a weight wherever it is used, and a graph does so at every replay.
-
-    A cast that autocast keeps is gone when autocast ends, which may be after this step.
-    """
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
-
-
 @dataclass
 class Step:
-    """One captured step: its inputs, its output, and where the cache was when it was captured."""
+    """One captured step: its inputs and output, where the cache was, and casts of weights that it reads."""
 
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
@@ -116,6 +103,11 @@ class Step:
     tensors: dict[str, Tensor]
     leaders: list[tuple[Clock, Any]]
     buffers: tuple[int, ...]
+    casts: WeightCasts | None = None
+
+    def holds(self, cache: LongContextCache) -> bool:
+        """Whether what it reads is where it was, and what it was."""
+        return self.buffers == _buffers(cache) and (self.casts is None or self.casts.hold())
 
 
 @dataclass
@@ -142,6 +134,7 @@ class GraphDecoder:
         self.required = required
         self.products = Products()
         self.graphs: weakref.WeakKeyDictionary[LongContextCache, CacheGraphs] = weakref.WeakKeyDictionary()
+        self.casts: weakref.WeakValueDictionary[torch.dtype, WeightCasts] = weakref.WeakValueDictionary()
         self.given_up = False
         self.stand_in: Any = None
         # What captures and replays is no part of a graph that a compiler makes of the model.
@@ -203,7 +196,7 @@ class GraphDecoder:
         for layer in layers:
             layer.make_room(count)
         step = graphs.steps.get(key)
-        if step is None or step.buffers != _buffers(cache) or not _copy_inputs(step.inputs, kwargs):
+        if step is None or not step.holds(cache) or not _copy_inputs(step.inputs, kwargs):
             if (reason := obstacle(self.model)) is not None:
                 self.give_up(reason)
                 return self.original(**kwargs)
@@ -246,11 +239,24 @@ class GraphDecoder:
                     clock.advance(count)
                 return output
 
+            casts = self._casts_on(inputs["input_ids"].device.type)
             # The rehearsal writes what the replay will write again.
-            with _casts_inside():
+            if casts is None:
                 graph, output = capture(rehearse, step)
+            else:
+                graph, output = capture(casts.rehearsing(rehearse), casts.reading(step))
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
-        return Step(graph, inputs, type(output), tensors, leaders, _buffers(cache))
+        return Step(graph, inputs, type(output), tensors, leaders, _buffers(cache), casts)
+
+    def _casts_on(self, device: str) -> WeightCasts | None:
+        """The casts of the weights under autocast, one for the steps of all caches; None without it."""
+        if not torch.is_autocast_enabled(device):
+            return None
+        dtype = torch.get_autocast_dtype(device)
+        casts = self.casts.get(dtype)
+        if casts is None or not (casts.hold() and casts.are_equal()):
+            casts = self.casts[dtype] = WeightCasts(dtype)
+        return casts
 
     def give_up(self, reason: str) -> None:
         """Captures nothing more.

@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -193,40 +192,6 @@ def test_steps_of_a_compiled_model(part, order, graphs, monkeypatch):
     assert counters["stats"]["unique_graphs"] >= 1
     # The call of a step ends a graph where the whole model is compiled in place; nothing else does.
     assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
-
-
-class _Casts(TorchDispatchMode):
-    """The tensors that are cast inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default:
-            self.seen.append(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_captured_step_casts_its_weights_itself(monkeypatch):
-    """What autocast has cast before, and keeps until it ends, a replay could not find later."""
-    casts = _Casts()
-
-    def capture(rehearse, step):
-        rehearse()
-        with casts:
-            return None, step()
-
-    monkeypatch.setattr(graph, "capture", capture)
-    model, ids = tiny.build("llama"), tiny.tokens(1, 9)
-    cache = LongContextCache(model.config, 64)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=ids[:, :8], past_key_values=cache)
-        decoder = GraphDecoder(model, model.forward)
-        decoder._capture({"input_ids": ids[:, 8:], "past_key_values": cache}, cache, graph.CacheGraphs(), 1)
-        assert torch.is_autocast_cache_enabled()
-    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert all(any(cast is weight for cast in casts.seen) for weight in weights)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fetch_smollm2 import DEFAULT_FOLDER, download, fetch
@@ -101,32 +102,23 @@ def parts_at_a_tie(
     return choice.is_tie, figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, default=DEFAULT_FOLDER, help="folder of the model, fetched where missing"
-    )
-    parser.add_argument("--tokens", type=int, help="length of the prompt (2048 on a CPU, 8000 on a GPU)")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    num_tokens = arguments.tokens or (8000 if device == "cuda" else 2048)
+@dataclass
+class Comparison:
+    """The answers of both implementations to one long prompt, and what is to be said of them."""
 
-    folder = fetch(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = read_book(folder.parent / "downloads")[: 8 * num_tokens]
-    # More than the model takes: the prompt is cut from it.
-    book = tokenizer(text, verbose=False).input_ids
-    ids = needle_prompt(tokenizer, torch.tensor(book), num_tokens, DEPTH, NUMBER).to(device)
-    needle = NEEDLE.format(NUMBER).strip()
-    print(f"{num_tokens} tokens of the King James Bible, the needle at {DEPTH:.0%}: {needle!r}", flush=True)
+    num_tokens: int
+    runs: dict[str, Run]
+    needle_found: bool
+    agree: bool
+    verdict: str
 
-    runs = {}
+
+def run_both(folder: Path, ids: torch.Tensor, dtype: torch.dtype, tokenizer: Any) -> dict[str, Run]:
+    """One greedy answer by `tree_attention`, prepared, and one by `sdpa`; prints each."""
+    runs, device = {}, ids.device.type
     for implementation in ("tree_attention", "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=dtype)
-        model = model.to(device)
+        model = model.to(ids.device)
         if implementation == "tree_attention":
             hf_longattn.prepare_generation(model, progress=True)
         if device == "cuda":
@@ -139,16 +131,50 @@ def main() -> None:
         print(f"  time a token         {1e3 * run.per_token:8.1f} ms")
         print(f"  peak memory          {run.peak_gib:8.2f} GiB ({'GPU' if device == 'cuda' else 'process'})")
         del model
-    ours, theirs = runs["tree_attention"], runs["sdpa"]
-    found = str(NUMBER) in tokenizer.decode(ours.tokens)
-    print(f"\nthe needle was {'found' if found else 'NOT found'}")
-    if ours.tokens == theirs.tokens:
-        print("greedy tokens equal those of sdpa")
-        return
-    tie, figures = parts_at_a_tie(folder, ids, [ours.tokens, theirs.tokens], dtype)
-    verdict = "part from those of sdpa at a tie" if tie else "DIFFER FROM those of sdpa"
-    print(f"greedy tokens {verdict}: {figures}")
-    raise SystemExit(0 if tie else 1)
+    return runs
+
+
+def compare(model: Path, num_tokens: int | None = None) -> Comparison:
+    """Hides a number in the text, asks both implementations for it, and compares their tokens.
+
+    Args:
+        model: folder of the model, fetched where missing.
+        num_tokens: length of the prompt; by default 8000 on a GPU and 2048 on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    num_tokens = num_tokens or (8000 if device == "cuda" else 2048)
+    folder = fetch(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = read_book(folder.parent / "downloads")[: 8 * num_tokens]
+    # More than the model takes: the prompt is cut from it.
+    book = tokenizer(text, verbose=False).input_ids
+    ids = needle_prompt(tokenizer, torch.tensor(book), num_tokens, DEPTH, NUMBER).to(device)
+    needle = NEEDLE.format(NUMBER).strip()
+    print(f"{num_tokens} tokens of the King James Bible, the needle at {DEPTH:.0%}: {needle!r}", flush=True)
+    runs = run_both(folder, ids, dtype, tokenizer)
+    ours, theirs = (run.tokens for run in runs.values())
+    found = str(NUMBER) in tokenizer.decode(ours)
+    if ours == theirs:
+        return Comparison(num_tokens, runs, found, True, "equal those of sdpa")
+    tie, figures = parts_at_a_tie(folder, ids, [ours, theirs], dtype)
+    words = "part from those of sdpa at a tie" if tie else "DIFFER FROM those of sdpa"
+    return Comparison(num_tokens, runs, found, tie, f"{words}: {figures}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_FOLDER, help="folder of the model, fetched where missing"
+    )
+    parser.add_argument("--tokens", type=int, help="length of the prompt (2048 on a CPU, 8000 on a GPU)")
+    arguments = parser.parse_args()
+    result = compare(arguments.model, arguments.tokens)
+    print(f"\nthe needle was {'found' if result.needle_found else 'NOT found'}")
+    print(f"greedy tokens {result.verdict}")
+    raise SystemExit(0 if result.agree else 1)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from hf_longattn.cli.doctor_probes import heads, small_probes
 from hf_longattn.kernels import dispatch
 from hf_longattn.kernels.blockwise_attention import blockwise_attention
 from hf_longattn.kernels.decode_attention import decode_attention
@@ -163,21 +164,15 @@ class _Probe:
     implementations: tuple[str, ...] = ("triton", "reference")
 
 
-def _heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Rounded to the 16-bit types first, so that every dtype computes on the same numbers.
-    generator = torch.Generator().manual_seed(length)
-    return torch.randn(1, 2, length, 64, generator=generator).bfloat16().to(device, dtype)
-
-
 def _decode(impl: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    inputs = [_heads(length, device, dtype) for length in (1, 96, 97)]
+    inputs = [heads(length, device, dtype) for length in (1, 96, 97)]
     return [decode_attention(inputs[0], inputs[1], inputs[2][:, :, :96], impl=impl)[0]]
 
 
 def _blockwise(
     impl: str, dtype: torch.dtype, device: torch.device, window: bool, backward: bool
 ) -> list[Tensor]:
-    inputs = [_heads(length, device, dtype)[:, :, :96].requires_grad_(backward) for length in (96, 97, 98)]
+    inputs = [heads(length, device, dtype)[:, :, :96].requires_grad_(backward) for length in (96, 97, 98)]
     first = torch.arange(96, dtype=torch.int32, device=device)[None].sub(32).clamp(min=0)
     mask = KeyRange(causal=True, lower=first if window else None)
     output, _ = blockwise_attention(*inputs, mask=mask, impl=impl)
@@ -185,13 +180,13 @@ def _blockwise(
 
 
 def _merge(impl: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    outputs = torch.stack([_heads(4, device, dtype), _heads(5, device, dtype)[:, :, :4]])
+    outputs = torch.stack([heads(4, device, dtype), heads(5, device, dtype)[:, :, :4]])
     lse = outputs[..., 0].to(torch.promote_types(dtype, torch.float32))
     return [merge_partials(outputs, lse, impl=impl)[0]]
 
 
 def _lightning(impl: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    inputs = [_heads(length, device, dtype)[:, :, :96] for length in (96, 97, 98)]
+    inputs = [heads(length, device, dtype)[:, :, :96] for length in (96, 97, 98)]
     slopes = torch.tensor([0.1, 0.5], device=device, dtype=torch.promote_types(dtype, torch.float32))
     result = lightning_attention(inputs[0], inputs[1], inputs[2], slopes, impl=impl)
     return [result] if isinstance(result, Tensor) else list(result)
@@ -207,6 +202,8 @@ def _probes(device: torch.device) -> Iterator[_Probe]:
         yield _Probe(name, run, fastest)
     yield _Probe("merge of partial results", partial(_merge, device=device))
     yield _Probe("lightning", partial(_lightning, device=device))
+    for name, run in small_probes():
+        yield _Probe(name, partial(run, device=device))
 
 
 def _operations() -> Iterator[Finding]:

@@ -2,14 +2,16 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from packaging.version import Version
 from typer.testing import CliRunner
 
-from hf_longattn.cli import doctor
+from hf_longattn.cli import doctor, doctor_probes
 from hf_longattn.cli.main import app
+from hf_longattn.kernels import dispatch
 
 
 def run(*arguments):
@@ -48,6 +50,12 @@ def test_this_machine_is_usable_and_every_operation_was_run():
     assert result.exit_code == 0 and report["usable"]
     operations = {f["name"]: f for f in report["findings"] if f["section"] == "operations"}
     assert {"split-KV decode", "merge of partial results", "lightning"} <= operations.keys()
+    # Each folder of an operator is run by one of them; the energy is blockwise attention's.
+    folders = {path.parent.name for path in Path(dispatch.__file__).parent.glob("*/api.py")}
+    sources = "".join(Path(module.__file__).read_text() for module in (doctor, doctor_probes))
+    assert {name for name in folders if f"hf_longattn.kernels.{name} import" not in sources} == {
+        "attention_energy"
+    }
     if not torch.cuda.is_available():
         assert operations["blockwise backward, window"]["value"] == "sdpa"
         assert "cpu tensors" in operations["split-KV decode"]["remark"]
@@ -74,3 +82,22 @@ def test_an_operation_that_fails_is_bad_and_named(monkeypatch):
     monkeypatch.setattr(doctor, "decode_attention", broken)
     result = run()
     assert result.exit_code == 1 and "no such instruction" in result.stdout
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "run"), list(doctor_probes.small_probes()))
+def test_probes_of_small_operators_run_their_kernels(name, run):
+    finding = doctor._try(doctor._Probe(name, partial(run, device=torch.device("cpu"))), torch.float32)
+    assert (finding.status, finding.value) == ("ok", "triton")
+
+
+def test_a_probe_feels_a_wrong_result(monkeypatch):
+    right = doctor_probes.cache_write
+
+    def wrong(keys, values, index, key, value, impl):
+        right(keys, values, index if impl == "reference" else index.flip(0), key, value, impl=impl)
+
+    monkeypatch.setattr(doctor_probes, "cache_write", wrong)
+    run = dict(doctor_probes.small_probes())["cache write"]
+    probe = doctor._Probe("cache write", partial(run, device=torch.device("cpu")), ("auto",))
+    assert doctor._try(probe, torch.float32).status == "bad"

@@ -46,6 +46,8 @@ class LongContextCache(Cache):
     cache_dtype: torch.dtype | None = None
     # Tokens of a chunk of each row, where the call under way has no room for those that the device likes.
     fitting_chunk: int | None = None
+    # Whether a call is under way whose last tokens may turn out not to be those of the answer.
+    holds_guesses = False
 
     def __init__(
         self,

@@ -242,8 +242,9 @@ class Room:
                 snapshot.restore()
             raise OutOfMemoryError(self._explain(error, _left_behind(cache, snapshot))) from error
         except BaseException:
-            # What stops one rank stops all, and their shares must fit together afterwards.
-            if snapshot is not None and isinstance(cache, ShardedCache):
+            # What stops one rank stops all, and their shares must fit together afterwards. Nobody knows which
+            # guesses are tokens of the answer.
+            if snapshot is not None and (isinstance(cache, ShardedCache) or snapshot.cache.holds_guesses):
                 snapshot.restore()
             elif snapshot is not None:
                 # Some layers may have read a chunk that the others have not.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_longattn.cache import LongContextCache
 from hf_longattn.generation.prefill import is_plain_prompt, read_before
 from hf_longattn.instance import Setup
 
@@ -71,6 +72,8 @@ def read_before_guessing(
         if plain:
             with _not_recording(cache):
                 read_before(model, setup, decoder, input_ids, generation_config, model_kwargs)
+        if isinstance(cache, LongContextCache):
+            cache.holds_guesses = True
         return found
 
     changes.set(model, "generate", generate)
@@ -131,10 +134,12 @@ def _not_recording(cache: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recording_as_before(cache: Any) -> Iterator[None]:
-    """Behind it, the layers of a caller's cache record as before: a loop of guesses has all of them do so."""
+    """Behind it, a caller's cache holds no guesses and records as before: a loop of guesses records all."""
     before = _recording_layers(cache)
     try:
         yield
     finally:
+        if isinstance(cache, LongContextCache):
+            cache.holds_guesses = False
         for layer in _recording_layers(cache):
             layer.record_past = any(layer is one for one in before)

@@ -308,6 +308,20 @@ def test_a_cache_goes_on_after_an_interruption_within_a_step(family, call_number
     assert generate(model, whole, past_key_values=cache, max_new_tokens=left) == expected.tolist()
 
 
+def test_guesses_are_taken_back_after_an_interruption():
+    """All layers hold them, and nobody knows whether they are right."""
+    model, conversation = prepare(), tiny.tokens(1, 11)
+    cache = LongContextCache(model.config)
+    first = torch.tensor(generate(model, conversation, past_key_values=cache))
+    second, held = torch.cat([first, tiny.tokens(1, 19, seed=4)], 1), cache.get_seq_length()
+    hook = run_out(model, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, second, past_key_values=cache, prompt_lookup_num_tokens=3)
+    hook.remove()
+    assert cache.get_seq_length() == held and not cache.holds_guesses
+    assert generate(model, second, past_key_values=cache) == generate(prepare(), second)
+
+
 def test_an_empty_cache_gives_its_memory_back():
     model, ids = prepare(), tiny.tokens(1, 23)
     cache = LongContextCache(model.config, capacity=64)

@@ -188,7 +188,9 @@ def test_generate_streams_the_answer_and_counts(folder):
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
     assert result.stdout.split() == [f"w{i}" if i else "<unk>" for i in expected[0, 30:].tolist()]
     assert "30 tokens" in result.stderr and "7 tokens" in result.stderr
-    assert run("generate", folder, "--new-tokens", 2, "--no-progress", input=prompt).exit_code == 0
+    for source in ((), ("--prompt-file", "-")):
+        piped = run("generate", folder, *source, "--new-tokens", 7, "--no-progress", input=prompt)
+        assert (piped.exit_code, piped.stdout) == (0, result.stdout)
 
 
 def test_generate_on_a_cache_in_8_bits(folder, monkeypatch):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from hf_longattn.adapters import counts_tokens
+from hf_longattn.adapters import reads_together
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.fusion import fused_prompt
 from hf_longattn.instance import looks_ahead
@@ -72,7 +72,7 @@ def prefill(
     generation_config = copy.copy(generation_config)
     # The method of transformers slices a chunked prompt from 0, whatever the cache holds.
     generation_config.prefill_chunk_size = None
-    _refuse_counting(model, cache)
+    _refuse_adapters(model, cache)
     if not is_plain_prompt(model, cache, generation_config, model_kwargs):
         return original(input_ids, generation_config, model_kwargs, is_first_iteration)
     mask = model_kwargs.get("attention_mask")
@@ -108,7 +108,7 @@ def read_before(
     """
     cache: Any = model_kwargs["past_key_values"]
     decoder.forget(cache)
-    _refuse_counting(model, cache)
+    _refuse_adapters(model, cache)
     total = input_ids.shape[1] - int(cache.get_seq_length())
     asked = asked_chunk(setup.prefill_chunk_size, generation_config)
     chunk = _chunk_of(model, asked, input_ids, cache)
@@ -127,11 +127,11 @@ def _look_at_mask(model_kwargs: dict[str, Any]) -> Runs | None:
     return runs
 
 
-def _refuse_counting(model: PreTrainedModel, cache: Any) -> None:
-    if isinstance(cache, ShardedCache) and (name := counts_tokens(model)) is not None:
+def _refuse_adapters(model: PreTrainedModel, cache: Any) -> None:
+    if isinstance(cache, ShardedCache) and (name := reads_together(model)) is not None:
         raise ValueError(
-            f"`model`: the activated LoRA of `{name}` counts tokens from the end of its input, of which each "
-            "process would see its share; generate in one process."
+            f"`model`: the adapter of `{name}` needs all tokens of a prompt at once (activated LoRA, X-LoRA, "
+            "Lily), of which each process would see its share; generate in one process."
         )
 
 
@@ -219,7 +219,7 @@ def is_plain_prompt(
         and not model.config.is_encoder_decoder
         and not any(model_kwargs.get(name) is not None for name in _WHOLE)
         and not generation_config.output_hidden_states
-        and counts_tokens(model) is None
+        and reads_together(model) is None
         and (mask is None or mask.ndim == 2)
         and not looks_ahead(model.get_decoder())
         and not _has_marked_prefix(model_kwargs.get("token_type_ids"))

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_longattn.adapters import ForwardHooks
+from hf_longattn.adapters import LayerState
 from hf_longattn.fusion import fused_norm
 from hf_longattn.parallel.sequence import SequenceShare, current_share
 from hf_longattn.training.arguments import named_arguments
 from hf_longattn.training.attention import PrefixAttention
+from hf_longattn.training.captured import CapturedTensors
 from hf_longattn.training.layer import BlockRun, Runtime
 from hf_longattn.training.node import run_blocks
 from hf_longattn.training.ownership import has_saving_hooks, references
@@ -47,7 +48,7 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
     cache_name = next((name for name in _CACHES if name in signature.parameters), _CACHES[0])
     # Once it did, its calls do not begin by finding that out.
     draws = False
-    unread = UnreadProducts(layer)
+    unread, captured = UnreadProducts(layer), CapturedTensors(layer)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -74,12 +75,13 @@ def blockwise_forward(layer: nn.Module, runtime: Runtime, has_state: bool = Fals
         else:
             attention = _attention(runtime, arguments, rows, hidden, share)
         arguments = {name: value for name, value in arguments.items() if name not in PACKING}
-        hooks = ForwardHooks(layer)
+        state = LayerState(layer)
         room = _may_overwrite(runtime, layer, hidden, found, keywords=True)
         numbers = BlockRandomness(_new_seed(layer), hidden.device, draws)
         run = BlockRun(
-            original, arguments, rows, attention, numbers, hidden.device, hooks, share, room, unread=unread
-        )
+            original, arguments, rows, attention, numbers, hidden.device, state, share, room, unread=unread,
+            captured=captured,
+        )  # fmt: skip
         output = run_blocks(run, runtime, layer, hidden, grouped=True)
         draws = numbers.draws
         runtime.inputs.note(output)

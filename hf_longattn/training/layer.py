@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longattn.adapters import ForwardHooks
+from hf_longattn.adapters import LayerState
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import cut
 from hf_longattn.training.attention import KeysKnownError, TokenMixer
 from hf_longattn.training.blocks import block_tokens, even_size
+from hf_longattn.training.captured import CapturedTensors
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.offload import Blocks, DeviceBlocks, Layout, Offloader
 from hf_longattn.training.ownership import LayerInputs
@@ -97,11 +98,12 @@ class BlockRun:
         attention: keys and values or states of the layer; None for a module that mixes no tokens.
         random: the random numbers of its blocks.
         device: of the hidden states.
-        hooks: those of the layer's modules, which the backward needs too.
+        state: hooks and settings of the layer's modules, which the backward needs too.
         share: what this rank computes of a sequence over several.
         may_overwrite: whether the output may be written over the hidden states once they are on the host.
         beside: what the layer returned beside hidden states, found in a call; None where it returns no tuple.
         unread: products of the layer that its run in the backward leaves out.
+        captured: looks for tensors of others in the layer's graph.
     """
 
     forward: Callable[..., Any]
@@ -110,11 +112,12 @@ class BlockRun:
     attention: Callable[[], TokenMixer] | None
     random: BlockRandomness
     device: torch.device
-    hooks: ForwardHooks | None = None
+    state: LayerState | None = None
     share: SequenceShare | None = None
     may_overwrite: bool = False
     beside: tuple[None, ...] | None = None
     unread: UnreadProducts | None = None
+    captured: CapturedTensors | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
@@ -341,6 +344,8 @@ class _GradientSums:
         self.run, self.parameters, self.needs_input = run, parameters, needs_input
         self.room, self.written = room, set[int]()
         self.hidden: Tensor | None = None
+        # Whether the graph of a block was looked at.
+        self.checked = False
         self.sums = [GradientSum() for _ in parameters]
 
     def add(
@@ -358,6 +363,11 @@ class _GradientSums:
             return None
         outputs, grads = map(list, zip(*pairs, strict=True))
         wanted += [] if entering is None else [entering]
+        if not self.checked and self.run.captured is not None and self.run.state is not None:
+            self.run.captured.check(
+                outputs, [block, *wanted], (*map(id, self.parameters), self.run.state.hooks)
+            )
+        self.checked = True
         parts = local_gradients(outputs, wanted, grads)
         found = None if entering is None else parts.pop()
         if self.needs_input and (part := parts.pop(0)) is not None:
@@ -415,8 +425,6 @@ def run_backward(
     Returns:
         the gradients of hidden states and parameters.
     """
-    if run.hooks is not None:
-        run.hooks.check()
     attention = run.attention() if run.attention is not None else None
     if attention is not None:
         _refill(run, saved, attention)

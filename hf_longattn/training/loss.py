@@ -27,6 +27,7 @@ from hf_longattn.devices import HostCopy
 from hf_longattn.kernels.cross_entropy import cross_entropy
 from hf_longattn.parallel.sequence import SequenceShare
 from hf_longattn.training.arguments import named_arguments
+from hf_longattn.training.captured import check_known
 from hf_longattn.training.liger import fused_loss
 from hf_longattn.training.ownership import is_held_once
 from hf_longattn.training.randomness import BlockRandomness
@@ -260,6 +261,7 @@ def _chunk_loss(
         loss, grad = output.detach(), None
     if not needs_grad:
         return loss, []
+    check_known([output], [block, *parameters], head.model)
     return loss, local_gradients([output], [block, *parameters], None if grad is None else [grad])
 
 

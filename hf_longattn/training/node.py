@@ -11,7 +11,9 @@ The second forward draws the numbers of the first, under its autocast. Where a m
 between two layers, or hooks on saved tensors decide what becomes of them, a layer keeps its own input.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +97,7 @@ class _BlockFunction(torch.autograd.Function):
         saved: Saved = _recall(ctx) if ctx.saved is None else ctx.saved
         # On a line of its own: arguments of a pending call count as references.
         may_overwrite = is_unshared(grad)
-        with fused_layer(ctx.module, grad):
+        with _as_then(ctx.run), _trained(parameters), fused_layer(ctx.module, grad):
             grad_hidden, grads = run_backward(
                 ctx.run, saved, grad, parameters, ctx.needs_input_grad[4], may_overwrite
             )
@@ -104,6 +106,23 @@ class _BlockFunction(torch.autograd.Function):
         if ctx.place.before is not None:
             ctx.saved = None
         return None, None, None, None, grad_hidden, *grads
+
+
+def _as_then(run: BlockRun) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if run.state is None else run.state.as_then()
+
+
+@contextlib.contextmanager
+def _trained(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, parameters want a gradient, though they were frozen since the forward."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _load(node: Any) -> list[Tensor]:
@@ -136,9 +155,7 @@ def _recall(node: Any) -> Saved:
 def _forward_again(
     node: Any, hidden: Tensor, runtime: Runtime | None, known: Saved | None = None
 ) -> tuple[Tensor, Saved | None]:
-    if node.run.hooks is not None:
-        node.run.hooks.check()
-    with whole_parameters(node.module), fused_layer(node.module, hidden):
+    with _as_then(node.run), whole_parameters(node.module), fused_layer(node.module, hidden):
         return run_forward(node.run, hidden, runtime, known)
 
 

@@ -26,6 +26,8 @@ KINDS = {
     "activated-lora": lora(
         target_modules=["q_proj", "k_proj", "v_proj"], alora_invocation_tokens=IDS[0, -4:-2].tolist()
     ),
+    # Mixes its experts by an average over the tokens of a call.
+    "lily": peft.LilyConfig(target_modules=["q_proj", "down_proj"], init_weights=False, **CAUSAL),
     # Put tokens of their own before the prompt, the second in a cache that they make.
     "prompt-tuning": peft.PromptTuningConfig(num_virtual_tokens=5, **CAUSAL),
     "prefix-tuning": peft.PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL),

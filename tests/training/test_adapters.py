@@ -112,7 +112,14 @@ REFUSED = {
     ),
     "activated-lora": (
         lora(target_modules=["q_proj"], alora_invocation_tokens=IDS[0, -4:-2].tolist()),
-        "counts tokens", "counts tokens",
+        "needs all tokens", "needs all tokens",
+    ),
+    "lily": (
+        peft.LilyConfig(target_modules=["q_proj"], **CAUSAL), "q_proj.*needs all tokens", "needs all tokens",
+    ),
+    "velora": (
+        lora(target_modules=["q_proj"], velora_config=peft.VeloraConfig(num_groups=8)),
+        "needs all tokens", "needs all tokens",
     ),
 }  # fmt: skip
 
@@ -123,6 +130,28 @@ def test_adapters_that_need_the_whole_sequence_are_refused(kind, order):
     config, words, words_at_the_step = REFUSED[kind]
     with pytest.raises(ValueError, match=words if order == "after" else words_at_the_step):
         step(build(config, order))
+
+
+def test_x_lora_is_refused(tmp_path):
+    build(lora(target_modules=["q_proj"]), "never").save_pretrained(tmp_path)
+    base = tiny.build("llama").train()
+    # Its classifier calls the model a second time.
+    base.config.use_cache = False
+    config = peft.XLoraConfig(hidden_size=64, adapters={"0": str(tmp_path), "1": str(tmp_path)}, **CAUSAL)
+    with pytest.raises(ValueError, match="needs all tokens"):
+        step(prepare(peft.get_peft_model(base, config)))
+
+
+def test_velora_along_a_fixed_direction():
+    config = lora(
+        target_modules=["q_proj"], velora_config=peft.VeloraConfig(num_groups=8, init_type="random")
+    )
+    (loss, gradients), (expected_loss, expected) = (
+        step(build(config, order)) for order in ("after", "never")
+    )
+    assert tiny.relative_error(loss, expected_loss) <= BOUND
+    for name in expected:
+        assert tiny.relative_error(gradients[name], expected[name]) <= 10 * BOUND, name
 
 
 def test_cpt_needs_the_logits():

@@ -30,9 +30,9 @@ def check_known(outputs: list[Tensor], known: list[Tensor], module: nn.Module) -
         if node.name().endswith("AccumulateGrad"):
             raise ValueError(
                 f"`model`: {type(module).__name__} reads a tensor of shape {tuple(node.variable.shape)} that "
-                "wants a gradient, and that was none of its parameters in the forward; its gradient would be lost. "
-                "Make it a parameter of a module inside, from where a hook may read it, or train this model "
-                "unprepared."
+                "wants a gradient, and that was none of its parameters in the forward; its gradient would be "
+                "lost. Make it a parameter of a module inside, from where a hook may read it, or train this "
+                "model unprepared."
             )
         found = [before for before, _ in node.next_functions if before not in seen]
         seen.update(found)

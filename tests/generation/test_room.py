@@ -248,20 +248,10 @@ def test_a_cpu_counts_what_its_container_may_take(monkeypatch, tmp_path):
     assert room.free_memory(torch.device("cpu")) == 4096
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
-
-
-def run_out(model, call_number, error=OUT_OF_MEMORY, layer=-1):
-    """Memory runs out in the last layer at one of its calls, or another error ends it; returns the hook."""
-    seen = []
-
-    def hook(module, args):
-        seen.append(1)
-        if len(seen) == call_number:
-            raise error
-
-    # Behind the attention, so that the layer's keys are written already.
-    return model.model.layers[layer].post_attention_layernorm.register_forward_pre_hook(hook)
+def run_out(model, call_number):
+    """Memory runs out in the last layer at one of its calls; returns the hook."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+    return tiny.end_in(model.model.layers[-1], call_number, error)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -281,47 +271,6 @@ def test_memory_that_runs_out_leaves_model_and_cache_as_they_were(family, call_n
     assert found and held <= int(found[1].replace(",", "")) < second.shape[1] + 6
     assert cache.get_seq_length() == held
     assert generate(model, second, past_key_values=cache) == generate(prepare(family), second)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[2:]), "gemma2", "flag-hybrid"],
-)
-@pytest.mark.parametrize(
-    ("call_number", "chunk"), [(2, 5), (2, 80), (28, 5)], ids=["prefill", "long-chunk", "decode"]
-)
-def test_a_cache_goes_on_after_an_interruption_within_a_step(family, call_number, chunk):
-    """As by a key that is pressed: the first layer has read what the others have not."""
-    build = tiny.build_lightning if family == "flag-hybrid" else tiny.build
-    model, conversation = hf_longattn.prepare_generation(build(family)), tiny.tokens(1, 11)
-    cache, plain = LongContextCache(model.config), hf_longattn.prepare_generation(build(family))
-    first = torch.tensor(generate(model, conversation, past_key_values=cache))
-    # Longer than what a window can give back.
-    second = torch.cat([first, tiny.tokens(1, 119, seed=4)], 1)
-    expected = torch.tensor(generate(plain, second, max_new_tokens=40))
-    hook = run_out(model, call_number, KeyboardInterrupt(), 0)
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, second, past_key_values=cache, prefill_chunk_size=chunk, max_new_tokens=40)
-    hook.remove()
-    held = cache.get_seq_length()
-    assert {int(layer.get_seq_length()) for layer in cache.layers} == {held}
-    whole = expected[:, : max(second.shape[1], held + 1)]
-    left = expected.shape[1] - whole.shape[1]
-    assert generate(model, whole, past_key_values=cache, max_new_tokens=left) == expected.tolist()
-
-
-def test_guesses_are_taken_back_after_an_interruption():
-    """All layers hold them, and nobody knows whether they are right."""
-    model, conversation = prepare(), tiny.tokens(1, 11)
-    cache = LongContextCache(model.config)
-    first = torch.tensor(generate(model, conversation, past_key_values=cache))
-    second, held = torch.cat([first, tiny.tokens(1, 19, seed=4)], 1), cache.get_seq_length()
-    hook = run_out(model, 6, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, second, past_key_values=cache, prompt_lookup_num_tokens=3)
-    hook.remove()
-    assert cache.get_seq_length() == held and not cache.holds_guesses
-    assert generate(model, second, past_key_values=cache) == generate(prepare(), second)
 
 
 def test_an_empty_cache_gives_its_memory_back():
@@ -468,6 +417,33 @@ def test_activations_of_a_chunk_lie_between_what_is_certain_and_what_is_planned(
     assert 0 <= taken - (feed_forward * width + 3 * hidden) <= 2 * hidden
     planned = activation_bytes(model.config, 256, torch.float32) / 256 / 4
     assert demand.CERTAIN * planned <= taken <= planned + 2 * hidden
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_memory_of_a_gpu_that_runs_out(cuda_graph, monkeypatch):
+    import transformers as tf
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 97}
+    config = tf.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, eos_token_id=None)
+    model = tiny.scattered(tf.AutoModelForCausalLM.from_config(config).eval()).cuda()
+    hf_longattn.prepare_generation(model, cuda_graph=cuda_graph)
+    cache = LongContextCache(config)
+    first = torch.tensor(generate(model, tiny.tokens(1, 4000).cuda(), past_key_values=cache)).cuda()
+    second, held = torch.cat([first, tiny.tokens(1, 50, seed=4).cuda()], 1), cache.get_seq_length()
+    expected = generate(model, second)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(room, "free_memory", lambda device: None)
+    # 32 KiB a token: a prompt of 2 GiB.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 29)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="as they were before the call"):
+            generate(model, torch.cat([first, tiny.tokens(1, 1 << 16).cuda()], 1), past_key_values=cache)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert cache.get_seq_length() == held
+    assert generate(model, second, past_key_values=cache) == expected
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
 
     Args:
         inputs: the first argument of `generate`, or None.
-        keywords: the others: `input_ids` in its place, `attention_mask`, `past_key_values`.
+        keywords: the others: `input_ids` in its place, `attention_mask`, `position_ids`, `past_key_values`.
 
     Raises:
         ValueError: a shape that does not fit, by name.
@@ -69,6 +69,9 @@ def check_prompt(inputs: Any, keywords: dict[str, Any]) -> None:
         )
     if needed and mask is not None and mask.ndim == 2:
         _check_mask(mask, ids, cache)
+    positions = keywords.get("position_ids")
+    if needed and isinstance(positions, Tensor):
+        _check_positions(positions, ids.shape[1], cache)
 
 
 def check_cache(model: PreTrainedModel, cache: Any) -> None:
@@ -97,6 +100,18 @@ def check_cache(model: PreTrainedModel, cache: Any) -> None:
                 f"{part.layer_idx}, but those of this model are {width} wide: another model filled it; pass "
                 "a cache made from this model's config."
             )
+
+
+def _check_positions(positions: Tensor, tokens: int, cache: Any) -> None:
+    count = positions.shape[-1] if positions.ndim else 0
+    if count == tokens:
+        return
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if not held or count not in (tokens - held, tokens + held):
+        raise ValueError(
+            f"`position_ids` must have one for each of the {tokens} token ids, or of those that "
+            f"`past_key_values` does not hold yet, got shape {tuple(positions.shape)}."
+        )
 
 
 def _check_mask(mask: Tensor, ids: Tensor, cache: Any) -> None:

@@ -28,6 +28,7 @@ PROMPTS = {
     "short mask": ({"attention_mask": ONES[:, :5]}, ValueError, r"\(1, 9\) as the token ids, got \(1, 5\)"),
     "long mask": ({"attention_mask": ONES.repeat(1, 2)}, ValueError, r"got \(1, 18\)"),
     "other rows": ({"attention_mask": ONES.repeat(3, 1)}, ValueError, r"got \(3, 9\)"),
+    "positions": ({"position_ids": torch.arange(8)[None]}, ValueError, r"9 token ids, .* got shape \(1, 8\)"),
     "no cache": ({"past_key_values": "dynamic"}, TypeError, "`past_key_values` must be a cache, got str"),
 }
 SETTINGS = [

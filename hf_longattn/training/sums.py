@@ -4,8 +4,11 @@ In bf16, hundreds of blocks would cost a percent of the gradient: the sum is fp3
 they are, for their sum rounds once, whether fp32 is in between or not; mixing dtypes costs more than adding.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 # Bytes of a part that is not copied: smaller ones may be views of what is written over later.
 _LARGE = 1 << 20
@@ -79,7 +82,8 @@ def local_gradients(
     Returns:
         one for each input, None where the outputs do not depend on it.
     """
-    hooked = [(tensor, hooks) for tensor in inputs if (hooks := tensor._backward_hooks) and tensor.is_leaf]
+    leaves = map(_leaf_of, inputs)
+    hooked = [(tensor, hooks) for tensor in leaves if (hooks := tensor._backward_hooks) and tensor.is_leaf]
     try:
         for tensor, _ in hooked:
             tensor._backward_hooks = None
@@ -87,6 +91,14 @@ def local_gradients(
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
+
+
+def _leaf_of(tensor: Tensor) -> Tensor:
+    """The leaf itself: where hooks look at what autograd saves, it hands out others of the same node."""
+    if isinstance(tensor, nn.Parameter) or not tensor.is_leaf:
+        return tensor
+    node: Any = get_gradient_edge(tensor).node
+    return node.variable
 
 
 def _is_alone(part: Tensor) -> bool:

@@ -37,6 +37,19 @@ def test_a_hook_on_a_parameter_is_called_once_with_the_whole_gradient(fields):
         assert tiny.relative_error(found[1][name], expected) <= BOUND, name
 
 
+def test_hooks_on_parameters_beside_hooks_on_saved_tensors():
+    found = []
+    for prepared in (False, True):
+        model = build(prepared)
+        for parameter in model.parameters():
+            parameter.register_hook(torch.neg)
+        with torch.autograd.graph.save_on_cpu():
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert tiny.relative_error(found[1], found[0]) <= BOUND
+
+
 def test_a_part_of_the_model_that_no_loss_uses_has_no_gradient():
     found = []
     for prepared in (False, True):

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from hf_longattn import BlockTransformerConfig, LightningConfig
+from hf_longattn.cache.quantized import read_cache_dtype
 from hf_longattn.generation.clock import Hardware
 from hf_longattn.generation.planning import plan_generation
 from hf_longattn.generation.sizes import Ranks
@@ -59,10 +60,18 @@ def measured():
                 yield row
 
 
+def measured_in_8_bits():
+    """The same with a cache in 8 bits; their times are not held against the plan."""
+    for row in json.loads((RESULTS / "generation.json").read_text()):
+        if row["peer"] in ("prepared-int8", "prepared-fp8") and row["layers"] == 32 and "peak_gib" in row:
+            yield row
+
+
 def plan_of(row):
     """The plan of what a row measured."""
-    hardware = Hardware(bandwidth=row["copy_rate"])
+    hardware, kind = Hardware(bandwidth=row["copy_rate"]), row["peer"].partition("-")[2]
     sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"], "ranks": Ranks(row.get("ranks", 1))}
+    sizes["cache_dtype"] = read_cache_dtype(kind or None)
     return plan_generation(SHAPE, row["prompt"] + NEW_TOKENS, hardware=hardware, **sizes)
 
 

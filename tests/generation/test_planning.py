@@ -53,6 +53,14 @@ def test_memory_and_times_are_those_measured(row):
         assert 1e3 * plan.expected_a_token == pytest.approx(row["token_ms"], rel=0.10)
 
 
+@pytest.mark.parametrize("row", list(TABLES["measured_in_8_bits"]()), ids=measured_id)
+def test_memory_of_a_cache_in_8_bits_is_that_measured(row):
+    plan = TABLES["plan_of"](row)
+    assert plan.peak == pytest.approx(row["peak_gib"] * 2**30, rel=0.05)
+    assert plan.fits and plan.longest >= plan.context
+    assert 1e3 * plan.expected_a_token == pytest.approx(row["token_ms"], rel=0.10)
+
+
 def test_there_are_measurements_to_hold_the_plan_against():
     assert {row.get("ranks", 1) for row in MEASURED} == {1, 2} and len(MEASURED) >= 9
     assert len(BLOCKS) >= 4 and len(LIGHTNING) >= 3

@@ -250,7 +250,9 @@ def test_progress_is_shown_on_stderr_only_when_asked(capsys):
         generate(model, tiny.tokens(1, 23), do_sample=False)
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert ("reading the prompt" in captured.err) is progress
+        # The rate, and the time that is left.
+        for words in ("reading the prompt", "23/23", " tokens/s", "0:00:00"):
+            assert (words in captured.err) is progress
 
 
 def test_generate_works_again_after_an_error():

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_longattn.instance import Setup, every_module, plain_settings
+from hf_longattn.instance import Setup, every_module, is_watched, plain_settings
 from hf_longattn.kernels.dispatch import has_triton
 from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
@@ -322,9 +322,7 @@ def _is_linear(part: Any) -> bool:
 def _activation_of(module: Any) -> Any:
     found = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     # One that is watched, or changed, must go on being called.
-    watched = isinstance(found, nn.Module) and (
-        found._forward_hooks or found._forward_pre_hooks or "forward" in vars(found)
-    )
+    watched = isinstance(found, nn.Module) and ("forward" in vars(found) or is_watched(found))
     return found if callable(found) and not watched else None
 
 

@@ -74,6 +74,18 @@ def looks_ahead(module: nn.Module) -> bool:
     return not next(causal, True) and not any(causal)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks run around the forward or the backward of a module: its own, or those for all modules.
+
+    Args:
+        module: any module.
+    """
+    # What torch keeps for every module has no public name.
+    of_all: Any = nn.modules.module
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or module._backward_hooks or module._backward_pre_hooks or of_all._has_any_global_hook())
+
+
 def every_module(model: nn.Module) -> list[nn.Module]:
     """`list(model.modules())`, found in a fraction of the time: it is asked before every prompt.
 

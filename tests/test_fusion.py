@@ -179,12 +179,21 @@ def test_norms_of_states_in_another_dtype_take_their_own_way(states, monkeypatch
     assert seen == [torch.float32] * 2 * (states == torch.float32)
 
 
-def test_an_activation_that_is_watched_goes_on_being_called():
+@pytest.mark.parametrize("hooks", ["its own", "of all modules", "of its backward"])
+def test_an_activation_that_is_watched_goes_on_being_called(hooks):
     model, seen = tiny.build("llama"), []
-    model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
-    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
-    with torch.no_grad(), fused(model):
-        model(input_ids=tiny.tokens(1, 4))
+    activation = model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
+    register = {
+        "its own": activation.register_forward_hook,
+        "of all modules": torch.nn.modules.module.register_module_forward_hook,
+        "of its backward": activation.register_full_backward_hook,
+    }[hooks]
+    hook = register(lambda module, *args: seen.append(module) if module is activation else None)
+    try:
+        with fused(model):
+            model(input_ids=tiny.tokens(1, 4)).logits.sum().backward()
+    finally:
+        hook.remove()
     assert len(seen) == 1
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from hf_longattn.cache import LongContextCache
@@ -323,6 +323,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     placement = getattr(model, "hf_device_map", None) or {}
     if len(set(placement.values())) > 1:
         return "the model is spread over several devices"
+    of_all: Any = nn.modules.module
+    if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
+        return "there are forward hooks for all modules, which a replay would skip"
     for module in every_module(model):
         if module._forward_hooks or module._forward_pre_hooks:
             name = next(name for name, each in model.named_modules() if each is module)

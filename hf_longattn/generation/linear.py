@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_longattn.branches import FewRowLayer, in_five_launches, without_attention
 from hf_longattn.fusion import is_fused
 from hf_longattn.generation.capture import capture
-from hf_longattn.instance import Setup, every_module, plain_settings
+from hf_longattn.instance import Setup, every_module, is_watched, plain_settings
 from hf_longattn.kernels.few_row_linear import few_row_gated_linear, few_row_linear
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
 from hf_longattn.kernels.normed_linears import api as normed_linears
@@ -192,7 +192,7 @@ def _has_plain_branches(layer: Any) -> bool:
 
 def _is_own(module: nn.Module) -> bool:
     """Whether a module runs its own forward, or ours, and nobody watches."""
-    watched = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
+    watched = is_watched(module) or module._compiled_call_impl is not None
     return not watched and ("forward" not in vars(module) or is_fused(module))
 
 

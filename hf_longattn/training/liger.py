@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_longattn.instance import is_watched
 from hf_longattn.kernels.dispatch import log_once, triton_runs_on
 
 _INSTALLED = importlib.util.find_spec("liger_kernel") is not None
@@ -121,8 +122,8 @@ def _obstacle(linear: Any, hidden: Tensor) -> str | None:
         return "this version of liger-kernel cuts a chunk again, by the vocabulary; 0.8 does not"
     if type(linear) is not nn.Linear or linear.bias is not None:
         return "the head is not a linear layer without bias"
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "the head has forward hooks"
+    if is_watched(linear):
+        return "the head has hooks"
     if type(linear.weight) is not nn.Parameter or not {linear.weight.dtype, hidden.dtype} <= {*_DTYPES}:
         return "the weights of the head are sharded, quantised or in fp64"
     return None

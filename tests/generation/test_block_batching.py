@@ -324,6 +324,12 @@ def test_models_and_prompts_that_do_not_fit_are_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="forward hooks"):
         model.generate_batch(inputs, **GREEDY)
     handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(ValueError, match="forward hooks for all modules"):
+            model.generate_batch(inputs, **GREEDY)
+    finally:
+        handle.remove()
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attn_implementation"):
         model.generate_batch(inputs, **GREEDY)

@@ -65,6 +65,7 @@ CHANGES = {
     "bias": (lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(97))), "without bias"),
     "another kind": (lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head)), "linear layer"),
     "hooks": (lambda model: model.lm_head.register_forward_hook(lambda *a: None), "hooks"),
+    "backward hooks": (lambda model: model.lm_head.register_full_backward_hook(lambda *a: None), "hooks"),
     "fp64": (lambda model: model.double(), "fp64"),
 }
 

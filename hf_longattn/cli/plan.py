@@ -19,6 +19,7 @@ from hf_longattn.generation.clock import Hardware, this_hardware
 from hf_longattn.generation.offloading import OffloadPlan, PlanWithOffload, with_offload
 from hf_longattn.generation.planning import Plan, plan_generation
 from hf_longattn.generation.sizes import Ranks, on_meta
+from hf_longattn.training.block_planning import plan_block_training
 from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
 from hf_longattn.training.setup import prepare_training
 
@@ -153,11 +154,6 @@ def make_training_plan(request: Request) -> TrainingPlan:
             "`--tp`, `--new-tokens` and `--cache-dtype` plan a prompt: leave them out with `--train`."
         )
     config, dtype = read_config(request.model), getattr(torch, request.dtype)
-    if config.model_type == "block_transformer":
-        raise ValueError(
-            "`--train` counts one decoder that reads every token; a Block Transformer has two, one of which "
-            "reads blocks: train a step and read the peak, or leave `--train` out to plan a prompt."
-        )
     # What cannot be prepared is not planned; the model has no memory, and nobody else has it.
     model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
@@ -172,6 +168,8 @@ def make_training_plan(request: Request) -> TrainingPlan:
         host_memory=bytes_of_host,
         dtype=dtype,
     )
+    if text.model_type == "block_transformer":
+        return plan_block_training(text, model, request.context, sizes)
     return plan_training(text, model, head_sizes(text), request.context, sizes)
 
 

@@ -207,7 +207,18 @@ def plan_training(
         context: tokens of a sequence.
         request: everything else.
     """
-    step = _Step(config, heads, count_parameters(model, request.dtype, request.lora), request)
+    return plan_step(
+        Step(config, heads, count_parameters(model, request.dtype, request.lora), request), context
+    )
+
+
+def plan_step(step: "Step", context: int) -> TrainingPlan:
+    """The plan of one step, with the longest sequence that fits.
+
+    Args:
+        step: the sums of a model.
+        context: tokens of a sequence.
+    """
     longest = _bisect(lambda tokens: step.plan(tokens).fits)
     plan = step.plan(context)
     fields = {**vars(plan), "longest": longest, "advice": () if plan.fits else tuple(step.advice(plan))}
@@ -223,8 +234,15 @@ def _bisect(fits: Callable[[int], bool]) -> int:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step of one model, at any length."""
+class Step:
+    """One step of one model, at any length.
+
+    Args:
+        config: the text config.
+        heads: (query heads, key heads, width of a key, width of a value).
+        parameters: of the model.
+        request: everything else.
+    """
 
     config: PreTrainedConfig
     heads: tuple[int, int, int, int]
@@ -328,11 +346,22 @@ class _Step:
         options = LossOptions(self.request.loss_chunk_size, 0.0)
         chunk = min(options.chunk(torch.empty(0, device=_DEVICE), vocabulary), tokens)
         head, logits = self.parameters.head, chunk * vocabulary
-        whole = (2 if offloads else 3) * self._hidden + self._tables
+        whole = self._in_loss(offloads)
         sums = head * 4 // item
         plain = logits * 2 * item + head
         fused = max(logits * item, head) + sums + 2 * min(MOST_CHUNKS * chunk, tokens) * self._hidden
         return tokens * whole + max(plain, fused) + sums
+
+    def _in_loss(self, offloads: bool) -> int:
+        """Bytes of one token beside its logits: the final norm's output, its gradient, and its input."""
+        return (2 if offloads else 3) * self._hidden + self._tables
+
+    def _sums(self) -> int:
+        """Gradients of one layer's parameters, in fp32 and of one block, and that of a head that waits."""
+        # Adapters are fp32 already.
+        each = 2 if self.request.lora else 4 // self.request.dtype.itemsize + 1
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        return self.parameters.layer * each + (self.parameters.head if tied else 0)
 
     def _backward(self, tokens: int) -> int:
         return max(self._backward_of(tokens, has_state) for has_state in self._kinds)
@@ -348,10 +377,7 @@ class _Step:
         block = int(rows * 7.5 * self.config.hidden_size) + max(
             rows * (6 if has_experts else 5) * inner, keys
         )
-        # Adapters are fp32 already.
-        sums = self.parameters.layer * (2 if self.request.lora else 4 // item + 1)
-        head = self.parameters.head if getattr(self.config, "tie_word_embeddings", False) else 0
-        return tokens * whole + block * item + sums + head
+        return tokens * whole + block * item + self._sums()
 
     def advice(self, plan: TrainingPlan) -> list[str]:
         """What would make it fit, or bring it nearer."""

@@ -198,6 +198,10 @@ def _check_model(model: PreTrainedModel, layers: list[GradientCheckpointingLayer
          "auxiliary loss, which needs every token at once; set it to False"),
         (getattr(config, "num_kv_shared_layers", 0), "its layers share keys and values"),
         (config.model_type == "phimoe", "its router draws random numbers token by token"),
+        (getattr(config, "decoding_strategy", "") == "cross_attention", "its token decoder attends to "
+         "vectors beside its tokens (`decoding_strategy='cross_attention'`)"),
+        (getattr(config, "n_embedding_tokens", 1) > 1, "the vectors of one block see each other "
+         f"(`n_embedding_tokens={getattr(config, 'n_embedding_tokens', 1)}`)"),
         (lightning_layers(config) and keeps_latents(config), "its lightning layers expand compressed keys "
          "behind the place where a state would go from block to block"),
     ]  # fmt: skip

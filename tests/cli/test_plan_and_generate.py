@@ -113,9 +113,10 @@ def test_plan_says_how_many_layers_must_wait_in_host_memory(tmp_path):
     ("config", "words"),
     [
         (tf.PhimoeConfig(num_hidden_layers=1, num_local_experts=2), "cannot be prepared for training"),
-        (BlockTransformerConfig(num_hidden_layers=1), "a Block Transformer has two"),
+        (BlockTransformerConfig(decoding_strategy="cross_attention"), "token decoder attends to vectors"),
+        (BlockTransformerConfig(embedder_type="roberta"), "`embedder_type` must be 'lookup'"),
     ],
-    ids=["phimoe", "block"],
+    ids=["phimoe", "block", "encoder"],
 )
 def test_what_is_not_trained_is_not_planned(tmp_path, config, words):
     config.save_pretrained(tmp_path)
@@ -157,7 +158,7 @@ def test_plan_says_what_does_not_grow_and_which_chunks_are_short(tmp_path, folde
     assert "none" in run("plan", folder, "--context", 4096, "--gpu-memory", 1).stdout
 
 
-def test_plan_of_a_training_step(folder):
+def test_plan_of_a_training_step(folder, tmp_path):
     call = ("plan", folder, "--train", "--context", 4000, "--lora", 4)
     result = run(*call, "--json")
     fields = json.loads(result.stdout)
@@ -171,6 +172,9 @@ def test_plan_of_a_training_step(folder):
     assert [found["host"] for found in fields] == [816_000_000, 544_000_000, 544_000_000]
     result = run(*small, 0.75)
     assert result.exit_code == 0 and "1 in 2" in result.stdout
+    BlockTransformerConfig().save_pretrained(tmp_path)
+    fields = json.loads(run("plan", tmp_path, "--train", "--context", 4000, "--json").stdout)
+    assert fields["fits"] and fields["longest"] > 10_000 and fields["inputs"] > 0
     for option in (("--tp", 2, "--gpus", 2), ("--new-tokens", 3), ("--cache-dtype", "int8")):
         result = run(*call, *option)
         assert result.exit_code == 2 and "`--tp`" in result.stderr, option

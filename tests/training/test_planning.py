@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import transformers as tf
+from recorded_memory import peak
 
 import hf_longattn
 from hf_longattn.cache.head_sizes import head_sizes
@@ -34,20 +35,6 @@ SHAPES = {
 def plan_of(config, context, **fields):
     request = TrainingRequest(**fields)
     return plan_training(config, on_meta(config, request.dtype), head_sizes(config), context, request)
-
-
-def peak(step):
-    """The most bytes that are allocated at a time while `step` runs."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    total = top = 0
-    for _, size in changes:
-        total += size
-        top = max(top, total)
-    return top
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ class Room:
         config = self.model.config.get_text_config(decoder=True)
         if cache is None or len(set(placement.values())) > 1:
             return None
-        has_blocks = hasattr(self.model, "decode_blocks")
+        # A cache of another kind is refused by the forward.
+        has_blocks = hasattr(self.model, "decode_blocks") and hasattr(cache, "keys_per_block")
         if not has_blocks and not _is_counted(cache, config):
             return None
         group = getattr(cache, "group", None)

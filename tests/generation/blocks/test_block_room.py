@@ -4,6 +4,7 @@ import pytest
 import tiny_blocks
 import torch
 from living import Living
+from transformers import DynamicCache
 
 import hf_longattn
 from hf_longattn.generation import demand, prefill, room
@@ -147,6 +148,15 @@ def test_activations_of_a_chunk_lie_between_what_is_certain_and_what_is_planned(
     # Embeddings, contexts and rotations are some numbers a position more.
     positions = 256 * model.config.n_embedding_tokens
     assert demand.CERTAIN * planned <= taken <= planned + 8 * 64 * positions * 4
+
+
+def test_a_cache_of_another_kind_is_left_to_the_forward(free):
+    model, cache, states = prepare(), DynamicCache(), torch.zeros(1, 2, 3, 16)
+    cache.update(states, states, 0)
+    free(1 << 30)
+    ids, mask = tiny_blocks.prompts(23)
+    with pytest.raises(TypeError, match="must be a BlockTransformerCache, got DynamicCache"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
 
 
 def test_restored_models_are_not_watched(free):

@@ -142,6 +142,21 @@ def test_x_lora_is_refused(tmp_path):
         step(prepare(peft.get_peft_model(base, config)))
 
 
+def test_replicated_layers():
+    config = lora(target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 3]])
+    found = []
+    for order in ("never", "after"):
+        # The copies of a layer hold configs of their own, which a later switch does not reach.
+        torch.manual_seed(3)
+        model = peft.get_peft_model(tiny.build("llama", "blockwise_attention").train(), config)
+        found.append(step(model if order == "never" else prepare(model)))
+    assert tiny.relative_error(found[1][0], found[0][0]) <= BOUND
+    for name, expected in found[0][1].items():
+        assert tiny.relative_error(found[1][1][name], expected) <= 10 * BOUND, name
+    with pytest.raises(ValueError, match="attn_implementation='blockwise_attention'"):
+        prepare(peft.get_peft_model(tiny.build("llama").train(), config))
+
+
 def test_velora_along_a_fixed_direction():
     config = lora(
         target_modules=["q_proj"], velora_config=peft.VeloraConfig(num_groups=8, init_type="random")

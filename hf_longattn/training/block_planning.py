@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_longattn.cache.head_sizes import Sizes, head_sizes
+from hf_longattn.training.blocks import numbers_at_once, times_at_once
 from hf_longattn.training.groups import pick_every, waiting
 from hf_longattn.training.offload import has_room, place, working_bytes
 from hf_longattn.training.planning import Step, TrainingPlan, TrainingRequest, count_parameters, plan_step
@@ -130,7 +131,7 @@ class BlockStep(Step):
         number = sum(each.config.num_hidden_layers for each in self.decoders)
 
         def reserve(size: int) -> int:
-            return working_bytes(size, 1)
+            return working_bytes(size, 1, times_at_once(self.config))
 
         every = request.keep_every
         if not isinstance(every, int):
@@ -178,14 +179,11 @@ class BlockStep(Step):
         """Bytes of a layer of the token decoder, of which all positions run backward at once."""
         request, config = self.request, decoder.config
         item, positions = request.dtype.itemsize, int(tokens * decoder.share)
-        width, inner = config.hidden_size, config.intermediate_size
         heads, _, key_width, value_width = decoder.heads
-        gated = self.config.decoder_type != "gpt_neox"
-        feeding = 5 * width + decoder.keys + (5 if gated else 3) * inner
         # Of parallel branches, one is done before the other begins.
-        parallel = not gated and self.config.use_parallel_residual
-        attending = (7 if parallel else 8) * width + heads * (key_width + value_width)
-        most = max(feeding * item, attending * item + decoder.keys * (item + 4))
+        parallel = self.config.decoder_type == "gpt_neox" and self.config.use_parallel_residual
+        attending = (7 if parallel else 8) * config.hidden_size + heads * (key_width + value_width)
+        most = max(numbers_at_once(self.config) * item, attending * item + decoder.keys * (item + 4))
         again = 0 if request.save_attention else sum(decoder.attention(tokens, request.dtype))
         return positions * most + again
 

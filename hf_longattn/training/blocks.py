@@ -1,5 +1,7 @@
 """How many tokens go through a layer at a time, and which."""
 
+from typing import Any
+
 import torch
 
 # Tokens of a block, D and F of the model whose block is the measure of what one may take.
@@ -21,6 +23,30 @@ def token_numbers(width: int, inner: int) -> int:
         inner: F, of the feed-forward layer.
     """
     return (15 * width + 10 * inner) // 2
+
+
+def numbers_at_once(config: Any) -> int:
+    """Numbers of one position in the backward of the token decoder's layers, which get all rows at once.
+
+    5 D, keys and values, and 3 F, or 5 F where there is a gate.
+
+    Args:
+        config: a `BlockTransformerConfig`.
+    """
+    states = 5 * config.token_hidden_size + 2 * config.token_num_key_value_heads * config.token_head_dim
+    return states + (3 if config.decoder_type == "gpt_neox" else 5) * config.token_intermediate_size
+
+
+def times_at_once(config: Any) -> int:
+    """How many times its input the backward of a layer takes that gets all tokens at once; 0 of others.
+
+    Args:
+        config: of a model.
+    """
+    if config.model_type != "block_transformer":
+        return 0
+    # The input's own place, and what is made of it.
+    return 1 + -(-numbers_at_once(config) // config.token_hidden_size)
 
 
 def block_tokens(device: torch.device, rows: int, numbers: int, dtype: torch.dtype | None = None) -> int:

@@ -118,15 +118,16 @@ class PinnedPool:
 _ROOM = 4 << 30
 
 
-def working_bytes(num_bytes: int, ranks: int) -> int:
+def working_bytes(num_bytes: int, ranks: int, times: int = 0) -> int:
     """What the layer that runs takes, given the bytes of its input on one rank.
 
     Args:
         num_bytes: of a (B, T, D) tensor.
         ranks: that share the sequence.
+        times: of its input that the backward of a layer takes which gets all tokens at once, else 0.
     """
     # It holds its input, two gradients, and of all ranks keys, values and fp32 sums.
-    return _ROOM + (4 + 4 * ranks) * num_bytes
+    return _ROOM + max(4 + 4 * ranks, times) * num_bytes
 
 
 def leaves_room(free: int, num_bytes: int, reserve: int) -> bool:

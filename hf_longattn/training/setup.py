@@ -20,7 +20,7 @@ from hf_longattn.cache.recurrent import keeps_latents, lightning_layers
 from hf_longattn.kernels.dispatch import log_once
 from hf_longattn.training import zero
 from hf_longattn.training.attention import IMPLEMENTATION, register
-from hf_longattn.training.blocks import token_numbers
+from hf_longattn.training.blocks import times_at_once, token_numbers
 from hf_longattn.training.forwards import blockwise_forward, is_norm, tokenwise_forward
 from hf_longattn.training.groups import Groups
 from hf_longattn.training.layer import Runtime
@@ -307,10 +307,11 @@ def _reserve(model: PreTrainedModel, ranks: int) -> Callable[[int], int]:
     # This runs for every tensor that is kept, and walking `model.parameters()` takes as long as many kernel
     # launches. The `_parameters` dicts of the modules stay, whatever becomes of the parameters in them.
     tables = [part._parameters for part in instance.every_module(model) if part._parameters]
+    times = times_at_once(model.config.get_text_config())
 
     def reserve(num_bytes: int) -> int:
         found = {id(p): p for own in tables for p in own.values() if p is not None and p.grad is None}
         missing = sum(p.numel() * p.element_size() for p in found.values() if p.requires_grad)
-        return working_bytes(num_bytes, ranks) + missing
+        return working_bytes(num_bytes, ranks, times) + missing
 
     return reserve

@@ -7,7 +7,7 @@ from recorded_memory import peak
 import hf_longattn
 from hf_longattn import BlockTransformerConfig, BlockTransformerForCausalLM
 from hf_longattn.generation.sizes import on_meta
-from hf_longattn.training import attention, planning
+from hf_longattn.training import attention, planning, setup
 from hf_longattn.training.block_planning import plan_block_training
 from hf_longattn.training.offload import working_bytes
 from hf_longattn.training.planning import TrainingRequest
@@ -81,7 +81,8 @@ def test_inputs_of_both_decoders_wait_where_there_is_room():
     assert (plan.inputs, plan.host) == (2 * blocks, 12 * (inside + blocks))
     # Where "auto" leaves room for half of the layers of the token decoder.
     static = plan.weights + plan.gradients + plan.optimizer
-    free = 14 * blocks + 6 * inside + working_bytes(inside, 1) + 2 * inside
+    # A layer of all rows at once takes 7 D and 3 F beside its input.
+    free = 14 * blocks + 6 * inside + working_bytes(inside, 1, 1 + 7 + 3 * 4) + 2 * inside
     plan = plan_of(tokens, memory=static + GIB + free, **kept)
     assert (plan.inputs, plan.host) == (14 * blocks + 6 * inside, 6 * inside)
     # The first layer of a decoder asks whether the inputs of 24 such layers find room.
@@ -90,6 +91,12 @@ def test_inputs_of_both_decoders_wait_where_there_is_room():
         plan = plan_of(tokens, offload=True, **short)
         assert (plan.every, plan.host) == (every, host + 12 * blocks)
     assert not any("--gpus" in words for words in plan_of(tokens, host_memory=0, offload=True).advice)
+
+
+def test_a_layer_of_all_rows_at_once_is_left_room_for():
+    model = BlockTransformerForCausalLM(BlockTransformerConfig(**SMALL))
+    missing = sum(p.nbytes for p in model.parameters())
+    assert setup._reserve(model, 1)(100) - missing == working_bytes(100, 1, 20) == working_bytes(0, 1) + 2000
 
 
 def test_the_longest_fits_and_more_does_not():

@@ -116,7 +116,7 @@ class LayerState:
         """Inside, the modules are set as they were.
 
         Raises:
-            ValueError: names a module whose hook is gone, or whose adapters were merged.
+            ValueError: names a module with a hook less or more, or whose adapters were merged.
         """
         self._check()
         changed = [(own, name, was) for own, name, was in self._settings if own.get(name) != was]
@@ -130,13 +130,19 @@ class LayerState:
                 own[name] = value
 
     def _check(self) -> None:
-        gone = next(iter(self.hooks - _hooks(every_module(self.layer))), None)
-        if gone is not None:
+        now = _hooks(every_module(self.layer))
+        if now != self.hooks:
+            owner, number = next(iter(now ^ self.hooks))
             names = {id(part): name or type(part).__name__ for name, part in self.layer.named_modules()}
+            what = (
+                "had a forward hook that is gone"
+                if (owner, number) in self.hooks
+                else "has a new forward hook"
+            )
             raise ValueError(
-                f"`{names.get(gone[0], 'every module')}` had a forward hook that is gone in the backward, "
-                "where the layer computes again; keep hooks until then. For rows with adapters of their own "
-                "(`adapter_names`), train this model unprepared."
+                f"`{names.get(owner, 'every module')}` {what} in the backward, where the layer computes "
+                "again; leave hooks as they are until then. For rows with adapters of their own (`adapter_names`), "
+                "train this model unprepared."
             )
         for own, name, was in self._settings:
             if name == _MERGED and own.get(name) != was:

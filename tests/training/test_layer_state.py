@@ -112,6 +112,14 @@ def test_a_hook_for_all_modules_that_is_gone_is_refused():
         loss.backward()
 
 
+def test_a_hook_that_is_new_is_refused():
+    model = prepared(tiny.build_to_train("llama"))
+    loss = loss_of(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ValueError, match="`mlp` has a new forward hook"):
+        loss.backward()
+
+
 def test_a_hook_on_a_whole_layer_may_go():
     found = []
     for model in (tiny.build_to_train("llama"), prepared(tiny.build_to_train("llama"))):

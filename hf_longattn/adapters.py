@@ -141,8 +141,8 @@ class LayerState:
             )
             raise ValueError(
                 f"`{names.get(owner, 'every module')}` {what} in the backward, where the layer computes "
-                "again; leave hooks as they are until then. For rows with adapters of their own (`adapter_names`), "
-                "train this model unprepared."
+                "again; leave hooks as they are until then. For rows with adapters of their own "
+                "(`adapter_names`), train this model unprepared."
             )
         for own, name, was in self._settings:
             if name == _MERGED and own.get(name) != was:

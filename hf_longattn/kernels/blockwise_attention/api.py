@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.direct import direct_operator
 from hf_longattn.kernels.key_range import KeyRange, check_mask
 
 from . import reference, sdpa
@@ -87,7 +88,7 @@ def blockwise_attention(
     terms = Terms(scale, mask, bias, softcap, sinks, dropout)
     needs_bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     impl = _choose(impl, query, key, value, terms, needs_bias_grad)
-    return torch.ops.hf_longattn.blockwise_attention(query, key, value, *_flatten(terms), impl)
+    return _call(query, key, value, *_flatten(terms), impl)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -223,8 +224,7 @@ def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
 
 
-@torch.library.custom_op("hf_longattn::blockwise_attention", mutates_args=())
-def _operator(
+def _run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -248,13 +248,11 @@ def _operator(
     return laid_out, lse.contiguous()
 
 
-@_operator.register_fake
 def _fake(query: Tensor, key: Tensor, value: Tensor, *terms: object) -> tuple[Tensor, Tensor]:
     return _empty_output(query, value), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
 
 
-@torch.library.custom_op("hf_longattn::blockwise_attention_backward", mutates_args=())
-def _backward_operator(
+def _run_backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -304,11 +302,13 @@ def _laid_out(gradient: Tensor | None, like: Tensor | None, query: Tensor) -> Te
     return torch.empty_like(like).copy_(gradient)
 
 
-@_backward_operator.register_fake
 def _backward_fake(grad_output: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     query, key, value, _, _, bias, sinks = args[:7]
     wanted = (query, key, value, bias if args[-1] else None, sinks)
     return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in wanted)
+
+
+_call_backward = direct_operator("hf_longattn::blockwise_attention_backward", _run_backward, _backward_fake)
 
 
 def _implementation(impl: str) -> ModuleType:
@@ -320,23 +320,21 @@ def _implementation(impl: str) -> ModuleType:
     return {"sdpa": sdpa, "reference": reference}[impl]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:8])
     ctx.options = inputs[8:]
 
 
-def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
+def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
     saved = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(saved[3])
     bias, sinks = saved[5:7]
     bias_grad = bias is not None and ctx.needs_input_grad[3]
-    gradients = torch.ops.hf_longattn.blockwise_attention_backward(
-        grad_output, grad_lse, *saved, *ctx.options, bias_grad
-    )
+    gradients = _call_backward(grad_output, grad_lse, *saved, *ctx.options, bias_grad)
     kept = (*gradients[:3], gradients[3] if bias_grad else None, gradients[4] if sinks is not None else None)
     return *kept, *[None] * 9
 
 
-_operator.register_autograd(_autograd_backward, setup_context=_setup_context)
+_call = direct_operator("hf_longattn::blockwise_attention", _run, _fake, _save, _gradients)

@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from hf_longattn.kernels.key_range import KeyRange
 
-from .api import _choose, _flatten
+from .api import _call_backward, _choose, _flatten
 from .terms import Gradients, Terms
 
 
@@ -49,7 +48,7 @@ def blockwise_attention_gradients(
     dropout = dropout if dropout is not None and dropout[0] > 0 else None
     terms = Terms(scale, KeyRange() if mask is None else mask, bias, softcap, sinks, dropout)
     impl = _choose("auto", *inputs, terms, needs_bias_grad=False)
-    query_grad, key_grad, value_grad, _, sinks_grad = torch.ops.hf_longattn.blockwise_attention_backward(
+    query_grad, key_grad, value_grad, _, sinks_grad = _call_backward(
         grad_output, None, *inputs, *results, *_flatten(terms), impl, False
     )
     return Gradients(query_grad, key_grad, value_grad, None, None if sinks is None else sinks_grad)

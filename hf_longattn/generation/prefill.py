@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,8 @@ _CPU_CHUNK_TOKENS = 512
 # Processes that share a chunk make it longer, up to this many times: its queries meet on every one of them.
 MOST_CHUNKS = 4
 _TILE = 128
+# Seconds after which a bar is drawn in the middle of the first chunk.
+_BAR_AFTER_S = 0.2
 # Inputs that cannot be cut with the token ids: embeddings, and all that a picture or a sound comes with.
 _WHOLE = ("inputs_embeds", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
@@ -259,25 +262,46 @@ def pick_chunk(rows: int, device: torch.device, ranks: int = 1) -> int:
 
 @contextlib.contextmanager
 def _progress_bar(show: bool, total: int) -> Iterator[Any]:
+    """A function that counts the tokens of a chunk on a bar.
+
+    The bar takes the host longer than a short prompt takes the device: it is drawn once there are chunks
+    behind the first, or the first takes its time.
+    """
     if not show:
         yield lambda count: None
         return
-    columns = (
+    progress = _make_bar()
+    task = progress.add_task("prefill", total=total, rate="")
+    late = threading.Timer(_BAR_AFTER_S, progress.start)
+    late.daemon = True
+    late.start()
+
+    def advance(count: int) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        progress.advance(task, count)
+        speed = progress.tasks[0].speed
+        progress.update(task, rate=f"{speed:,.0f} tokens/s" if speed else "")
+        if not progress.finished:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        late.cancel()
+        # It may be drawing.
+        late.join()
+        if progress.live.is_started:
+            progress.stop()
+
+
+def _make_bar() -> Progress:
+    return Progress(
         TextColumn("reading the prompt"),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TextColumn("tokens  {task.fields[rate]}"),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("prefill", total=total, rate="")
-
-        def advance(count: int) -> None:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            progress.advance(task, count)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:,.0f} tokens/s" if speed else "")
-
-        yield advance

@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+import threading
+import time
 
 import pytest
 import tiny
@@ -12,6 +14,7 @@ import transformers as tf
 import hf_longattn
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.preallocated import PreallocatedLayer
+from hf_longattn.generation import prefill
 
 FAMILIES = ["llama", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt-oss", "gpt-neox", "gpt2", "llama4"]
 FAMILIES += tiny.SHARED_KEYS
@@ -253,6 +256,18 @@ def test_progress_is_shown_on_stderr_only_when_asked(capsys):
         # The rate, and the time that is left.
         for words in ("reading the prompt", "23/23", " tokens/s", "0:00:00"):
             assert (words in captured.err) is progress
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4], ids=["at-once", "slow"])
+def test_the_bar_of_one_chunk_is_drawn_where_it_takes_its_time(seconds, capsys, monkeypatch):
+    monkeypatch.setattr(prefill, "_BAR_AFTER_S", 0.1 if seconds else 60.0)
+    model = hf_longattn.prepare_generation(tiny.build("llama"), progress=True)
+    model.model.layers[0].register_forward_hook(lambda *call: time.sleep(seconds))
+    threads = threading.active_count()
+    generate(model, tiny.tokens(1, 23), do_sample=False, max_new_tokens=1)
+    drawn = capsys.readouterr().err
+    assert ("reading the prompt" in drawn and "23/23" in drawn) if seconds else drawn == ""
+    assert threading.active_count() == threads
 
 
 def test_generate_works_again_after_an_error():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_longattn.modeling.block_transformer import BlockTransformerCache
+from hf_longattn.modeling.block_transformer.cache_block_transformer import BlockLayer
 
 
 @pytest.mark.parametrize("alignment", ["tokens", "columns"])
@@ -166,3 +167,20 @@ def test_a_forward_that_is_asked_for_no_row_fills_the_cache_alone():
     assert outputs.logits.shape[:2] == (2, 0)
     whole = model(torch.cat([ids, ids], dim=1)).logits[:, 11:]
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("borrowed", [False, True], ids=["new", "borrowed"])
+def test_only_what_nobody_is_about_to_write_is_cleared(borrowed):
+    layer = BlockLayer(8)
+    layer.lazy_initialization(torch.zeros(3, 2, 0, 4), torch.zeros(3, 2, 0, 5))
+    if borrowed:
+        layer.borrowed = torch.full((3, 2, 8, 4), torch.nan), torch.full((3, 2, 8, 5), torch.nan)
+    # What `torch.empty` gives is NaN in tests.
+    layer.reserve(3, 7, written=5)
+    for buffer in (layer._keys, layer._values):
+        assert buffer.shape[:3] == (3, 2, 8)
+        assert buffer[:, :, :5].isnan().all() and (buffer[:, :, 5:] == 0).all()
+        buffer[:, :, :5] = 1.0
+    layer.reserve(3, 9)
+    for buffer in (layer._keys, layer._values):
+        assert (buffer[:, :, :5] == 1).all() and (buffer[:, :, 5:] == 0).all()

@@ -112,11 +112,12 @@ class BlockLayer(CacheLayerMixin):
         )
 
         def grown(old: torch.Tensor) -> torch.Tensor:
-            # Zeros, because masked places are still multiplied by a weight of 0.
             with lasting_buffers():
-                new = old.new_zeros((batch_size, old.shape[1], room, old.shape[3]))
+                new = old.new_empty((batch_size, old.shape[1], room, old.shape[3]))
             if held[2]:
                 new[:, :, : held[2]] = old
+            # Zeros, because masked places are still multiplied by a weight of 0.
+            new[:, :, max(held[2], written) :].zero_()
             return new
 
         self._keys, self._values = grown(self._keys), grown(self._values)

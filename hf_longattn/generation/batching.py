@@ -116,7 +116,8 @@ class RowProgram:
         self.column.index_copy_(0, index, lengths - rest[:, None])
         padded = any(cut[0] for cut in cuts)
         whole = self._sent(whole).view(len(rows), most, self.span)
-        self.decoding.admit(index, whole, pads if padded else None, blocks, chunk)
+        together = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else None
+        self.decoding.admit(index, whole, pads if padded else None, blocks, chunk, together)
 
     def park(self, rows: list[int]) -> None:
         """Says that nobody uses these rows any more: they go on with as few blocks as can be."""

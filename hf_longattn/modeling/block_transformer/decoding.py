@@ -33,10 +33,16 @@ class BlockGroup:
         cache: what the prompt left, with room for all blocks to come.
         rows: the rows.
         held: their keys and values, where they begin and end one by one; None: they stay as they are.
+        begun: whether the cache holds what the first token is predicted from.
     """
 
     def __init__(
-        self, model: Any, cache: BlockTransformerCache, rows: slice, held: HeldBlocks | None = None
+        self,
+        model: Any,
+        cache: BlockTransformerCache,
+        rows: slice,
+        held: HeldBlocks | None = None,
+        begun: bool = True,
     ) -> None:
         self.model, self.rows = model, rows
         self.length = cache.block_length
@@ -56,8 +62,9 @@ class BlockGroup:
         self.context = cache.context[rows].clone()
         self.prefix = model.token_decoder.expand(self.context).clone()
         self.tokens = model.token_decoder.make_cache()
-        # (R, D_tok), which predicts the token behind the prompt.
-        self.first = self.step(tokens)
+        if begun:
+            # (R, D_tok), which predicts the token behind the prompt.
+            self.first = self.step(tokens)
 
     def feed(self, token_ids: Tensor) -> Tensor:
         """Takes in the next token of each row, (R,); state (R, D_tok) that predicts the one after it."""
@@ -123,11 +130,12 @@ class BlockGroup:
 
     def _read_rows(self, rows: slice, token_ids: Tensor, blocks: int) -> None:
         embeds = self.model.embedder(token_ids[rows].reshape(-1, blocks, self.length), None).flatten(1, 2)
+        first = FirstBlocks(self.held, rows, blocks)
         outputs = self.model.block_decoder(
             inputs_embeds=embeds,
             attention_mask=FirstMask(embeds.shape[0], blocks, embeds.device),
-            position_ids=torch.arange(blocks, device=embeds.device)[None],
-            past_key_values=FirstBlocks(self.held, rows),
+            position_ids=first.places,
+            past_key_values=first,
             use_cache=False,
         )
         self.context[rows] = outputs.last_hidden_state[:, -1:]
@@ -214,9 +222,10 @@ class BlockDecoding:
         model: a `BlockTransformerForCausalLM`.
         cache: holds the prompt.
         steps: tokens a row to make room for.
+        begun: whether it does; else the prompt comes with `BlockGroup.read`.
     """
 
-    def __init__(self, model: Any, cache: BlockTransformerCache, steps: int) -> None:
+    def __init__(self, model: Any, cache: BlockTransformerCache, steps: int, begun: bool = True) -> None:
         self.model, self.cache = model, cache
         self.block_length = cache.block_length
         slots = cache.num_slots % self.block_length
@@ -234,7 +243,7 @@ class BlockDecoding:
             if not self.sorted:
                 cache.batch_select_indices(self.order)
             make_room(model, cache, steps)
-            self.groups = [BlockGroup(model.model, cache, each) for each in rows]
+            self.groups = [BlockGroup(model.model, cache, each, begun=begun) for each in rows]
             # Nothing has failed: the rows stay sorted.
             undo.pop_all()
 
@@ -280,7 +289,7 @@ class BlockDecoding:
         cache.start(input_ids[:, :0], None)
         make_room(model, cache, length + steps, blocks)
         cache.context_valid.fill_(True)
-        decoding = cls(model, cache, length + steps)
+        decoding = cls(model, cache, length + steps, begun=False)
         decoding.groups[0].first = decoding.groups[0].read(input_ids, at_once)
         return decoding
 

@@ -61,6 +61,10 @@ class HeldBlocks(Cache):
         """What the queries of one new block see: all of it and all before it."""
         return EndsMask((self.start + self.each).expand(-1, self.each), self.room, self.key_mask)
 
+    def views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (R, G, room, K): those of a new block go to `places`."""
+        return self.buffers[layer_idx]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -115,31 +119,42 @@ class FirstBlocks(Cache):
     Args:
         held: what the steps go on with.
         rows: those that the prompts take, a slice or (R,).
+        count: keys that come.
         start: keys that lie in front of those that come.
     """
 
-    def __init__(self, held: HeldBlocks, rows: Tensor | slice, start: int = 0) -> None:
+    def __init__(self, held: HeldBlocks, rows: Tensor | slice, count: int, start: int = 0) -> None:
         super().__init__(layers=held.layers)
-        self.buffers, self.rows, self.start = held.buffers, rows, start
+        self.held, self.rows, self.start, self.end = held, rows, start, start + count
+        # (1, N), the positions of the keys that come, and where they go.
+        self.places = torch.arange(start, self.end, device=held.places.device)[None]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the rows lie next to each other, so that their keys and values are read where they are."""
+        return isinstance(self.rows, slice)
+
+    def views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer where the rows are `in_place`, (R, G, S, K), with those that come."""
+        keys, values = (buffer[self.rows, :, : self.end] for buffer in self.held.buffers[layer_idx])
+        return keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes (R, G, N, K) behind what lies in front; returns all of it."""
-        keys, values = (
-            self._write(buffer, states)
-            for buffer, states in zip(self.buffers[layer_idx], (key_states, value_states), strict=True)
-        )
-        return keys, values
+        if self.in_place:
+            keys, values = self.views(layer_idx)
+            keys[:, :, self.start :].copy_(key_states)
+            values[:, :, self.start :].copy_(value_states)
+            return keys, values
+        keys, values = self.held.buffers[layer_idx]
+        return self._scatter(keys, key_states), self._scatter(values, value_states)
 
-    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
-        end = self.start + states.shape[2]
-        if isinstance(self.rows, slice):
-            buffer[self.rows, :, self.start : end].copy_(states)
-            return buffer[self.rows, :, :end]
-        buffer[:, :, self.start : end].index_copy_(0, self.rows, states)
+    def _scatter(self, buffer: Tensor, states: Tensor) -> Tensor:
+        buffer[:, :, self.start : self.end].index_copy_(0, self.rows, states)
         # What was written is at hand, unless there is more in front.
-        return buffer[:, :, :end].index_select(0, self.rows) if self.start else states
+        return buffer[:, :, : self.end].index_select(0, self.rows) if self.start else states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys before those that come."""

@@ -38,7 +38,7 @@ class RowDecoding:
         make_room(model, cache, tokens + self.block_length)
         # No row predicts anything that is read before a prompt is there.
         cache.context_valid.fill_(True)
-        self.group = BlockGroup(model.model, cache, every, RowBlocks(cache, every))
+        self.group = BlockGroup(model.model, cache, every, RowBlocks(cache, every), begun=False)
 
     def cut(self, length: int) -> tuple[int, int, int]:
         """(pads in front, whole blocks, tokens behind them) of a prompt of `length` tokens on its own."""
@@ -47,7 +47,15 @@ class RowDecoding:
         blocks, rest = divmod(pads + length, self.block_length)
         return pads, blocks, rest
 
-    def admit(self, rows: Tensor, token_ids: Tensor, pads: Tensor | None, blocks: Tensor, chunk: int) -> None:
+    def admit(
+        self,
+        rows: Tensor,
+        token_ids: Tensor,
+        pads: Tensor | None,
+        blocks: Tensor,
+        chunk: int,
+        together: slice | None = None,
+    ) -> None:
         """Has rows begin with the whole blocks of prompts.
 
         Args:
@@ -56,6 +64,8 @@ class RowDecoding:
             pads: (R,) pads in front of the first token, or None where there are none.
             blocks: (R,) whole blocks of each, 1 .. N.
             chunk: blocks of a row that go through the block decoder at a time.
+            together: the rows as a slice, where they lie next to each other: their keys and values are then
+                written and read in place.
         """
         mask = None
         if pads is not None:
@@ -63,22 +73,23 @@ class RowDecoding:
             mask[:, 0] = torch.arange(self.block_length, device=self.device) >= pads[:, None]
         embeds = self.model.model.embedder(token_ids, mask)  # (R, N, n_e, D)
         contexts = [
-            self._read(rows, embeds[:, start : start + chunk], start)
+            self._read(together or rows, embeds[:, start : start + chunk], start)
             for start in range(0, embeds.shape[1], chunk)
         ]
         last = torch.cat(contexts, dim=1)[torch.arange(len(rows), device=self.device), blocks - 1]
         self.group.context.index_copy_(0, rows, last)
         self.place(rows, blocks)
 
-    def _read(self, rows: Tensor, embeds: Tensor, start: int) -> Tensor:
+    def _read(self, rows: Tensor | slice, embeds: Tensor, start: int) -> Tensor:
         """Contexts of the embeddings (R, N, n_e, D) of blocks from `start` on."""
         each, inputs = embeds.shape[2], embeds.flatten(1, 2)
         first, (count, keys, _) = start * each, inputs.shape
+        cache = FirstBlocks(self.group.held, rows, keys, first)
         outputs = self.model.model.block_decoder(
             inputs_embeds=inputs,
             attention_mask=FirstMask(count, keys, inputs.device, first, each),
-            position_ids=torch.arange(first, first + keys, device=inputs.device)[None],
-            past_key_values=FirstBlocks(self.group.held, rows, first),
+            position_ids=cache.places,
+            past_key_values=cache,
             use_cache=False,
         )
         return outputs.last_hidden_state.view_as(embeds)

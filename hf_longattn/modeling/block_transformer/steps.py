@@ -3,10 +3,10 @@
 While a prompt is read or a step being captured, the attention modules of the token decoder take query, key
 and value where the fused projection left them, and one launch turns them, keeps the new keys and attends. It
 knows causal order, so that no mask is spelled out. In the block decoder, one launch turns those of a step's
-block and keeps its keys and values, another attends. In layers with parallel branches, one launch adds both
-branches to the residual stream and takes the two norms of the next layer, unless a `FewRowLayer` runs them.
-Steps look the rotary embedding of their positions up, of which there are as many as keys have room. What a
-call asks beyond that runs as the module's own forward.
+block, or of the blocks of a prompt, and keeps their keys and values, another attends. In layers with parallel
+branches, one launch adds both branches to the residual stream and takes the two norms of the next layer,
+unless a `FewRowLayer` runs them. The rotary embedding of positions is looked up: there are as many as keys
+have room. What a call asks beyond that runs as the module's own forward.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from hf_longattn.kernels.few_key_attention import few_key_attention
 from hf_longattn.kernels.residual_norms import residual_norms
 from hf_longattn.kernels.rotary_cache_write import rotary_cache_write
 
-from .held import HeldBlocks
+from .held import FirstBlocks, HeldBlocks
 
 # What a graph reads as long as it reads the keys of a layer, or of blocks, so that it lives as long.
 _ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer | HeldBlocks, tuple[Tensor, Tensor]] = (
@@ -44,7 +44,7 @@ _ROTATIONS: weakref.WeakKeyDictionary[PreallocatedLayer | HeldBlocks, tuple[Tens
 def few_launches(model: Any) -> Iterator[None]:
     """Inside, attention within a block is one launch a layer, and what lies between two layers another.
 
-    In front of attention to earlier blocks, a step takes one launch for rotation and cache.
+    In front of attention to earlier blocks, rotation and cache are one launch.
 
     Args:
         model: a `BlockTransformerForCausalLM` in evaluation mode.
@@ -87,6 +87,8 @@ def _attend(
         keywords |= {"layer_past": layer_past, "position_embeddings": position_embeddings}
         return original(hidden_states, attention_mask=attention_mask, **keywords)
     query, key, value = _projected(module, hidden_states)
+    if layer._keys is None:
+        layer.lazy_initialization(key, value)
     keys, values = cast(tuple[Tensor, Tensor], (layer._keys, layer._values))
     output = few_key_attention(
         query,
@@ -120,12 +122,15 @@ def _attend_to_blocks(
     position_embeddings: Any = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of GPT-NeoX's attention on one new block of every row."""
-    if not isinstance(layer_past, HeldBlocks) or module.training or torch.is_autocast_enabled():
+    """The forward of GPT-NeoX's attention on one new block of every row, or on the blocks of prompts."""
+    in_place = isinstance(layer_past, HeldBlocks) or (
+        isinstance(layer_past, FirstBlocks) and layer_past.in_place
+    )
+    if not in_place or module.training or torch.is_autocast_enabled():
         keywords |= {"layer_past": layer_past, "position_embeddings": position_embeddings}
         return original(hidden_states, attention_mask=attention_mask, **keywords)
     query, key, value = _projected(module, hidden_states)
-    (cos, sin), (keys, values) = position_embeddings, layer_past.buffers[module.layer_idx]
+    (cos, sin), (keys, values) = position_embeddings, layer_past.views(module.layer_idx)
     query = rotary_cache_write(query, key, value, cos, sin, keys, values, layer_past.places)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
@@ -168,7 +173,7 @@ def _leave_mask_out(changes: Setup, decoder: Any) -> None:
 
 
 def _look_rotations_up(changes: Setup, decoder: Any) -> None:
-    """Has steps of a decoder take cosines and sines from a table, inside a block and of blocks."""
+    """Has a decoder take cosines and sines from a table: inside a block, of blocks and of prompts."""
     rotate, run, found = decoder.rotary_emb.forward, decoder.forward, []
 
     def look_up(states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,6 +188,9 @@ def _look_rotations_up(changes: Setup, decoder: Any) -> None:
         if isinstance(cache, HeldBlocks) and given is cache.places:
             _, table = _rotations(cache, cache.room, inputs, rotate)
             found.append(table[0, given].unbind(-2))
+        elif isinstance(cache, FirstBlocks) and given is cache.places:
+            _, table = _rotations(cache.held, cache.held.room, inputs, rotate)
+            found.append(table[:, cache.start : cache.end].unbind(-2))
         elif isinstance(layer, PreallocatedLayer) and given is None:
             places = slice(layer.end, layer.end + inputs.shape[1])
             positions, table = _rotations(layer, layer.capacity, inputs, rotate)
@@ -207,9 +215,7 @@ def _rotations(
 
 def _is_plain(module: Any, layer: Any, attention_mask: Any = None) -> bool:
     """Whether the kernel computes what the module would: softmax over the visible keys, without dropout."""
-    if not isinstance(layer, PreallocatedLayer) or layer._keys is None:
-        return False
-    if module.training or torch.is_autocast_enabled():
+    if not isinstance(layer, PreallocatedLayer) or module.training or torch.is_autocast_enabled():
         return False
     return attention_mask is None or (
         isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and attention_mask.ndim == 4

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_longattn
 from hf_longattn.generation import prompts as prompt_graphs
 from hf_longattn.modeling.block_transformer import BlockTransformerForCausalLM
+from hf_longattn.modeling.block_transformer.blocks import TokenDecoder
 
 
 class Looks(TorchDispatchMode):
@@ -93,6 +94,18 @@ def test_many_whole_prompts_are_read_some_rows_at_a_time(name, options, read_row
     _, results = answers(calls + others, **EMBEDDERS[name])
     assert all(torch.equal(*result) for result in results)
     assert read_rows == [((5, 14), 2, True), ((5, 14), 2, True), ((5, 16), 2, True), ((5, 14), 2, True)]
+
+
+@pytest.mark.usefixtures("recorded", "read_rows")
+def test_prompts_that_are_read_some_rows_at_a_time_begin_their_first_block_once(monkeypatch):
+    steps, real = [], TokenDecoder._run
+    monkeypatch.setattr(
+        TokenDecoder, "_run", lambda self, x, *a: (steps.append(tuple(x.shape[:2])), real(self, x, *a))[1]
+    )
+    model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(*(14,) * 5)
+    generate(model, ids, mask, **{**GREEDY, "max_new_tokens": 1})
+    # Two vectors of a prefix, and the two tokens behind whole blocks.
+    assert steps == [(5, 4)]
 
 
 @pytest.mark.usefixtures("never_token_by_token", "recorded")

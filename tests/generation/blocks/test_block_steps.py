@@ -87,6 +87,54 @@ def test_a_block_turned_and_kept_in_one_launch_has_the_bits_of_two_on_a_gpu(leng
     check_one_block(monkeypatch, lengths, "cuda", dtype)
 
 
+def room_for(model, rows, blocks):
+    """Empty buffers for some blocks of every row."""
+    cache = BlockTransformerCache(model.config)
+    cache.start(torch.zeros(rows, 0, dtype=torch.long, device=model.device), None)
+    decoding.make_room(model, cache, blocks * model.config.block_length)
+    return held.HeldBlocks(cache, slice(0, rows))
+
+
+@torch.no_grad()
+def check_prompts(monkeypatch, device, dtype, rows):
+    """Blocks of prompts, read in two pieces, have the same bits whether rotation and write are one launch."""
+    # Sums of the branches are the layers' own.
+    model, results = make(use_parallel_residual=False, rotary_pct=0.5).to(device, dtype), []
+    model.set_attn_implementation("tree_attention")
+    embeds = torch.randn(2, 7, 32, device=device, dtype=dtype)
+    index = torch.arange(*rows.indices(4), device=device)
+    for where, fast in ((rows, False), (rows, True), (index, True)):
+        kept, together, outputs = room_for(model, 4, 9), note_writes(monkeypatch)[0], []
+        for start, count in ((0, 4), (4, 3)):
+            first = held.FirstBlocks(kept, where, count, start)
+            mask = held.FirstMask(2, count, embeds.device, start)
+            given = {"attention_mask": mask, "position_ids": first.places, "past_key_values": first}
+            given["inputs_embeds"] = embeds[:, start : start + count]
+            with fused(model), steps.few_launches(model) if fast else contextlib.nullcontext():
+                outputs.append(model.model.block_decoder(**given, use_cache=False)[0])
+        # Two layers, two pieces; rows that lie apart are gathered.
+        assert len(together) == 4 * (fast and where is rows)
+        results.append([*outputs, *(part for pair in kept.buffers for part in pair)])
+        written = torch.zeros(4, 1, 9, 1, dtype=torch.bool, device=device)
+        written[index, :, :7] = True
+        assert all(torch.equal(part != 0, written.expand_as(part)) for part in results[-1][2:])
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), slice(0, 2)], ids=["inside", "front"])
+def test_prompts_turned_and_kept_in_one_launch_have_the_bits_of_two(rows, monkeypatch):
+    check_prompts(monkeypatch, "cpu", torch.float32, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_turned_and_kept_in_one_launch_have_the_bits_of_two_on_a_gpu(dtype, monkeypatch):
+    # What is compared is the rotation, not the angles.
+    monkeypatch.setattr(steps, "_look_rotations_up", lambda changes, decoder: None)
+    check_prompts(monkeypatch, "cuda", dtype, slice(1, 3))
+
+
 @pytest.mark.parametrize("decoder", ["gpt_neox", "llama"])
 def test_captured_steps_look_their_positions_up(decoder, recorded):
     model = make(decoder_type=decoder)

@@ -23,7 +23,7 @@ from hf_longattn.generation.offloading import check_setup, read_offload
 from hf_longattn.generation.prefill import prefill
 from hf_longattn.generation.room import Room
 from hf_longattn.generation.settings import check_config_once, make_tokens_on_host
-from hf_longattn.generation.several import share_generation
+from hf_longattn.generation.several import compare_answers, share_generation
 from hf_longattn.generation.speculation import read_before_guessing
 from hf_longattn.kernels.dispatch import triton_runs_on
 from hf_longattn.parallel.group import SequenceGroup
@@ -148,6 +148,9 @@ def _replace_methods(
     """Puts cache, prompt, steps and loop of this library in the place of the model's."""
     original_cache, original_prefill = model._prepare_cache_for_generation, model._prefill
     decoder = GraphDecoder(model, model.forward, required=setup.cuda_graph is True)
+    if group is not None:
+        # Inside of what takes a cache back to what it held.
+        compare_answers(model, group.control, changes)
     room = Room(model, setup.prefill_chunk_size, setup.offload_layers)
     room.watch(changes)
     if group is not None:
@@ -171,9 +174,10 @@ def _replace_methods(
         changes.set(model, "generate_batch", BatchGeneration(model, setup, decoder).generate_batch)
     else:
         run_ahead(model, changes, None if group is None else group.control)
-    if group is not None:
-        share_generation(model, group, changes, _shared_settings(setup))
     watch_inputs(model, changes)
+    if group is not None:
+        # Outside of whatever may refuse a call: what one rank is refused, the others are told.
+        share_generation(model, group, changes, _shared_settings(setup))
 
 
 def _shared_settings(setup: GenerationSetup) -> dict[str, Any]:

@@ -6,7 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,13 +26,23 @@ _DETERMINISTIC = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
 class _Silent(BaseStreamer):
-    """The streamer of every rank but the first."""
+    """Stands in for the streamer of every rank but the first.
+
+    Args:
+        streamer: the caller's.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        # Who iterates over one would wait for its end for ever.
+        self._awaited = streamer if hasattr(streamer, "__next__") or hasattr(streamer, "__anext__") else None
 
     def put(self, value: Tensor) -> None:
         """Drops the tokens."""
 
     def end(self) -> None:
-        """Does nothing."""
+        """Ends a streamer that somebody waits for."""
+        if self._awaited is not None:
+            self._awaited.end()
 
 
 class GroupStopping(StoppingCriteriaList):
@@ -48,6 +64,28 @@ class GroupStopping(StoppingCriteriaList):
         if all(isinstance(criterion, _DETERMINISTIC) for criterion in self):
             return done
         return self.group.broadcast(done.to(torch.uint8)).bool()
+
+
+def compare_answers(model: PreTrainedModel, group: SequenceGroup, changes: Setup) -> None:
+    """Refuses answers of `generate` that have parted: what the ranks hold is then of no use to anyone.
+
+    Weights, adapters and processors of the caller's are too much to compare before the first token.
+
+    Args:
+        model: the transformers model.
+        group: the ranks.
+        changes: where the change is noted, to be undone.
+    """
+    original: Any = model.generate
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        tokens = getattr(output, "sequences", output)
+        check_same(group, {"answer": tokens if isinstance(tokens, Tensor) else None}, model.device)
+        return output
+
+    changes.set(model, "generate", generate)
 
 
 def share_generation(
@@ -73,12 +111,12 @@ def share_generation(
             if group.watch.is_out_of_step:
                 for each in groups.values():
                     each.renew()
-            check_same(group, {**settings, **_fields(model, args, kwargs)}, model.device)
+            call = signature.bind_partial(*args, **kwargs)
+            check_same(group, {**settings, **_fields(model, call.arguments)}, model.device)
             if is_cut:
                 _warn_of_whole_cache(kwargs.get("past_key_values"))
-            call = signature.bind_partial(*args, **kwargs)
             if call.arguments.get("streamer") is not None and group.rank > 0:
-                call.arguments["streamer"] = _Silent()
+                call.arguments["streamer"] = _Silent(call.arguments["streamer"])
             return original_generate(*call.args, **call.kwargs)
 
     def get_stopping_criteria(*args: Any, **kwargs: Any) -> StoppingCriteriaList:
@@ -95,42 +133,64 @@ def _warn_of_whole_cache(cache: Any) -> None:
         )
 
 
-def _fields(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _fields(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
     """What must be the same on every rank, by the name that an error gives it."""
-    kwargs = dict(kwargs)
-    ids = args[0] if args else kwargs.pop("inputs", None)
-    ids = kwargs.pop("input_ids", None) if ids is None else ids
-    cache, mask = kwargs.pop("past_key_values", None), kwargs.pop("attention_mask", None)
-    config = kwargs.pop("generation_config", None) or (args[1] if len(args) > 1 else None)
-    config = (config or model.generation_config).to_dict()
-    config |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(model.generation_config, name)}
-    kwargs.pop("streamer", None)
+    given = arguments | arguments.get("kwargs", {})
+    given.pop("kwargs", None)
+    ids = given.pop("inputs", None)
+    ids = given.pop("input_ids", None) if ids is None else ids
+    cache, mask = given.pop("past_key_values", None), given.pop("attention_mask", None)
+    config = _effective(model, given)
+    given.pop("streamer", None)
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "generation_config": _described(config),
         "past_key_values": None if cache is None else _of_cache(cache),
-        "arguments": _described(kwargs),
-        "model config": model.config.to_dict(),
+        "arguments": _described(given),
+        "model config": _described(model.config),
         "model dtype": str(model.dtype),
         "seed": _random_state(model) if config.get("do_sample") else None,
     }
 
 
+def _effective(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a call comes to, which are taken out of its arguments."""
+    defaults = model.generation_config
+    config: Any = given.pop("generation_config", None)
+    chosen = {} if config is None else config.to_dict()
+    settings = defaults.to_dict() | {name: value for name, value in chosen.items() if value is not None}
+    return settings | {name: given.pop(name) for name in list(given) if hasattr(defaults, name)}
+
+
 def _of_cache(cache: Any) -> list[Any]:
-    dtype = str(getattr(cache, "cache_dtype", None))
-    return [type(cache).__name__, int(cache.get_seq_length()), dtype]
+    length = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    return [type(cache).__name__, length, str(getattr(cache, "cache_dtype", None))]
 
 
 def _described(value: Any) -> Any:
-    """The value without addresses and states, which differ from process to process: objects by their type."""
+    """The value without addresses and states, which differ from process to process: objects by their type.
+
+    Processors of transformers are what their parameters are: those of a caller may differ by rank on purpose.
+    """
     if isinstance(value, dict):
         return {str(name): _described(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_described(entry) for entry in value]
     if isinstance(value, Tensor):
         return digest(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    described: dict[str, Any] = {"type": type(value).__name__}
+    if isinstance(value, PreTrainedModel):
+        described |= {name: _described(getattr(value, name)) for name in ("config", "generation_config")}
+    elif isinstance(value, LogitsProcessor) and type(value).__module__.startswith("transformers."):
+        described |= _described(vars(value))
+    elif isinstance(value, (PreTrainedConfig, GenerationConfig)):
+        described |= _described(value.to_dict())
+    return described
 
 
 def _random_state(model: PreTrainedModel) -> list[int]:

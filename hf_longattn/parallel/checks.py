@@ -14,6 +14,7 @@ _ADVICE = {
     "model config": "load the same checkpoint on every process",
     "model dtype": "load the model in the same dtype on every process",
     "past_key_values": "continue from caches that the same calls have filled",
+    "answer": "weights, adapters or processors are not the same: load the same ones on every process",
     "random state": "call `accelerate.utils.set_seed(n)` with the same number on every process",
     **dict.fromkeys(
         ("prefill_chunk_size", "cache_dtype", "cuda_graph"),
@@ -47,7 +48,8 @@ def check_same(
 
     Args:
         group: the ranks.
-        fields: name to value; the names must be the same on every rank.
+        fields: name to value; the names must be the same on every rank, and which values are dicts. Of these
+            the error names the entry that differs.
         device: for the message between the ranks.
         task: for the error: what the ranks share, and what to do where a field has no advice of its own.
 
@@ -60,5 +62,20 @@ def check_same(
         odd = [rank for rank, row in enumerate(everyone) if row[index] != everyone[0][index]]
         if odd:
             ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {odd} differ"
-            advice = _ADVICE.get(name, task[1])
-            raise ValueError(f"`{name}`: {ranks} from rank 0 in {task[0]} over several processes; {advice}.")
+            advice, entry = _ADVICE.get(name, task[1]), ""
+            if isinstance(fields[name], dict):
+                entry = f" (`{_entry_that_differs(group, fields[name], device)}`)"
+            raise ValueError(
+                f"`{name}`{entry}: {ranks} from rank 0 in {task[0]} over several processes; {advice}."
+            )
+
+
+def _entry_that_differs(group: SequenceGroup, entries: dict[str, Any], device: torch.device) -> str:
+    """The first name, in their order, under which not all ranks have the same."""
+    own = json.dumps({name: digest(value) for name, value in entries.items()}).encode()
+    length = int(group.gather(torch.tensor(len(own), device=device)).max())
+    # JSON takes spaces at its end.
+    sent = torch.tensor(list(own.ljust(length)), dtype=torch.uint8, device=device)
+    first, *others = [json.loads(bytes(text)) for text in group.gather(sent).tolist()]
+    names = sorted({name for entry in (first, *others) for name in entry})
+    return next(name for name in names if any(name not in e or e[name] != first.get(name) for e in others))

@@ -49,6 +49,12 @@ class Watch:
         self.is_out_of_step = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        # Calls count from the beginning of each watch: who prepares a model again leaves behind calls that
+        # some ranks made alone.
+        self._members = f"hf_longattn/{'-'.join(map(str, self.ranks))}"
+        self._number = (
+            _default_store().add(f"{self._members}/watches/{rank}", 1) if len(self.ranks) > 1 else 0
+        )
 
     def __enter__(self) -> "Watch":
         if len(self.ranks) > 1:
@@ -67,7 +73,7 @@ class Watch:
         if self._thread is None:
             return
         if error is not None and self._fault is None:
-            self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}".rstrip("."))
+            self._leave_note(f"rank {self.rank} stopped with {type(error).__name__}: {error}".rstrip(".: "))
         if self._fault is not None:
             self._leave_count()
         self._stop.set()
@@ -76,9 +82,8 @@ class Watch:
 
     def _open_store(self) -> Any:
         """The keys of this call: every rank counts its calls in the store, and all have made as many."""
-        default: Any = dist.distributed_c10d._get_default_store()
         # A connection of its own: the thread must not wait for what others wait for.
-        store = dist.PrefixStore(f"hf_longattn/{'-'.join(map(str, self.ranks))}", default.clone())
+        store = dist.PrefixStore(f"{self._members}/{self._number}", _default_store().clone())
         call = store.add(f"calls/{self.rank}", 1)
         for key in (f"{call - 2}/signs/{self.rank}", f"{call - 2}/note"):
             # Nobody looks at a call that all have left.
@@ -195,6 +200,10 @@ class Watch:
             self._fault = self._store.compare_set("note", "", note).decode()
         except RuntimeError:
             self._fault = note
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _names(ranks: list[int]) -> str:

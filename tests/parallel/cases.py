@@ -108,6 +108,10 @@ def control(rank, size, mesh):
     assert streamer.ended == (rank == 0)
     if rank == 0:
         assert sum(streamer.parts, []) == output.sequences[0].tolist()
+    # Who iterates over the tokens comes to an end on every rank.
+    parts = tf.TextIteratorStreamer(Words(), timeout=TIMEOUT)
+    generate(model, ids, do_sample=False, streamer=parts)
+    assert len("".join(parts).split()) == (output.sequences.shape[1] if rank == 0 else 0)
     stop = tf.StoppingCriteriaList([Uneven(rank)])
     assert generate(
         model, ids, do_sample=False, max_new_tokens=40, stopping_criteria=stop
@@ -127,6 +131,13 @@ def control(rank, size, mesh):
     assert type(model.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values) is (
         tf.DynamicCache
     )
+
+
+class Words:
+    """A tokenizer that writes ids."""
+
+    def decode(self, ids, **kwargs):
+        return "".join(f"{int(token)} " for token in ids)
 
 
 def reductions(rank, size, mesh):

@@ -24,27 +24,59 @@ def refusals(rank, size, mesh):
     other = tiny.tokens(1, 23, seed=5) if rank == 1 else ids
     mask = torch.ones_like(ids)
     mask[:, : 3 * (rank == 1)] = 0
+    penalty = tf.LogitsProcessorList([tf.RepetitionPenaltyLogitsProcessor(1.0 + (rank == 1))])
+    own = tf.LogitsProcessorList([Negated(rank == 1)])
+    cache = generate(model, ids[:, :15], do_sample=False, max_new_tokens=2).past_key_values
+    cache.crop(15)
     calls = {
-        "input_ids": lambda: generate(model, other, do_sample=False),
-        "attention_mask": lambda: generate(model, ids, mask, do_sample=False),
-        "generation_config": lambda: generate(model, ids, do_sample=False, max_new_tokens=9 + (rank == 1)),
-        "seed": lambda: generate(model, ids, seed=rank == 1, do_sample=True),
+        "`input_ids`": lambda: generate(model, other, do_sample=False),
+        "`attention_mask`": lambda: generate(model, ids, mask, do_sample=False),
+        "`generation_config` (`max_new_tokens`)": lambda: generate(
+            model, ids, do_sample=False, max_new_tokens=9 + (rank == 1)
+        ),
+        "`arguments` (`logits_processor`)": lambda: generate(model, ids, logits_processor=penalty),
+        "`arguments` (`token_type_ids`)": lambda: generate(
+            model, ids, **({"token_type_ids": ids} if rank else {})
+        ),
+        "`seed`": lambda: generate(model, ids, seed=rank == 1, do_sample=True),
+        # A prompt that its rank alone would refuse.
+        "`input_ids` ": lambda: generate(model, ids[0] if rank == 1 else ids, mask),
+        "`answer`": lambda: generate(model, ids, logits_processor=own, past_key_values=cache),
     }
     for field, call in calls.items():
         message = error_of(ValueError, call)
-        assert f"`{field}`: rank 1 differs from rank 0" in message, message
+        assert f"{field.strip()}: rank 1 differs from rank 0" in message, message
         assert_same(field, generate(model, ids, do_sample=False), expected("llama", length=23))
+    assert cache.get_seq_length() == 15
+    sampling = tf.GenerationConfig(max_new_tokens=9, return_dict_in_generate=True)
+    for name, value in (("do_sample", True), ("repetition_penalty", 1.0 + (rank == 1))):
+        # What a config leaves open, that of the model says.
+        with patch.object(model.generation_config, name, value):
+            torch.manual_seed(rank)
+            message = error_of(ValueError, lambda: model.generate(ids, generation_config=sampling))
+        found = "`seed`" if value is True else f"`generation_config` (`{name}`)"
+        assert f"{found}: rank 1 differs" in message, message
     for field, values in {"prefill_chunk_size": (8, 16), "cache_dtype": (None, "int8")}.items():
         other = prepare("llama", mesh, **{field: values[rank == 1]})
         message = error_of(ValueError, lambda other=other: generate(other, ids, do_sample=False))
         assert f"`{field}`: rank 1 differs" in message and "same settings" in message, message
     model.config.bos_token_id = 1 + (rank == 1)
     message = error_of(ValueError, lambda: generate(model, ids, do_sample=False))
-    assert "`model config`: rank 1 differs" in message, message
+    assert "`model config` (`bos_token_id`): rank 1 differs" in message, message
     message = error_of(
         ValueError, lambda: prepare("llama", init_device_mesh("cpu", (size,), mesh_dim_names=("dp",)))
     )
     assert "`device_mesh` must name a dimension 'cp'" in message, message
+
+
+class Negated(tf.LogitsProcessor):
+    """A processor of a caller's: nobody knows what it does before it has done it."""
+
+    def __init__(self, acts):
+        self.acts = acts
+
+    def __call__(self, ids, scores):
+        return -scores if self.acts else scores
 
 
 def strangers(rank, size, mesh):
@@ -187,6 +219,12 @@ def fails(rank, size, mesh):
         again = generate(model, ids, do_sample=False, past_key_values=cache)
         assert_same(f"after {who}", again, expected("llama", length=23))
         cache.crop(16)
+    # A call that one rank never makes leaves the ranks out of step, until they prepare the model again.
+    hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=2.0)
+    if rank == 0:
+        assert "gone" in error_of(RuntimeError, lambda: generate(model, ids, do_sample=False))
+    hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=TIMEOUT)
+    assert_same("prepared again", generate(model, ids, do_sample=False), expected("llama", length=23))
 
 
 def runs_out(rank, size, mesh):

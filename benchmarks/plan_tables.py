@@ -47,31 +47,26 @@ LIGHTNING_SHAPE = LightningConfig(
     vocab_size=32000,
 )
 NEW_TOKENS = 48
+# What bench_generation.py calls a prepared model, and the bits of its cache where they are 8.
+PREPARED = {"prepared": None, "prepared-int8": "int8", "prepared-fp8": "fp8"}
 MESSAGE = message_bytes(1, 32, 128)
 LONG = 1 << 20
 
 
 def measured():
-    """Rows of prepared generation in the shape that plans are made for: H100s, a cache in bf16."""
+    """Rows of prepared generation in the shape that plans are made for, on H100s."""
     for path in [*sorted(RESULTS.glob("generation*.json")), RESULTS / "two_gpus.json"]:
         for row in json.loads(path.read_text()):
-            plain = row.get("peer") == "prepared" and row.get("layers") == 32 and "peak_gib" in row
-            if plain and not row.get("cache_dtype") and "H100" in row["gpu"]:
+            ours = row.get("peer") in PREPARED and row.get("layers") == 32 and "peak_gib" in row
+            if ours and "H100" in row["gpu"]:
                 yield row
-
-
-def measured_in_8_bits():
-    """The same with a cache in 8 bits; their times are not held against the plan."""
-    for row in json.loads((RESULTS / "generation.json").read_text()):
-        if row["peer"] in ("prepared-int8", "prepared-fp8") and row["layers"] == 32 and "peak_gib" in row:
-            yield row
 
 
 def plan_of(row):
     """The plan of what a row measured."""
-    hardware, kind = Hardware(bandwidth=row["copy_rate"]), row["peer"].partition("-")[2]
+    hardware = Hardware(bandwidth=row["copy_rate"])
     sizes = {"new_tokens": NEW_TOKENS, "batch_size": row["batch"], "ranks": Ranks(row.get("ranks", 1))}
-    sizes["cache_dtype"] = read_cache_dtype(kind or None)
+    sizes["cache_dtype"] = read_cache_dtype(PREPARED[row["peer"]])
     return plan_generation(SHAPE, row["prompt"] + NEW_TOKENS, hardware=hardware, **sizes)
 
 
@@ -118,6 +113,7 @@ def measured_table():
         "prompt",
         "batch",
         "padding",
+        "cache",
         "peak, GiB",
         "plan",
         "first token, s",
@@ -134,7 +130,7 @@ def measured_table():
             (row["token_ms"], 1e3 * plan.expected_a_token),
         ]
         cells = [str(row.get("ranks", 1)), f"{row['prompt'] // 1024}K"]
-        cells += [str(row["batch"]), str(row.get("pad", 0))]
+        cells += [str(row["batch"]), str(row.get("pad", 0)), PREPARED[row["peer"]] or "bf16"]
         rows.append([*cells, *(f"{value:.2f}" for pair in pairs for value in pair)])
     return table(head, rows)
 

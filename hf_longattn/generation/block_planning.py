@@ -39,7 +39,7 @@ from transformers import PreTrainedConfig
 
 from hf_longattn.cache.head_sizes import head_sizes
 from hf_longattn.cache.shares import share_capacity
-from hf_longattn.generation.clock import OVERHEAD_A_LAYER, PRODUCT_SHARE, Clock, Hardware
+from hf_longattn.generation.clock import PRODUCT_SHARE, Clock, Hardware, launches_a_layer
 from hf_longattn.generation.demand import Demand
 from hf_longattn.generation.prefill import GPU_CHUNK_TOKENS, pick_chunk
 from hf_longattn.generation.sizes import (
@@ -47,6 +47,7 @@ from hf_longattn.generation.sizes import (
     Weights,
     Workspace,
     activation_bytes,
+    has_few_row_layers,
     library_bytes,
     logits_bytes,
     on_meta,
@@ -246,7 +247,8 @@ class BlockShape:
             partials=partial_bytes(self.block, rows),
             graph=self._token_step(rows * first) + rows * config.vocab_size * self.dtype.itemsize,
             tokens=token_bytes(tokens, rows),
-            libraries=library_bytes(rows),
+            # A prompt of a length that was read before is captured, too.
+            libraries=library_bytes(rows, 1 + has_few_row_layers(self.block, rows, self.dtype)),
             rehearsal=max(self._token_step(rows * longest), open_block, activations) - activations,
             open_block=open_block,
         )
@@ -294,9 +296,18 @@ class BlockShape:
             self.weights.blocks, rows * config.n_embedding_tokens, hardware, self._read(tokens)
         )
         per_block += self._seconds(self.weights.encoder, rows * length, hardware)
-        launches = config.token_num_hidden_layers * OVERHEAD_A_LAYER
+        launches = config.token_num_hidden_layers * self._launches()
         waits = self._clock(hardware).overhead(rows * config.n_embedding_tokens)
         return launches + (per_token + per_block + waits) / length
+
+    def _launches(self) -> float:
+        """Seconds that the launches of a layer of the token decoder add to a token, averaged over a block."""
+        decoder, length = self.config.token_decoder_config(), self.config.block_length
+        first, others = (
+            launches_a_layer(decoder, self.batch_size * vectors, self.dtype)
+            for vectors in (self.config.num_prefix_tokens, 1)
+        )
+        return (first + (length - 1) * others) / length
 
     def expected_first_token(self, tokens: int, hardware: Hardware) -> float:
         """Seconds until the first token, at least.

@@ -169,7 +169,7 @@ def _plan_tokens(
     # What a token of the answer reads, in the middle of it, and the states that it writes.
     read = rows * read_bytes(config, context - new_tokens // 2, demand.dtype, ranks)
     floor = (weights.read + read + states) / hardware.bandwidth
-    clock = Clock(config, weights, ranks, hardware, dtype)
+    clock = Clock(config, weights, ranks, hardware, dtype, demand.dtype)
     return Plan(
         context=context,
         new_tokens=new_tokens,
@@ -185,7 +185,7 @@ def _plan_tokens(
         longest=_longest(demand, room, asked),
         floor_a_token=floor,
         expected_a_token=floor + clock.overhead(rows),
-        expected_first_token=START + rows * clock.prefill(demand.prompt),
+        expected_first_token=START + rows * clock.prefill(demand.prompt, fitted.chunk, rows),
     )
 
 

@@ -21,6 +21,7 @@ from hf_longattn.cache.quantized import scale_bytes
 from hf_longattn.cache.recurrent import IMPLEMENTATION, recurrent_layers
 from hf_longattn.cache.shares import share_capacity
 from hf_longattn.kernels.few_row_linear.api import MAX_ROWS
+from hf_longattn.kernels.normed_linears import api as normed_linears
 
 # Tokens beyond which nobody looks for the longest that fits.
 LONGEST = 1 << 34
@@ -292,7 +293,7 @@ def workspace_bytes(
         partials=partial_bytes(config, batch_size),
         graph=step + batch_size * config.vocab_size * dtype.itemsize,
         tokens=token_bytes(context, batch_size),
-        libraries=library_bytes(batch_size),
+        libraries=library_bytes(batch_size, has_few_row_layers(config, batch_size, dtype)),
         rehearsal=max(states - activations, 0),
     )
 
@@ -330,13 +331,32 @@ def token_bytes(context: int, batch_size: int) -> int:
     return batch_size * (context * 33 + _MASK_ROOM)
 
 
-def library_bytes(batch_size: int) -> int:
+def library_bytes(batch_size: int, more: int = 0) -> int:
     """Bytes that cuBLAS keeps for the streams of a prepared model.
 
     Args:
         batch_size: sequences; linear layers of few rows are timed.
+        more: streams that this model takes beyond those of every model.
     """
-    return _A_STREAM * (_STREAMS + (_TIMED if batch_size <= MAX_ROWS else 0))
+    return _A_STREAM * (_STREAMS + (_TIMED if batch_size <= MAX_ROWS else 0) + more)
+
+
+def has_few_row_layers(config: PreTrainedConfig, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a captured step runs layers in two launches beside attention, which are timed as a whole.
+
+    Args:
+        config: of the decoder.
+        rows: of the step.
+        dtype: of weights and activations.
+    """
+    plain = getattr(config, "model_type", None) == "gpt_neox" and config.hidden_act == "gelu"
+    if not plain or not (config.use_parallel_residual and config.attention_bias):
+        return False
+    return (
+        rows <= normed_linears.MAX_ROWS
+        and config.hidden_size <= normed_linears.MAX_WIDTH
+        and dtype.itemsize == 2
+    )
 
 
 def number_of_layers(config: PreTrainedConfig) -> int:

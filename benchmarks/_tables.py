@@ -62,6 +62,11 @@ def conditions(rows: list[dict], short: bool = False) -> str:
     return f"{', '.join(parts)}; command: {', '.join(commands)}."
 
 
+def run_of(row: dict) -> str:
+    """Which run a row is of: those of one table may stand from several."""
+    return f"{row['commit']}, {row['date'][:10]}"
+
+
 def number(value) -> str:
     """Three significant digits, thousands apart."""
     if isinstance(value, bool) or value is None:

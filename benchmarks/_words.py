@@ -10,7 +10,7 @@ from typing import Any
 HIDDEN = {
     "block_transformer": ("copy_rate", "matmul_rate", "floor_s", "floor_prompt_s", "share_of_floor"),
     "lightning_attention": ("role", "tiling", "cut"),
-    "cross_entropy": ("copy_rate",),
+    "demo": ("agree",),
     "questions": ("copy_rate", "layers"),
 }
 
@@ -33,7 +33,12 @@ COLUMNS = {
     "cross_entropy": {
         "case": "rows and vocabulary", "smoothing": "label smoothing", "standard_loss": "loss, standard",
         "gradient_error": "gradient", "standard_gradient": "gradient, standard", "gradient": "gradient is",
-        "floor": "floor, ms", "over_floor": "time ÷ floor", "extra_gib": "beyond the logits, GiB",
+        "floor": "floor, ms", "over_floor": "time ÷ floor", "extra_mib": "beyond the logits, MiB",
+    },
+    "demo": {
+        "peer": "implementation", "prompt": "prompt, tokens", "first_token_s": "first token, s",
+        "token_ms": "a token, ms", "peak_gib": "peak, GiB", "needle_found": "number found",
+        "verdict": "compared",
     },
     "questions": {
         "peer": "questions are", "question_tokens": "tokens of each", "first_token_s": "first token, s",
@@ -116,11 +121,23 @@ SENTENCES = {
             "times its error and one rounding passes. Without label smoothing, half of one row is -inf."
         ),
         "time": (
-            "The summed loss of random logits in bf16. `kernel` is `cross_entropy`, with the gradient over "
-            "the logits, in memory of its own, or left out; `torch` takes `F.cross_entropy` of an fp32 copy, "
-            "and goes backward for the gradient; `liger` is `liger_cross_entropy` forward and backward, and "
-            "the waits for the device in it count. The floor reads each logit once and writes each gradient "
-            "once, at the rate of a copy of the same logits in the same run."
+            "The summed loss of random logits in bf16. `cross_entropy` takes it with the gradient over the "
+            "logits, apart (in memory of its own), or not at all; torch takes `F.cross_entropy` of an fp32 "
+            "copy, and goes backward for the gradient, as models of transformers do; Liger is "
+            "`liger_cross_entropy` forward and backward, and the waits for the device in it count. The floor "
+            "reads each logit once and writes each gradient once, at the rate of a copy of the same logits "
+            "in the same run. The last column is what a call takes at its peak."
+        ),
+    },
+    "demo": {
+        None: (
+            "What `make demo` does, with pretrained weights and a real text: SmolLM2-135M-Instruct in bf16 "
+            "reads the begin of the King James Bible, in which a number is hidden at 40 %, is asked for it, "
+            "and answers greedily with 16 tokens; with `tree_attention` and `prepare_generation`, and with "
+            "`sdpa` as transformers has it. Each answers twice, and the second answer is timed; the time a "
+            "token is the median. A model this small takes longer to launch than to compute: that is what "
+            "a captured step leaves out, and what a prepared call takes to begin makes its first token the "
+            "later one. The [generation page](generation.md) has a model of 8B."
         ),
     },
     "blockwise_attention_tune": {

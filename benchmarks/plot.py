@@ -16,15 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from _attention import blockwise_text, decode_text, draw_blockwise, draw_decode
+from _losses import draw_losses, losses_text
 from _models import draw_models, models_text
 from _several import draw_prefill, prefill_text
 from _steps import draw_steps, steps_text
-from _tables import FACTS, Result, conditions, length_name, load, table, values
+from _tables import FACTS, Result, conditions, length_name, load, run_of, table, values
 from _training import TRAINING
 from _words import COLUMNS, HIDDEN, SENTENCES, of_page
 
 PEERS = {
     "prepared": "`prepare_generation`",
+    "prepared-int8": '`prepare_generation(cache_dtype="int8")`',
+    "prepared-fp8": '`prepare_generation(cache_dtype="fp8")`',
     "eager-prepared": "`prepare_generation(cuda_graph=False)`",
     "sdpa": "transformers, `sdpa`",
     "sdpa-static": "transformers, `sdpa`, static cache",
@@ -33,35 +37,11 @@ PEERS = {
     "sdpa-tp": 'transformers, `sdpa`, `tp_plan="auto"`',
     "sdpa-device-map": 'transformers, `sdpa`, `device_map="auto"`',
 }
-COLOURS = {"prepared": "#1f6fb4", "eager-prepared": "#7fb0d8", "sdpa": "#d1622b", "sdpa-static": "#e8b18f"}
-DECODE_CASE = re.compile(r"(decode|sdpa)-(.+)-B(\d+)-S(\d+)")
-SDPA_NAMES = {
-    "flash_attention": "SDPA, flash",
-    "cudnn_attention": "SDPA, cuDNN",
-    "masked": "SDPA with a mask",
-}
-# What was timed, by the name in the rows of the blockwise benchmark.
-BLOCKWISE_NAMES = {
-    "sdpa": "SDPA kernels",
-    "FlashKernels": "SDPA kernels, flash",
-    "triton": "Triton",
-    "PlainTorch": "torch alone",
-}
-
-
-# ---- text
-
-
-def decode_cases(result: Result) -> list[tuple[str, str, int, int, dict]]:
-    """(ours or sdpa, kind, batch, keys, row) of every timed case of the decode benchmark."""
-    found = [(DECODE_CASE.fullmatch(str(row.get("case"))), row) for row in result.rows if "us" in row]
-    return [(m[1], m[2], int(m[3]), int(m[4]), row) for m, row in found if m]
-
-
-def case_name(ours: str, kind: str) -> str:
-    """The label of a case in tables and figures."""
-    kind = kind.replace("window-", "window of ")
-    return f"`decode_attention`, {kind}" if ours == "decode" else SDPA_NAMES.get(kind, f"SDPA, {kind}")
+COLOURS = {
+    "prepared": "#1f6fb4", "eager-prepared": "#7fb0d8", "sdpa": "#d1622b", "sdpa-static": "#e8b18f",
+    "prepared-int8": "#2a9d6f", "prepared-fp8": "#7a4fa3",
+}  # fmt: skip
+SEVERAL = " Several GPUs share a prompt: floor and peak are those of one of them, with its share."
 
 
 # ---- pages
@@ -84,8 +64,6 @@ def generation_text(result: Result) -> str:
     columns += ["GPUs"] if several else []
     rows = []
     for row in result.rows:
-        # Peers may stand from another run: each row says which it is of.
-        run = f"{row['commit']}, {row['date'][:10]}"
         cells = [
             length_name(row["prompt"]),
             row["batch"],
@@ -96,11 +74,12 @@ def generation_text(result: Result) -> str:
             measured = ["out of memory", "", row["floor_ms"], ""]
         else:
             measured = [row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]]
-        rows.append([*cells, *measured, run, *([num_gpus(row)] if several else [])])
+        rows.append([*cells, *measured, run_of(row), *([num_gpus(row)] if several else [])])
     return "\n\n".join(
         [
             f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
-            "The floor is the time to move weights and cache once at the copy rate measured in the same run.",
+            "K is 1024 tokens. The floor is the time to move weights and cache once at the copy rate "
+            "measured in the same run." + (SEVERAL if several else ""),
             table(columns, rows),
             agreement(result.rows),
         ]
@@ -136,56 +115,6 @@ def agreement(rows: list[dict]) -> str:
     )
 
 
-def decode_text(result: Result) -> str:
-    """Time of one decoding step over a cache, and the share of the bandwidth."""
-    columns = ["case", "batch", "keys", "eager, us", "graph, us", "GB/s", "share of 3.35 TB/s"]
-    rows = [
-        [
-            case_name(o, kind),
-            b,
-            length_name(s),
-            r["us"],
-            r.get("graph_us"),
-            r["gb_per_s"],
-            f"{r['share']:.0%}",
-        ]
-        for o, kind, b, s, r in decode_cases(result)
-    ]
-    return "\n\n".join(
-        [
-            "One query on a cache of keys: 32 query heads, 8 key heads, head dim 128, bf16. The bytes "
-            "counted are those of the keys and values that the mask leaves visible. The script checks errors "
-            "against fp64 first and times nothing if a kernel is wrong.",
-            table(columns, rows),
-        ]
-    )
-
-
-def blockwise_text(result: Result) -> str:
-    """Speed forward and backward on the visible pairs, and memory a token."""
-    columns = ["case", "kernel", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s"]
-    fields = ("case", "impl", "forward_ms", "forward_tflops", "backward_ms", "backward_tflops")
-    parts = [
-        "32 query heads, 8 key heads, 32K tokens, bf16. Of `blockwise_attention` there are two "
-        "implementations on a GPU: torch's SDPA kernels, by cuDNN or by flash, and those in Triton; "
-        "`torch alone` is `scaled_dot_product_attention` by cuDNN. TFLOP/s count 4 operations a visible pair "
-        "and head dim forward, 10 backward. The script checks outputs and gradients against fp64 first and "
-        "times nothing if a kernel is wrong.",
-        table(columns, [blockwise_cells(row, fields) for row in result.where(section="time").rows]),
-    ]
-    if memory := result.where(section="memory").rows:
-        parts += [
-            "Peak memory a token above the inputs, forward and backward with a window of 1024:",
-            table(["length", "bytes a token"], [[row["case"], row["bytes_per_token"]] for row in memory]),
-        ]
-    return "\n\n".join(parts)
-
-
-def blockwise_cells(row: dict, fields: tuple[str, ...]) -> list:
-    """The cells of one row, with the name of what was timed."""
-    return [BLOCKWISE_NAMES.get(row[f], row[f]) if f == "impl" else row[f] for f in fields]
-
-
 def plain_text(result: Result) -> str:
     """All rows as they are, a table a section, with the words that there are for them."""
     parts, sentences = [], of_page(SENTENCES, result.name)
@@ -203,9 +132,15 @@ def plain_text(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def spaced(name: str) -> str:
+    """The name of a result file in words."""
+    return name.replace("_", " ").replace("gpu", "GPU")
+
+
 def page(result: Result, text: str, has_figure: bool) -> str:
     """One page: title, figure, tables, conditions."""
-    parts = [f"# {result.name.replace('_', ' ').capitalize()}", conditions(result.rows)]
+    title = spaced(result.name)
+    parts = [f"# {title[0].upper()}{title[1:]}", conditions(result.rows)]
     parts += [f"![{result.name}](../images/{result.name}.png)"] if has_figure else []
     return "\n\n".join([*parts, text]) + "\n"
 
@@ -272,37 +207,21 @@ def draw_generation(result: Result, axes: list) -> None:
     """Time a token beside its floor, and peak memory."""
     rows = one_setting(result)
     draw_lines(axes[0], rows, "token_ms", "time a token, ms")
-    floor = sorted({(row["prompt"], row["floor_ms"]) for row in rows})
-    axes[0].plot(*zip(*floor, strict=True), "--", color="#555555", label="floor: bytes over copy rate")
+    draw_floors(axes[0], rows)
     axes[0].set_ylim(0, 1.15 * axes[0].get_ylim()[1])
     axes[0].legend(frameon=False, fontsize=7)
     draw_lines(axes[1], rows, "peak_gib", "peak memory, GiB")
 
 
-def draw_decode(result: Result, axes: list) -> None:
-    """Share of the bandwidth by case, at the longest cache of batch 1 at which SDPA was timed with a mask."""
-    cases = [case for case in decode_cases(result) if case[2] == 1] or decode_cases(result)
-    masked = [case for case in cases if case[:2] == ("sdpa", "masked")]
-    keys = max(case[3] for case in (masked or cases))
-    shown = [case for case in cases if case[3] == keys][::-1]
-    names = [case_name(*case[:2]).replace("`", "") for case in shown]
-    colours = [COLOURS["prepared" if case[0] == "decode" else "sdpa"] for case in shown]
-    bars = axes[0].barh(names, [100 * case[4]["share"] for case in shown], color=colours)
-    axes[0].bar_label(bars, fmt="%.0f %%", fontsize=7, padding=2)
-    axes[0].set(title=f"{length_name(keys)} keys: % of 3.35 TB/s", xlim=(0, 108))
-    axes[0].tick_params(axis="y", labelsize=7)
-
-
-def draw_blockwise(result: Result, axes: list) -> None:
-    """TFLOP/s forward and backward of every case."""
-    rows = result.where(section="time").rows[::-1]
-    names = [f"{row['case']}, {BLOCKWISE_NAMES.get(row['impl'], row['impl'])}" for row in rows]
-    colours = [COLOURS["sdpa" if row["impl"] == "PlainTorch" else "prepared"] for row in rows]
-    for axis, way in zip(axes, ("forward", "backward"), strict=True):
-        bars = axis.barh(names, [row[f"{way}_tflops"] for row in rows], color=colours)
-        axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
-        axis.set(title=f"{way}, TFLOP/s on visible pairs")
-        axis.tick_params(axis="y", labelsize=7)
+def draw_floors(axis, rows: list[dict]) -> None:
+    """The floor of each kind of cache, a bar where there is but one length of it."""
+    label: str | None = "floor: bytes over copy rate"
+    for bits in dict.fromkeys(row["peer"].endswith(("int8", "fp8")) for row in rows):
+        mine = [row for row in rows if row["peer"].endswith(("int8", "fp8")) == bits]
+        floor = sorted({(row["prompt"], row["floor_ms"]) for row in mine})
+        line = {"linestyle": "--"} if floor[1:] else {"marker": "_", "markersize": 14, "linestyle": ""}
+        axis.plot(*zip(*floor, strict=True), color="#555555", label=label, zorder=3, **line)
+        label = None
 
 
 @dataclass(frozen=True)
@@ -324,6 +243,7 @@ KINDS = {
     "tree_prefill": Kind(prefill_text, draw_prefill, 2, "tflop_a_rank"),
     "training": Kind(steps_text, draw_steps, 2, "step_s"),
     "lightning_models": Kind(models_text, draw_models, 2, "peer"),
+    "cross_entropy": Kind(losses_text, draw_losses, 2, "over_floor"),
     **{name: Kind(*kind) for name, kind in TRAINING.items()},
 }
 
@@ -387,7 +307,7 @@ def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
     if first is None:
         return {"headline": "", "benchmarks": "This checkout holds no measurements yet."}
     image = "![Time a token, peak memory and decoding bandwidth](docs/images/headline.png)"
-    lines = [f"- [{name.replace('_', ' ')}](docs/benchmarks/{name}.md)" for name in results]
+    lines = [f"- [{spaced(name)}](docs/benchmarks/{name}.md)" for name in results]
     if "generation" not in results:
         return {"headline": f"{image}\n\n{conditions(first.rows)}", "benchmarks": "\n".join(lines)}
     shape = model_shape(results["generation"].rows)
@@ -413,7 +333,7 @@ def with_blocks(text: str, blocks: dict[str, str]) -> str:
 def texts(root: Path, results: dict[str, Result]) -> dict[Path, str]:
     """Every text file there should be, by path."""
     folder, readme = root / "docs" / "benchmarks", root / "README.md"
-    lines = [f"- [{name.replace('_', ' ')}]({name}.md)" for name in results] or ["No result file yet."]
+    lines = [f"- [{spaced(name)}]({name}.md)" for name in results] or ["No result file yet."]
     intro = (
         "# Benchmarks\n\nEach page is made by `python benchmarks/plot.py` from a result file in "
         "`benchmarks/results`, which a script of the same name in `benchmarks/` wrote on a GPU. Every row of "

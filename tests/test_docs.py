@@ -183,6 +183,7 @@ def write_results(root):
     rows = [
         {"peer": "prepared", **shape, "first_token_s": 0.25, "token_ms": 6.5, "peak_gib": 17.125},
         {"peer": "sdpa", **shape, "error": "CUDA out of memory"},
+        {"peer": "prepared-fp8", **shape, "first_token_s": 0.5, "token_ms": 6.0, "peak_gib": 16.5},
     ]
     rows[0]["same_tokens_as_first_peer"] = True
     facts = {**FACTS, "command": "bench_generation.py --lengths 8192"}
@@ -233,6 +234,7 @@ def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     page = (tmp_path / "docs/benchmarks/generation.md").read_text()
     assert "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in page
     assert "| 8K | 1 | 0 | transformers, `sdpa` | out of memory |  | 5 |  |" in page
+    assert '| 8K | 1 | 0 | `prepare_generation(cache_dtype="fp8")` | 0.5 | 6 | 5 | 16.5 |' in page
     for fact in (
         "A GPU",
         "torch 2.11.0",

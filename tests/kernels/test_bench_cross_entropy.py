@@ -85,7 +85,8 @@ def test_the_floor_moves_what_must_be_moved_and_the_page_says_so(bench, monkeypa
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "docs/benchmarks/cross_entropy.md").read_text()
     assert "| rows and vocabulary | peer | gradient is | ms | floor, ms | time ÷ floor |" in page
-    assert "| n4-V300 | kernel | in place |" in page and "copy_rate" not in page
+    assert "| 4 × 300 | `cross_entropy` | over the logits |" in page and "copy_rate" not in page
+    assert (tmp_path / "docs/images/cross_entropy.png").exists()
 
 
 @pytest.mark.slow

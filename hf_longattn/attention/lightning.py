@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_longattn.attention.exact import Options, read_options
-from hf_longattn.attention.packing import check_documents, check_lengths
+from hf_longattn.attention.packing import check_documents, check_lengths, read_lengths
 from hf_longattn.attention.tree import tree_attention_forward
 from hf_longattn.cache.recurrent import IMPLEMENTATION, RecurrentLayer, RecurrentStates, lightning_layers
 from hf_longattn.cache.sharded import ShardedRecurrentLayer
-from hf_longattn.cache.token_rows import TokenRows, scan_rows
+from hf_longattn.cache.token_rows import TokenRows, bounds_of, scan_rows
 from hf_longattn.kernels.dispatch import log_once, warn_slow
 from hf_longattn.masking import LazyMask, is_tracing
 from hf_longattn.parallel.lightning import scan_slices
@@ -301,12 +301,9 @@ def _make_rows(
     stepping = layer is not None and query.shape[2] <= FEW_TOKENS and device.type != "cpu"
     rows = TokenRows(exists, look=not (is_tracing(query) or stepping))
     if query.shape[2] == total > 1:
+        check_packing(options, query.shape[0], query.shape[2], mask)
         if options.cu_seqlens is not None:
-            tokens = query.shape[0] * query.shape[2]
-            check_lengths(options.cu_seqlens, tokens, tokens, mask, alike=True)
             rows.bounds = options.cu_seqlens[0]
-        if options.documents is not None:
-            check_documents(options.documents, query.shape[0], query.shape[2])
         if rows.bounds is None and mask is not None and mask.pattern is None:
             rows.bounds = _traced_bounds(mask, options)
         elif rows.bounds is None:
@@ -326,11 +323,13 @@ def _columns(mask: LazyMask, length: int, total: int) -> Tensor:
 
 def _traced_bounds(mask: LazyMask, options: Options) -> Tensor:
     """Cumulative lengths of packed documents in a shape that does not depend on them: most are empty."""
-    assert options.position_ids is not None
-    positions = options.position_ids.expand(mask.batch_size, -1)
-    starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True).flatten()
-    total = starts.shape[0]
-    return torch.where(starts, torch.arange(total, device=starts.device), total).sort().values
+    positions, documents = options.position_ids, options.documents
+    assert positions is not None
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    if documents is not None:
+        begins = documents[:, 1:] != documents[:, :-1]
+    starts = F.pad(begins.expand(mask.batch_size, -1), (1, 0), value=True)
+    return bounds_of(starts)[:-1]
 
 
 def _document_starts(mask: LazyMask | None, exists: Tensor | None, options: Options) -> Tensor | None:
@@ -342,13 +341,18 @@ def _document_starts(mask: LazyMask | None, exists: Tensor | None, options: Opti
         starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
         return starts if mask is None else starts.expand(mask.batch_size, -1)
     positions = options.position_ids
-    if mask is None or positions is None or positions.ndim != 2 or torch.compiler.is_compiling():
+    if mask is None or positions is None or positions.ndim != 2:
+        return None
+    if mask.padding is None and torch.compiler.is_compiling():
+        # Documents come with a mask function there: see `_may_be_packing`.
         return None
     return starts_of_positions(positions, exists, mask.batch_size)
 
 
 def starts_of_positions(positions: Tensor, exists: Tensor | None, batch: int) -> Tensor | None:
     """(B, T) bool, the existing tokens at position 0, where a row has several; None where none has.
+
+    While a graph is traced nobody may look, and they are returned in any case.
 
     Args:
         positions: (B or 1, T).
@@ -357,7 +361,45 @@ def starts_of_positions(positions: Tensor, exists: Tensor | None, batch: int) ->
     """
     starts = (positions == 0).expand(batch, -1)
     starts = starts if exists is None else starts & exists
+    if torch.compiler.is_compiling():
+        return starts
     return starts if bool((starts.sum(-1) > 1).any()) else None
+
+
+def packing_of(module: Any, position_ids: Tensor | None, keywords: dict[str, Any]) -> Options:
+    """What a call of a model, or of one of its parts, says of packed documents.
+
+    Args:
+        module: that was called.
+        position_ids: (B or 1, T).
+        keywords: of the call; left as they are.
+
+    Raises:
+        TypeError: `cu_seq_lens_q` or `cu_seq_lens_k` are no tensors of integers.
+        ValueError: the two do not fit each other.
+    """
+    lengths = read_lengths(module, dict(keywords))
+    return Options(
+        causal=True, position_ids=position_ids, cu_seqlens=lengths, documents=keywords.get("seq_idx")
+    )
+
+
+def check_packing(options: Options, batch: int, length: int, mask: LazyMask | None) -> None:
+    """Refuses documents that are not those of B x T new tokens.
+
+    Args:
+        options: of the call.
+        batch: B.
+        length: T.
+        mask: of the call, on which it is noted that lengths were looked at.
+
+    Raises:
+        ValueError: with the name of the argument.
+    """
+    if options.cu_seqlens is not None:
+        check_lengths(options.cu_seqlens, batch * length, batch * length, mask, alike=True)
+    if options.documents is not None:
+        check_documents(options.documents, batch, length)
 
 
 def rows_of_sequence(exists: Tensor | None, options: Options, batch: int, length: int) -> TokenRows:
@@ -377,7 +419,7 @@ def rows_of_sequence(exists: Tensor | None, options: Options, batch: int, length
         starts = starts.expand(batch, -1)
     elif options.position_ids is not None and options.position_ids.ndim == 2:
         starts = starts_of_positions(options.position_ids, exists, batch)
-    return TokenRows(exists, starts)
+    return TokenRows(exists, starts, look=not torch.compiler.is_compiling())
 
 
 def _attend_to_all(

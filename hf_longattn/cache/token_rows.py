@@ -44,6 +44,21 @@ class Packing:
         return flat.unflatten(0, (batch, -1))
 
 
+def bounds_of(starts: Tensor) -> Tensor:
+    """(documents + 1,) cumulative lengths of documents by their first tokens, the last being B * T.
+
+    While a graph is traced their number does not depend on the documents: (B * T + 1,), most of them empty.
+
+    Args:
+        starts: (B, T) bool, True at the first of all.
+    """
+    begins, total = starts.flatten(), starts.numel()
+    if not torch.compiler.is_compiling():
+        return F.pad(begins.nonzero()[:, 0], (0, 1), value=total)
+    places = torch.where(begins, torch.arange(total, device=begins.device), total)
+    return F.pad(places.sort().values, (0, 1), value=total)
+
+
 def version_of(value: object) -> int | None:
     """How often a tensor was written to in place, so that what is known of it holds; None if nobody counts.
 
@@ -190,7 +205,7 @@ class TokenRows:
                 number = ((starts.cumsum(-1) + 1) * self.exists).flatten()[order].view_as(starts)
                 starts = number != F.pad(number[:, :-1], (1, 0), value=-1)
             starts = starts.index_fill(1, begin.new_zeros(1), True)
-            bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=total)
+            bounds = bounds_of(starts)
         last = torch.searchsorted(bounds, end - 1, right=True) - 1
         return Packing(bounds, torch.searchsorted(bounds, begin, right=True) - 1, last.clamp(min=0), order)
 

@@ -204,21 +204,24 @@ def test_cumulative_lengths_keep_documents_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["plain", "left", "holes", "packed"])
+@pytest.mark.parametrize("layout", ["plain", "left", "holes", "packed", "packed-right", "numbered"])
 def test_forward_compiles_in_one_graph(layout):
     torch._dynamo.reset()
     ids, mask = tiny.tokens(2, 14), tiny.padding([14, 9], 14, "left")
     if layout == "holes":
         mask[0, 4:7] = 0
-    where = torch.arange(14)[None] if layout in ("plain", "packed") else positions(mask)
-    if layout == "packed":
+    packed, numbered = "packed" in layout, layout == "numbered"
+    where = torch.arange(14)[None] if numbered or layout == "plain" else positions(mask)
+    if packed:
         where = torch.cat([torch.arange(5), torch.arange(9)]).expand(2, -1)
-    mask = None if layout in ("plain", "packed") else mask
+    mask = None if numbered or layout in ("plain", "packed") else mask
+    mask = mask.flip(1) if layout == "packed-right" else mask
     model = tiny.build("llama", NAME)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected = logits(model, ids, mask, position_ids=where, use_cache=False)
+    keywords = {"position_ids": where, "use_cache": False}
+    keywords |= {"seq_idx": (torch.arange(14) > 4).int()[None]} if numbered else {}
+    expected = logits(model, ids, mask, **keywords)
     with torch.no_grad():
-        keywords = {"position_ids": where, "use_cache": False}
         result = compiled(input_ids=ids, attention_mask=mask, **keywords).logits
     real = slice(None) if mask is None else mask.bool()
     assert tiny.relative_error(result[real], expected[real]) <= BOUND

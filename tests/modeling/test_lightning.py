@@ -171,15 +171,30 @@ def test_padding_changes_nothing(variant, side):
         assert error(result[row][exists], alone) <= BOUND
 
 
+PACKED = [9, 1, 12]
+WORDS = {
+    "positions": {"position_ids": torch.cat([torch.arange(n) for n in PACKED])[None]},
+    "lengths": {"cu_seq_lens_q": torch.tensor([0, 0, 9, 10, 10, 22], dtype=torch.int32)},
+    "documents": {"seq_idx": torch.repeat_interleave(torch.tensor([3, 0, 1]), torch.tensor(PACKED))[None]},
+}
+
+
 @every_variant
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_packed_documents_equal_separate_ones(variant, use_cache):
-    model, lengths = make(variant), [9, 1, 12]
-    documents = [tokens(1, n, seed=n) for n in lengths]
-    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("form", ["plain", "cache", "mask", "padded"])
+def test_packed_documents_equal_separate_ones(variant, words, form):
+    model, documents = make(variant), [tokens(1, n, seed=n) for n in PACKED]
     expected = torch.cat([logits(model, ids) for ids in documents], 1)
-    result = logits(model, torch.cat(documents, 1), position_ids=position_ids, use_cache=use_cache)
-    assert error(result, expected) <= BOUND
+    ids, mask, packing = torch.cat(documents, 1), None, WORDS[words]
+    if form in ("mask", "padded"):
+        mask = torch.ones_like(ids)
+    if form == "padded":
+        ids, mask = F.pad(ids, (0, 3), value=5), F.pad(mask, (0, 3))
+        packing = {
+            name: told if words == "lengths" else F.pad(told, (0, 3)) for name, told in packing.items()
+        }
+    result = logits(model, ids, mask, use_cache=form == "cache", **packing)
+    assert error(result[:, :22], expected) <= BOUND
 
 
 @settings(max_examples=20, deadline=None)
@@ -490,16 +505,20 @@ def test_checkpoints_that_do_not_fit_their_config(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("words", "padded"),
+    [(None, False), (None, True), ("positions", False), ("positions", True), ("documents", False)],
+)
 @some_variants
-def test_forward_compiles_in_one_graph(variant, padded):
+def test_forward_compiles_in_one_graph(variant, words, padded):
     torch._dynamo.reset()
-    model, ids = make(variant), tokens(2, 14)
-    mask = left_padding([14, 9], 14) if padded else None
+    model, ids = make(variant), tokens(2, 22)
+    mask = left_padding([22, 17], 22).flip(1) if padded else None
+    packing = {} if words is None else WORDS[words]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected = logits(model, ids, mask, use_cache=False)
+    expected = logits(model, ids, mask, use_cache=False, **packing)
     with torch.no_grad():
-        result = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        result = compiled(input_ids=ids, attention_mask=mask, use_cache=False, **packing).logits
     real = slice(None) if mask is None else mask.bool()
     assert error(result[real], expected[real]) <= BOUND
 

@@ -156,13 +156,20 @@ def test_padding_changes_nothing(order, side):
 def test_packed_documents_equal_separate_ones(order, use_cache):
     lengths = [9, 1, 12]
     documents = [tiny.tokens(1, n, seed=n) for n in lengths]
-    where = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    words = (
+        {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]},
+        {"cu_seq_lens_q": torch.tensor([0, 0, 9, 10, 22])},
+        {"seq_idx": numbers},
+    )
     expected = torch.cat([logits(build(order), ids, use_cache=False) for ids in documents], 1)
-    model = prepared(order)
-    cache = MiniMaxLongContextCache(model.config) if use_cache else None
-    packed = torch.cat(documents, 1)
-    result = logits(model, packed, position_ids=where, past_key_values=cache, use_cache=use_cache)
-    assert tiny.relative_error(result, expected) <= BOUND
+    model, packed = prepared(order), torch.cat(documents, 1)
+    for packing in words:
+        cache = MiniMaxLongContextCache(model.config) if use_cache else None
+        result = logits(model, packed, past_key_values=cache, use_cache=use_cache, **packing)
+        assert tiny.relative_error(result, expected) <= BOUND, packing
+    with pytest.raises(ValueError, match="`seq_idx` must be"):
+        logits(model, packed, seq_idx=numbers[:, :5], use_cache=False)
 
 
 MODES = {

@@ -22,7 +22,14 @@ from transformers.models.minimax.modeling_minimax import (
     MiniMaxRMSNorm,
 )
 
-from hf_longattn.attention.lightning import FEW_TOKENS, attend_to_state, starts_of_positions
+from hf_longattn.attention.exact import Options
+from hf_longattn.attention.lightning import (
+    FEW_TOKENS,
+    attend_to_state,
+    check_packing,
+    packing_of,
+    rows_of_sequence,
+)
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import RecurrentStates, is_empty
 from hf_longattn.cache.sharded import ShardedCache
@@ -227,7 +234,7 @@ def _forward(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     position_ids: Tensor | None = None,
-    **unused: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """`MiniMaxLightningAttention.forward` in one scan.
 
@@ -239,7 +246,7 @@ def _forward(
         attention_mask: (B, T), 0 at pads, or None.
         past_key_values: our cache or transformers' own, or None.
         position_ids: (B or 1, T), to find packed documents.
-        **unused: of softmax layers.
+        **keywords: `cu_seq_lens_q` and `seq_idx`, which tell them too, and what softmax layers take.
 
     Returns:
         ((B, T, D), None).
@@ -253,7 +260,9 @@ def _forward(
 
     def rows() -> TokenRows:
         empty = past_key_values is None or _is_empty(past_key_values, layer.layer_idx)
-        return _rows(attention_mask, position_ids, shape, empty)
+        # No document may be looked for while a graph is traced.
+        positions = None if torch.compiler.is_compiling() else position_ids
+        return _rows(attention_mask, packing_of(module, positions, keywords), shape, empty)
 
     if past_key_values is None or _is_theirs(past_key_values):
         output = _scan_beside(past_key_values, layer.layer_idx, query, key, value, slopes, rows())
@@ -292,21 +301,34 @@ def _scan_beside(
     return output
 
 
-def _rows(mask: Tensor | None, position_ids: Tensor | None, shape: torch.Size, empty: bool) -> TokenRows:
+def _rows(mask: Tensor | None, options: Options, shape: torch.Size, empty: bool) -> TokenRows:
     """Which of (B, T) tokens exist and, where no state is held, where documents begin; looked at once a
     forward.
     """
-    if position_ids is None or torch.compiler.is_compiling():
-        return _existing(mask, empty)
-    known = _rows_of_positions.get(position_ids)
-    versions = version_of(mask), version_of(position_ids)
-    if known is None or known[0] is not mask or known[2] != versions:
-        rows = _existing(mask, empty)
-        if empty and shape[1] > 1:
-            exists = None if mask is None else mask.bool()
-            rows.starts = starts_of_positions(position_ids, exists, shape[0])
-        known = _rows_of_positions[position_ids] = (mask, rows, versions)
+    positions = options.position_ids
+    if positions is None:
+        return _make_rows(mask, options, shape, empty)
+    lengths = None if options.cu_seqlens is None else options.cu_seqlens[0]
+    given = (mask, lengths, options.documents, positions)
+    versions = [version_of(tensor) for tensor in given]
+    known = _rows_of_positions.get(positions)
+    if (
+        known is None
+        or known[2] != versions
+        or any(a is not b for a, b in zip(known[0], given, strict=False))
+    ):
+        # Not the positions themselves, or they would be held for ever.
+        known = (given[:-1], _make_rows(mask, options, shape, empty), versions)
+        _rows_of_positions[positions] = known
     return known[1]
+
+
+def _make_rows(mask: Tensor | None, options: Options, shape: torch.Size, empty: bool) -> TokenRows:
+    rows = _existing(mask, empty)
+    if empty and shape[1] > 1:
+        check_packing(options, shape[0], shape[1], None)
+        rows.starts = rows_of_sequence(None if mask is None else mask.bool(), options, *shape).starts
+    return rows
 
 
 def _existing(mask: Tensor | None, empty: bool) -> TokenRows:

@@ -7,6 +7,7 @@ Norms have no weights. Lightning layers take silu(q), silu(k); the first gives t
 position encoding. Softmax layers of a hybrid take q, k with a rotary embedding.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +34,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_longattn.attention.lightning import NORM_EPS, lightning_attention_forward, normalised
+from hf_longattn.attention.exact import Options
+from hf_longattn.attention.lightning import (
+    NORM_EPS,
+    check_packing,
+    lightning_attention_forward,
+    normalised,
+    packing_of,
+    rows_of_sequence,
+)
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.recurrent import is_empty, lightning_layers
 from hf_longattn.cache.sharded import ShardedCache
@@ -286,9 +300,10 @@ class LightningModel(LightningPreTrainedModel):
             embeds = embeds * self.config.hidden_size**0.5
         if use_cache and past_key_values is None:
             past_key_values = LongContextCache(self.config)
+        packing = packing_of(self, position_ids, kwargs)
         if position_ids is None:
             position_ids = self._positions(embeds, attention_mask, past_key_values)
-        masks = self._masks(embeds, attention_mask, position_ids, past_key_values)
+        masks = self._masks(embeds, attention_mask, position_ids, past_key_values, packing)
         rotary = self.rotary_emb(embeds, position_ids) if self.config.is_hybrid else None
         hidden_states = embeds
         for index, layer in enumerate(self.layers):
@@ -315,25 +330,51 @@ class LightningModel(LightningPreTrainedModel):
         return counted[:, -length:]
 
     def _masks(
-        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Any, cache: Cache | None
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Any,
+        cache: Cache | None,
+        packing: Options,
     ) -> dict[bool, Any]:
         """The masks of lightning layers (True) and of softmax layers (False)."""
-        masks: dict[bool, Any] = {True: self._lightning_mask(embeds, attention_mask, cache)}
+        masks: dict[bool, Any] = {True: self._lightning_mask(embeds, attention_mask, cache, packing)}
         if self.config.is_hybrid:
             # transformers looks for packed documents only where it is given no cache. So an empty one is left
             # out, unless the ranks that share it share these tokens too.
             fresh = cache is None or (not cache.is_compileable and is_empty(cache))
             fresh = fresh and not (isinstance(cache, ShardedCache) and cache.is_computing)
-            masks[False] = create_causal_mask(
+            make = functools.partial(
+                create_causal_mask,
                 config=self.config,
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 past_key_values=None if fresh else cache,
                 position_ids=position_ids,
             )
+            masks[False] = make()
+            if fresh and not isinstance(masks[False], LazyMask):
+                # Implementations of transformers read documents neither beside a mask nor by other words.
+                documents = self._documents(embeds, attention_mask, masks[True], packing)
+                if documents is not None:
+                    masks[False] = make(and_mask_function=packed_sequence_mask_function(documents))
         return masks
 
-    def _lightning_mask(self, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> LazyMask:
+    def _documents(
+        self, embeds: Tensor, attention_mask: Tensor | None, mask: LazyMask, packing: Options
+    ) -> Tensor | None:
+        """(B, T), the number of each token's document, or None where transformers finds them itself."""
+        batch, length = embeds.shape[:2]
+        check_packing(packing, batch, length, mask)
+        if packing.cu_seqlens is None and packing.documents is None and attention_mask is None:
+            return None
+        exists = None if attention_mask is None else attention_mask[:, :length].bool().to(embeds.device)
+        starts = rows_of_sequence(exists, packing, batch, length).starts
+        return None if starts is None else starts.cumsum(-1)
+
+    def _lightning_mask(
+        self, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, packing: Options
+    ) -> LazyMask:
         batch, length = embeds.shape[:2]
         first = min(lightning_layers(self.config), default=0)
         offset, sizes = 0, (length, 0)
@@ -341,8 +382,20 @@ class LightningModel(LightningPreTrainedModel):
             offset, sizes = cache.get_query_offset(first), cache.get_mask_sizes(length, first)
         if attention_mask is not None:
             attention_mask = attention_mask.to(embeds.device)
+        found: dict[str, Any] = {}
+        if torch.compiler.is_compiling() and attention_mask is None and packing.position_ids is not None:
+            # As transformers says to other models, while a graph is traced, that there may be documents.
+            numbers = (packing.position_ids == 0).cumsum(-1)
+            found["mask_function"] = and_masks(causal_mask_function, packed_sequence_mask_function(numbers))
         return lazy_mask(
-            batch, length, sizes[0], offset, sizes[1], attention_mask=attention_mask, device=embeds.device
+            batch,
+            length,
+            sizes[0],
+            offset,
+            sizes[1],
+            attention_mask=attention_mask,
+            device=embeds.device,
+            **found,
         )
 
 

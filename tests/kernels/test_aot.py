@@ -476,11 +476,11 @@ def _few_key_attention(slots, head_dim, dtype="bf16", masked=False):
     signature |= {"start": "i32", "T": "i32", "scale": "fp32", "key_mask_strides": ("i32", 1)}
     constexprs = {
         "GROUP": 4 if masked else 1, "K": head_dim, "V": head_dim, "R": head_dim // 4, "OVERLAP": True,
-        "BLOCK_S": slots, "BLOCK_K": head_dim, "BLOCK_V": head_dim,
+        "SLOTS": slots, "BLOCK_K": head_dim, "BLOCK_V": head_dim,
     }  # fmt: skip
     signature |= {"key_mask_ptr": "*i1:16"} if masked else {}
     constexprs |= {} if masked else {"key_mask_ptr": None}
-    warps = min(max(slots * head_dim // 1024, 1), 8)
+    warps = min(max(slots * head_dim * (4 if dtype == "fp32" else 2) // 4096, 1), 8)
     kernel = "hf_longattn.kernels.few_key_attention.triton:_few_key_kernel"
     id = f"few_key_attention-S{slots}-K{head_dim}-{dtype}" + "-masked" * masked
     return Case(id, kernel, signature, constexprs, warps, 1)
@@ -509,7 +509,8 @@ CASES: list[Case] = [
     _residual_linears(1, 4096),
     _residual_norms(2048, 2),
     _residual_norms(8192, 1),
-    _few_key_attention(8, 128),
+    _few_key_attention(5, 128),
+    _few_key_attention(16, 128),
     _few_key_attention(32, 256, "fp32", masked=True),
     _few_row_linear(1, 4096, gated=False),
     _few_row_linear(1, 4096, gated=False, settled=True),
@@ -659,6 +660,14 @@ def test_rows_of_a_cross_entropy_are_loaded_16_bytes_at_a_time_two_on_a_multipro
     assert len(re.findall(r"st\.global\S*\.v4\.b32", used.ptx)) == 2 and used.ptx.count("st.global") == 4
     registers = -(-used.registers // 8) * 8
     assert 2 * 32 * case.num_warps * registers <= 65536 or not triton.__version__.startswith(BUDGETS_OF)
+
+
+def test_heads_of_few_keys_share_a_multiprocessor():
+    """Blocks of four tokens behind two vectors: as many programs of a warp at a time as there can be, 32."""
+    case = _few_key_attention(5, 128)
+    used = case.compiled()
+    assert case.num_warps == 1 and used.shared == 0 and "bar.sync" not in used.ptx
+    assert 32 * 32 * used.registers <= 65536 or not triton.__version__.startswith(BUDGETS_OF)
 
 
 def test_lightning_step_shares_a_multiprocessor():

@@ -13,6 +13,7 @@ SHAPES = [
     (1, 6, 2, 1, 1, 0, 40, 0, True),
     (0, 2, 2, 1, 5, 2, 16, 4, False),
     (2, 2, 1, 4, 32, 28, 16, 4, True),
+    (2, 3, 3, 1, 7, 6, 48, 12, False),
 ]
 IDS = [f"B{b}-H{h}-G{g}-T{t}-S{s}-at{a}-K{k}-R{r}" + "-pads" * p for b, h, g, t, s, a, k, r, p in SHAPES]
 

@@ -101,7 +101,8 @@ def peak_gib(device: torch.device) -> float:
 
 def main() -> None:
     arguments = parse()
-    accelerator = Accelerator(cpu=arguments.smoke and not torch.cuda.is_available())
+    # Without a GPU, accelerate knows of the other processes where it is told to use CPUs alone.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model, ids, streamer = load(arguments, accelerator.device)
     # The one line that shares the prompt: `generate` is called alike everywhere, and answers alike.
     hf_longattn.prepare_generation(

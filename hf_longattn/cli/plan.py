@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ class Request:
         if self.gpus % self.tp:
             raise ValueError(f"`--tp` must divide `--gpus`, got {self.tp} and {self.gpus}.")
         read_cache_dtype(self.cache_dtype)
+        for name in ("gpu_memory", "bandwidth", "host_memory"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"`{option}` must be a positive number, got {value}.")
         if self.new_tokens >= self.context:
             raise ValueError(
                 f"`--new-tokens` must leave room for a prompt in `--context`, got {self.new_tokens} of "

@@ -82,6 +82,9 @@ def test_plan_prints_and_tells_by_its_status(folder):
     assert fields["fits"] is False and 0 < fields["longest"] < 10**9
     assert run("plan", folder, "--context", 10, "--dtype", "int8").exit_code == 2
     assert run("plan", folder, "--context", 10, "--cache-dtype", "int4").exit_code == 2
+    for option, value in (("--bandwidth", 0), ("--gpu-memory", -3), ("--gpu-memory", "nan")):
+        refused = run("plan", folder, "--context", 10, option, value)
+        assert refused.exit_code == 2 and f"`{option}` must be a positive number" in refused.stderr
     shared = [
         json.loads(run("plan", folder, "--context", 10**5, "--gpus", 2, "--json", *kind).stdout)["cache"]
         for kind in ((), ("--cache-dtype", "int8"))

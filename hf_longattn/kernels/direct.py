@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
 _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
@@ -70,6 +71,7 @@ def _direct(
     )
 
     def call(*inputs: Any) -> Any:
+        _refuse_tangents(name, inputs)
         if torch.compiler.is_compiling() or _is_watched() or not all(map(_is_plain, inputs)):
             return operator(*inputs)
         if not (_records_gradients() and any(map(_wants_gradient, inputs))):
@@ -77,6 +79,18 @@ def _direct(
         return operator(*inputs) if gradients is None else differentiable.apply(*inputs)
 
     return call
+
+
+def _refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:
+    """Forward mode would find no derivative, and take that for 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    tensors = (value for value in inputs if isinstance(value, Tensor))
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"`{name}` has no derivative in forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`); "
+            "differentiate in reverse mode."
+        )
 
 
 def _is_watched() -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,17 @@ def test_modes_transforms_and_tracing_see_the_operator():
     for before_autograd in (False, True):
         make_fx(lambda x: call(x, 2.0), pre_dispatch=before_autograd)(torch.ones(2))
     assert ways == ["operator"] * 5
+
+
+def test_forward_mode_is_refused():
+    call, ways = _ways()
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda x: call(x, 2.0), (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        call(torch.ones(2), 2.0)
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            call(forward_ad.make_dual(torch.ones(2), torch.ones(2)), 2.0)
+    assert ways == ["function"]
 
 
 def test_nothing_is_recorded_in_inference_mode():

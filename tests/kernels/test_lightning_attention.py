@@ -300,6 +300,18 @@ def test_step_continues_a_prefill(T):
         ({"initial_state": torch.randn(2, 4, 8, 8)}, "`initial_state`"),
         ({"causal": False, "output_final_state": True}, "`output_final_state`"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "`cu_seqlens`"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "`cu_seqlens` must rise"),
+        ({"cu_seqlens": torch.tensor([0, 6, 4, 9])}, "`cu_seqlens` must rise"),
+        ({"cu_seqlens": [0, 9]}, "`cu_seqlens`"),
+        ({"query": torch.randn(1, 4, 9, 8).to(torch.float8_e4m3fn)}, "`query` must be bf16"),
+        ({"query": [[0.0]]}, "`query`"),
+        ({"key": torch.randn(1, 2, 9, 8, device="meta")}, "`key` is on meta"),
+        ({"slopes": torch.ones(4, device="meta")}, "`slopes` is on meta"),
+        ({"slopes": -torch.ones(4)}, "`slopes` must be finite"),
+        ({"slopes": torch.full((4,), float("inf"))}, "`slopes` must be finite"),
+        ({"scale": None}, "`scale`"),
+        ({"scale": torch.tensor(0.5, requires_grad=True)}, "`scale`"),
+        ({"initial_state": torch.randn(1, 4, 8, 8, device="meta")}, "`initial_state` is on meta"),
         ({"impl": "fast"}, "`impl`"),
     ],
     ids=lambda x: "" if isinstance(x, dict) else x.strip("`"),
@@ -311,8 +323,24 @@ def test_refusals_name_the_argument(change, word):
         "value": torch.randn(1, 2, 9, 8),
         "slopes": torch.ones(4),
     }
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises((ValueError, TypeError), match=word):
         lightning_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("state", [None, torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(1, 1, 8, 8)])
+def test_a_step_refuses_states_that_it_cannot_write(state):
+    q, k, v, slopes = make(1, 1, dtype=torch.float32)
+    state = state.expand(1, 4, 8, 8) if isinstance(state, torch.Tensor) else state
+    with pytest.raises((ValueError, TypeError), match="`state`"):
+        lightning_attention_step(q, k, v, slopes, state)
+
+
+def test_the_gradient_of_slopes_has_none_itself():
+    q, k, v, slopes = make(grad=True)
+    slopes.requires_grad_()
+    (grad,) = torch.autograd.grad(lightning_attention(q, k, v, slopes).sum(), slopes, create_graph=True)
+    with pytest.raises(NotImplementedError, match="`slopes` has no second derivative"):
+        torch.autograd.grad(grad.sum(), q)
 
 
 def test_packing_needs_one_row():

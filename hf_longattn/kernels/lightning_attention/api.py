@@ -11,7 +11,7 @@ and its gradients are again scans: of q along the same direction with (do, v, k)
 can be differentiated.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 
 # The widest head that the Triton kernels keep in registers.
 MAX_TRITON_DIM = 256
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FORWARD, BOTH, BACKWARD = 1, 0, -1
 
 
@@ -56,7 +57,8 @@ def lightning_attention(
         query: (B, H, T, K), bf16, fp16, fp32 or fp64, of any strides.
         key: (B, G, T, K), where G divides H.
         value: (B, G, T, V).
-        slopes: (H,) fp32 (fp64 for fp64 inputs), not negative: minus the logarithm of each head's decay.
+        slopes: (H,) fp32 (fp64 for fp64 inputs), not negative: minus the logarithm of each head's decay. On a
+            GPU nobody looks at the numbers, nor at those of `cu_seqlens`.
         scale: factor on the output.
         causal: whether a token sees only itself and what came before it.
         initial_state: (B, H, K, V) in the slopes' dtype, the state before the first token; zeros where left
@@ -71,7 +73,9 @@ def lightning_attention(
         The output (B, H, T, V) in the query's dtype; with `output_final_state`, also the state (B, H, K, V).
 
     Raises:
-        ValueError: a shape, dtype or combination of arguments that has no meaning, by name.
+        ValueError: a shape, dtype, device or combination of arguments that has no meaning, by name.
+        TypeError: what is no tensor, or no number, by name.
+        NotImplementedError: a derivative of the gradient of `slopes`, or one in forward mode.
     """
     _check_inputs(query, key, value, slopes, scale)
     num_states = _check_documents(cu_seqlens, query)
@@ -133,23 +137,39 @@ def lightning_attention_step(
         (B, H, T, V) in the query's dtype.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, by name.
+        ValueError: a shape, dtype or device that does not fit, or a `state` that was expanded, by name.
+        TypeError: what is no tensor, or no number, by name.
     """
     _check_inputs(query, key, value, slopes, scale)
     _check_state("state", state, query.shape[0], query, value, slopes)
+    if any(size > 1 and stride == 0 for size, stride in zip(state.shape, state.stride(), strict=True)):
+        raise ValueError(
+            f"`state` is written to, and elements of it share memory (shape {tuple(state.shape)}, strides "
+            f"{state.stride()}); pass a copy of what was expanded, `state.contiguous()`."
+        )
     return _step(
         query, key, value, slopes, state, scale, _backend("lightning_attention_step", impl, query, value)
     )
 
 
+def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    # A kernel would read the address of another device's memory.
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` is on {tensor.device}, `query` on {query.device}; move it there.")
+
+
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("slopes", slopes)):
+        _check_tensor(name, tensor, query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise ValueError(f"`{name}` must have the shape (B, heads, T, dim), got {tuple(tensor.shape)}.")
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
+        if tensor.dtype != query.dtype or tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"`{name}` must be floating point in the query's dtype, got {tensor.dtype} "
-                f"beside {query.dtype}; cast it first."
+                f"`{name}` must be bf16, fp16, fp32 or fp64, as the query, got {tensor.dtype} beside "
+                f"{query.dtype}; cast it first."
             )
     batch, heads, length, dim = query.shape
     if key.shape[1] == 0 or heads % key.shape[1]:
@@ -168,6 +188,10 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, sca
             f"`slopes` must be ({heads},) of {wide}, got {tuple(slopes.shape)} of {slopes.dtype}; "
             "pass slopes, not decays."
         )
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(
+            f"`scale` must be a number, got {type(scale).__name__}; multiply `query` by what is trained."
+        )
     if not 0 < abs(scale) < float("inf"):
         raise ValueError(f"`scale` must be finite and not 0, got {scale}.")
 
@@ -176,6 +200,8 @@ def _check_documents(cu_seqlens: Tensor | None, query: Tensor) -> int:
     """The number of states: documents when packed, else rows."""
     if cu_seqlens is None:
         return query.shape[0]
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"`cu_seqlens` must be a tensor, got {type(cu_seqlens).__name__}.")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "`cu_seqlens` must be (documents + 1,) of int32 or int64, "
@@ -192,11 +218,21 @@ def _check_documents(cu_seqlens: Tensor | None, query: Tensor) -> int:
 def _check_state(
     name: str, state: Tensor, num_states: int, query: Tensor, value: Tensor, slopes: Tensor
 ) -> None:
+    _check_tensor(name, state, query)
     shape = (num_states, query.shape[1], query.shape[3], value.shape[3])
     if state.shape != shape or state.dtype != slopes.dtype:
         raise ValueError(
             f"`{name}` must be {shape} of {slopes.dtype}, got {tuple(state.shape)} of {state.dtype}; "
             "keep states in fp32, bf16 loses them."
+        )
+
+
+def _check_slopes(slopes: Tensor) -> None:
+    """Refuses what are no slopes, where the host has them: nobody waits for a GPU."""
+    if slopes.device.type == "cpu" and not bool(((slopes >= 0) & (slopes < float("inf"))).all()):
+        raise ValueError(
+            f"`slopes` must be finite and not negative, got {slopes.tolist()}; they are minus the logarithms "
+            "of the decays."
         )
 
 
@@ -256,6 +292,7 @@ def _run_scan(
     else:
         from hf_longattn.kernels.lightning_attention.reference import scan
     both = direction == BOTH
+    _check_slopes(slopes)
     output, left = _allocate(query, value, slopes, cu_seqlens, final_state, wide or both)
     inputs = ScanInputs(query, key, value, slopes, state, cu_seqlens)
     scan(inputs, output, left if final_state else None, scale, direction == BACKWARD, False)
@@ -296,6 +333,13 @@ def _slope_gradient(
         exchanged = ScanInputs(key, query, grad_output, slopes, None, cu_seqlens)
         total = total + reference.slope_gradient(exchanged, value, None)
     return total
+
+
+def _refuse_second_derivative(*unused: Any) -> NoReturn:
+    raise NotImplementedError("`slopes` has no second derivative; detach it, or differentiate once.")
+
+
+_slope_gradient.register_autograd(_refuse_second_derivative)
 
 
 @_slope_gradient.register_fake
@@ -346,7 +390,7 @@ def _grad_slopes(ctx: Any, grad_output: Tensor, grad_state: Tensor | None) -> Te
     query, key, value, slopes, state, cu_seqlens = ctx.saved_tensors
     scale, direction, _, impl = ctx.options
     if direction == BACKWARD:
-        raise NotImplementedError("`slopes` has no second derivative; detach it, or differentiate once.")
+        _refuse_second_derivative()
     if impl == "triton":
         warn_slow("lightning_attention", "the gradient of `slopes` is computed in plain torch")
     grad_state = None if grad_state is None else grad_state / scale
@@ -366,6 +410,7 @@ def _step(
         from hf_longattn.kernels.lightning_attention.triton_step import step
     else:
         from hf_longattn.kernels.lightning_attention.reference import step
+    _check_slopes(slopes)
     return step(query, key, value, slopes, state, scale)
 
 

@@ -193,6 +193,8 @@ def documents(cu_seqlens: Tensor | None, batch: int, length: int) -> list[tuple[
     if cu_seqlens is None:
         return [(slice(0, batch), slice(0, length))]
     bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+        raise ValueError(f"`cu_seqlens` must rise from 0 to the number of tokens, {length}, got {bounds}.")
     return [(slice(i, i + 1), slice(*pair)) for i, pair in enumerate(zip(bounds, bounds[1:], strict=False))]
 
 

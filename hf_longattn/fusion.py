@@ -181,7 +181,7 @@ def _run(
 
 
 def _norm_key(module: Any) -> Any:
-    if not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+    if not _is_norm(type(module)):
         return None
     weight = module._parameters.get("weight")
     if weight is None or not _is_whole(weight) or weight.ndim != 1:
@@ -189,6 +189,11 @@ def _norm_key(module: Any) -> Any:
     if not isinstance(_eps(module), float) or module._modules:
         return None
     return weight.device, weight.shape, weight.dtype, *_code(module)
+
+
+@functools.cache
+def _is_norm(kind: type) -> bool:
+    return kind.__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def _code(module: Any) -> tuple[Any, ...]:
@@ -246,13 +251,17 @@ def _fused_norm(module: Any) -> _Maker | None:
 
 
 def _norm_maker(eps: float, kind: str, module: Any) -> Callable[[Tensor], Tensor]:
+    # A module takes its time to tell that it has no bias.
+    own = module._parameters
+    others = own if "bias" in own else vars(module)
+
     def forward(hidden_states: Tensor) -> Tensor:
-        dtype = hidden_states.dtype
+        dtype, weight = hidden_states.dtype, own["weight"]
         # What other dtypes give, and autocast of less than fp32, only the module's own code knows.
-        mixed = torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float32
-        if dtype != module.weight.dtype or mixed:
+        mixed = dtype != torch.float32 and torch.is_autocast_enabled(hidden_states.device.type)
+        if dtype != weight.dtype or mixed:
             return type(module).forward(module, hidden_states)
-        return row_norm(hidden_states, module.weight, getattr(module, "bias", None), eps=eps, kind=kind)
+        return row_norm(hidden_states, weight, others.get("bias"), eps=eps, kind=kind)
 
     return forward
 
@@ -286,18 +295,23 @@ def _gated_key(module: Any) -> Any:
     if ("gate_up_proj" in parts) == ("gate_proj" in parts) or ("gate_proj" in parts) != ("up_proj" in parts):
         return None
     weight = next(_held(parts["down_proj"], "_parameters"), None)
-    others = {name: part for name, part in module._modules.items() if name not in parts and part is not None}
+    others = [pair for pair in module._modules.items() if pair[0] not in parts and pair[1] is not None]
     # A norm in between, or anything else that learns.
-    tables = ("_parameters", "_buffers")
-    learns = any(True for part in others.values() for table in tables for _ in _held(part, table))
-    if weight is None or weight.device.type == "meta" or learns:
+    if weight is None or weight.device.type == "meta" or any([_learns(part) for _, part in others]):
         return None
     widths = tuple([(name, part.in_features, part.out_features) for name, part in parts.items()])
-    kin = tuple([(name, type(part), plain_settings(part)) for name, part in others.items()])
+    kin = tuple([(name, type(part), plain_settings(part)) for name, part in others])
     # An activation without parts is told from others by its class and settings.
-    is_kin = any(part is activation and not part._modules for part in others.values())
+    is_kin = any([part is activation and not part._modules for _, part in others])
     name = None if is_kin else repr(activation)
     return weight.device, weight.dtype, widths, kin, name, *_code(module)
+
+
+def _learns(part: Any) -> bool:
+    """Whether a module holds parameters or buffers."""
+    if not (part._modules or part._parameters or part._buffers):
+        return False
+    return any(True for table in ("_parameters", "_buffers") for _ in _held(part, table))
 
 
 def _held(module: nn.Module, table: str) -> Iterator[Tensor]:
@@ -354,16 +368,16 @@ def _is_activation(name: str, steps: Tensor, values: Any) -> bool:
 
 
 def _gate_maker(activation: str, module: Any) -> Callable[[Tensor], Tensor]:
-    fused_projection = getattr(module, "gate_up_proj", None)
+    fused_projection, parts = getattr(module, "gate_up_proj", None), module._modules
 
     def forward(hidden_states: Tensor) -> Tensor:
         if fused_projection is not None:
             gate, up = fused_projection(hidden_states).chunk(2, dim=-1)
         else:
-            gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+            gate, up = parts["gate_proj"](hidden_states), parts["up_proj"](hidden_states)
         if gate.dtype != up.dtype:
-            return module.down_proj(_activation_of(module)(gate) * up)
-        return module.down_proj(gated_activation(gate, up, activation=activation))
+            return parts["down_proj"](_activation_of(module)(gate) * up)
+        return parts["down_proj"](gated_activation(gate, up, activation=activation))
 
     return forward
 

@@ -116,17 +116,18 @@ class Setup:
 
     Args:
         model: the transformers model.
+        lasting: whether the model may be copied or pickled meanwhile, which leaves the changes out.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, lasting: bool = False) -> None:
+        self.model, self.lasting = model, lasting
         self._changes: list[_Change] = []
         # What is changed is also kept in the list, so that an id stays one object's.
         self._owners: set[int] = set()
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of one instance and remembers what the instance itself had."""
-        if isinstance(owner, nn.Module) and id(owner) not in self._owners:
+        if self.lasting and isinstance(owner, nn.Module) and id(owner) not in self._owners:
             self._set(owner, "__reduce_ex__", functools.partial(_reduce_plain, owner, self.model))
         self._set(owner, name, value)
 
@@ -153,8 +154,7 @@ class Setup:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, vars(owner).get(name, _MISSING), value))
         self._owners.add(id(owner))
-        if isinstance(owner, nn.Module) and isinstance(value, functools.partial):
-            # A module looks through its tables for a tensor or a part of that name, which this is not.
+        if _is_no_part(owner, value):
             object.__setattr__(owner, name, value)
         else:
             setattr(owner, name, value)
@@ -163,7 +163,7 @@ class Setup:
         """Puts every attribute back, last change first; what others put on top of ours since stays."""
         others = self._of_others() if self._changes else {}
         for change in reversed(self._changes):
-            on_top = others.get((id(change.owner), change.name), ())
+            on_top = others.get((id(change.owner), change.name), ()) if others else ()
             later = next((other for other in on_top if other.before is change.value), None)
             if later is not None:
                 later.before = change.before
@@ -178,6 +178,8 @@ class Setup:
                     change.name,
                     type(change.owner).__name__,
                 )
+            elif change.before is _MISSING and _is_no_part(change.owner, change.value):
+                object.__delattr__(change.owner, change.name)
             elif change.before is _MISSING:
                 delattr(change.owner, change.name)
             else:
@@ -235,6 +237,11 @@ class Setup:
                 self.set(module, "config", copy.deepcopy(config, memo))
 
 
+def _is_no_part(owner: Any, value: Any) -> bool:
+    """Whether a module need not look through its tables for a tensor or a part of that name."""
+    return isinstance(owner, nn.Module) and isinstance(value, functools.partial)
+
+
 def _is_same(found: Any, ours: Any) -> bool:
     """Whether an attribute is still the one that was set, perhaps bound to its owner since."""
     return found is ours or (isinstance(found, MethodType) and found.__func__ is ours)
@@ -243,8 +250,8 @@ def _is_same(found: Any, ours: Any) -> bool:
 def _is_own_method(owner: Any, name: str) -> bool:
     """Whether an instance was given the method of its class, bound to itself."""
     found = vars(owner).get(name)
-    function = getattr(type(owner), name, None)
-    return isinstance(found, MethodType) and found.__self__ is owner and found.__func__ is function
+    is_bound = isinstance(found, MethodType) and found.__self__ is owner
+    return is_bound and found.__func__ is getattr(type(owner), name, None)
 
 
 def _reduce_plain(owner: nn.Module, model: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
@@ -304,7 +311,7 @@ def begin(model: PreTrainedModel, kind: str) -> Setup:
     active = vars(model).get(_ATTRIBUTE, {})
     if kind in active:
         active.pop(kind).undo()
-    return Setup(model)
+    return Setup(model, lasting=True)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -162,7 +162,7 @@ def exact_attention(
     limits, bias = _limits(query, key, mask, options), _dense_bias(query, key, mask, options)
     if limits is None:
         assert isinstance(mask, LazyMask)
-        packing = _pack(KeyRange(), query, key, mask, replace(options, causal=False))
+        packing = _pack(KeyRange(), query, key, mask, options, causal=False)
         return _attend_by_tiles(query, key, value, mask, packing, options).transpose(1, 2).contiguous()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     # Documents are told apart by positions only where there are no keys before the queries.
@@ -250,13 +250,13 @@ def _limits(query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, options:
         if limits is None:
             return None
         causal = mask.pattern is not None and mask.pattern.causal
-        return _pack(limits, query, key, mask, replace(options, causal=causal))
+        return _pack(limits, query, key, mask, options, causal)
     if mask is not None:
         return KeyRange()
     limits = KeyRange(causal=options.causal and query.shape[2] > 1)
     if options.window is not None:
         limits = _narrow_to_window(limits, query, key, options.window, options.causal)
-    return _pack(limits, query, key, None, options)
+    return _pack(limits, query, key, None, options, options.causal)
 
 
 def _narrow_to_window(limits: KeyRange, query: Tensor, key: Tensor, window: int, causal: bool) -> KeyRange:
@@ -269,20 +269,22 @@ def _narrow_to_window(limits: KeyRange, query: Tensor, key: Tensor, window: int,
     return limits.narrowed(lower=last - window + 1)
 
 
-def _pack(limits: KeyRange, query: Tensor, key: Tensor, mask: LazyMask | None, options: Options) -> KeyRange:
+def _pack(
+    limits: KeyRange, query: Tensor, key: Tensor, mask: LazyMask | None, options: Options, causal: bool
+) -> KeyRange:
     """Keeps packed documents apart: by cumulative lengths, document ids, or positions that restart at 0."""
     if options.cu_seqlens is not None:
         sizes = queries, batch, keys = query.shape[2], query.shape[0], key.shape[2]
-        alike = options.causal and queries == keys
+        alike = causal and queries == keys
         check_lengths(options.cu_seqlens, batch * queries, batch * keys, mask, alike)
         lower, upper, diagonal = packed_bounds(*options.cu_seqlens, *sizes)
-        return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal) if options.causal else upper)
+        return limits.narrowed(lower=lower, upper=torch.minimum(upper, diagonal) if causal else upper)
     if query.shape[2] != key.shape[2] or query.shape[2] == 1:
         return limits
     if options.documents is not None:
         check_documents(options.documents, query.shape[0], query.shape[2])
         return limits.narrowed(*document_bounds(options.documents))
-    if mask is None or options.position_ids is None or not options.causal:
+    if mask is None or options.position_ids is None or not causal:
         return limits
     return mask.apart(limits, options.position_ids)
 

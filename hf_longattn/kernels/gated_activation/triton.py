@@ -10,11 +10,12 @@ One program computes BLOCK columns of one row, 16 bytes a thread at a time. Comp
 act(gate) before the product. Saved for the backward are gate and up, from which it computes the rest again.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import activated, flat_rows, overlap, wait_for_previous
+from hf_longattn.kernels.common import activated, cdiv, flat_rows, next_power_of_2, overlap, wait_for_previous
 
 _BLOCK = 2048
 
@@ -54,13 +55,13 @@ def _gate_kernel(
 
 def gate_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Launches the kernel; arguments as in `gated_activation`."""
-    result = gate.new_empty(gate.shape)
+    result = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if not result.numel():
         return result
     D = gate.shape[-1]
     gate, up = (flat_rows(x) for x in (gate, up))
-    block = min(_BLOCK, triton.next_power_of_2(D))
-    _gate_kernel[(gate.shape[0], triton.cdiv(D, block))](
+    block = min(_BLOCK, next_power_of_2(D))
+    _gate_kernel[(gate.shape[0], cdiv(D, block))](
         gate, up, result, gate.stride(), up.stride(),
         D=D, KIND=activation, BLOCK=block, num_warps=min(max(block // 512, 1), 4), **overlap(gate.device),
     )  # fmt: skip
@@ -92,8 +93,8 @@ def gate_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tu
         return grad_gate, grad_up
     D = gate.shape[-1]
     grad, gate, up = (flat_rows(x) for x in (grad, gate, up))
-    block = min(_BLOCK, triton.next_power_of_2(D))
-    _backward_kernel[(gate.shape[0], triton.cdiv(D, block))](
+    block = min(_BLOCK, next_power_of_2(D))
+    _backward_kernel[(gate.shape[0], cdiv(D, block))](
         grad, gate, up, grad_gate, grad_up, grad.stride(), gate.stride(), up.stride(),
         D=D, KIND=activation, BLOCK=block, num_warps=min(max(block // 512, 1), 4),
     )  # fmt: skip

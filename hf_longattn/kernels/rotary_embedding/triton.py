@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset, overlap, wait_for_previous
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset, overlap, wait_for_previous
 from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 
 # Heads of one program: 16 bytes a thread of two warps at 128 elements a head in bf16.
@@ -107,11 +107,11 @@ def rotated(
     query_out, key_out = empty_outputs(query, key, inverse)
     if B * T == 0:
         return query_out, key_out
-    _rotary_kernel[(B * T, triton.cdiv(H, HEADS) + triton.cdiv(G, HEADS))](
+    _rotary_kernel[(B * T, cdiv(H, HEADS) + cdiv(G, HEADS))](
         q_ptr=query, k_ptr=key, cos_ptr=cos, sin_ptr=sin, q_out_ptr=query_out, k_out_ptr=key_out,
         q_strides=query.stride(), k_strides=key.stride(), cos_strides=cos.stride(), sin_strides=sin.stride(),
         q_out_strides=query_out.stride(), k_out_strides=key_out.stride(),
-        T=T, H=H, G=G, R=R, K=K, INVERSE=inverse, BLOCK_H=HEADS, BLOCK_R=triton.next_power_of_2(R // 2),
+        T=T, H=H, G=G, R=R, K=K, INVERSE=inverse, BLOCK_H=HEADS, BLOCK_R=next_power_of_2(R // 2),
         num_warps=2, **overlap(query.device),
     )  # fmt: skip
     return query_out, key_out

@@ -109,13 +109,14 @@ def _by_kernel(impl: str, kind: str, states: Tensor, others: tuple[Tensor | None
             f"`kind` of {_NAME} must be one of {', '.join(map(repr, KINDS))}, and 'layer' with a `bias`, got "
             f"{kind!r}."
         )
-    if any(x is not None and x.shape != states.shape[-1:] for x in (weight, bias)):
+    row = (states.shape[-1],)
+    if (weight is not None and weight.shape != row) or (bias is not None and bias.shape != row):
         raise ValueError(
             f"`weight` and `bias` of {_NAME} must be ({states.shape[-1]},) like the rows of `states`, got "
             f"{[tuple(x.shape) for x in (weight, bias) if x is not None]}."
         )
-    tensors = [x for x in (states, *others) if x is not None]
-    wide = any(x.dtype == torch.float64 for x in tensors) or states.shape[-1] > _MOST_COLUMNS
+    dtypes = [x.dtype for x in (states, *others) if x is not None]
+    wide = torch.float64 in dtypes or row[0] > _MOST_COLUMNS
     if impl == "triton" and wide:
         raise ValueError(
             f"`impl='triton'` of {_NAME} takes no float64, and rows of up to {_MOST_COLUMNS} numbers; use "

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import flat_rows, overlap, wait_for_previous
+from hf_longattn.kernels.common import cdiv, flat_rows, next_power_of_2, overlap, wait_for_previous
 
 # Programs of the backward: four to a multiprocessor of the largest GPUs.
 _PROGRAMS = 512
@@ -79,14 +79,15 @@ def norm_forward(
     """Launches the kernel; arguments as in `row_norm` and `gated_row_norm`."""
     D = states.shape[-1]
     x, gate = flat_rows(states), None if gate is None else flat_rows(gate)
-    wide = kind == "rms" and weight is not None
-    dtype = torch.promote_types(states.dtype, weight.dtype) if wide and weight is not None else states.dtype
-    result = states.new_empty(states.shape, dtype=dtype)
+    dtype = states.dtype
+    if kind == "rms" and weight is not None and weight.dtype != dtype:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    result = torch.empty_like(states, dtype=dtype, memory_format=torch.contiguous_format)
     num_rows = x.shape[0]
     if num_rows and D:
-        block_d = triton.next_power_of_2(D)
+        block_d = next_power_of_2(D)
         block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
-        _norm_kernel[(triton.cdiv(num_rows, block_r),)](
+        _norm_kernel[(cdiv(num_rows, block_r),)](
             x, weight, bias, gate, result, x.stride(), (0, 1) if gate is None else gate.stride(),
             num_rows, eps, D=D, KIND=kind, SIGMOID=sigmoid, BLOCK_R=block_r, BLOCK_D=block_d,
             num_warps=min(max(block_r * block_d // 512, 1), 16), **overlap(x.device),
@@ -158,10 +159,10 @@ def norm_backward(
     """
     D = states.shape[-1]
     x, dy = flat_rows(states), flat_rows(grad)
-    num_rows, block_d = x.shape[0], triton.next_power_of_2(D)
+    num_rows, block_d = x.shape[0], next_power_of_2(D)
     block_r = max(2048 // block_d, 1) if num_rows >= 4096 else 1
-    rows_each = triton.cdiv(triton.cdiv(num_rows, _PROGRAMS), block_r) * block_r
-    programs = triton.cdiv(num_rows, rows_each) if rows_each and D else 0
+    rows_each = cdiv(cdiv(num_rows, _PROGRAMS), block_r) * block_r
+    programs = cdiv(num_rows, rows_each) if rows_each and D else 0
     dx = states.new_empty(states.shape) if wants[0] else None
     parts = [x.new_empty(programs, D, dtype=torch.float32) if wanted else None for wanted in wants[1:]]
     if programs:

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from hf_longattn.cache.placement import Slices
 from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.kernels.dispatch import warn_slow
 
 # Keywords of a prompt that can be cut: along the tokens, along the sequence seen so far, or not at all.
 _KNOWN = frozenset(
     "input_ids position_ids attention_mask past_key_values use_cache return_dict logits_to_keep".split()
 )
+# Tokens of a forward that are not a prompt yet.
+_GUESSES = 64
 
 
 class ShardedForward:
@@ -39,6 +42,7 @@ class ShardedForward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             count = 0 if args else shared_tokens(kwargs)
             if not count:
+                _warn_of_whole_prompt(kwargs)
                 return self.step(*args, **kwargs)
             output = self._run_shared(kwargs, count)
             if count == kwargs["input_ids"].shape[1]:
@@ -76,6 +80,23 @@ class ShardedForward:
         return output
 
 
+def _warn_of_whole_prompt(kwargs: dict[str, Any]) -> None:
+    """Says what keeps the tokens of a prompt together, once for each name."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ShardedCache) or cache.group.world_size == 1:
+        return
+    ids = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    # Guesses of assisted decoding are few, and their logits are all wanted.
+    if tokens is not None and tokens.shape[1] > _GUESSES and (name := _not_cut(kwargs)) is not None:
+        warn_slow("generate", f"`{name}` is not cut among processes: each computes every token of the prompt")
+
+
+def _not_cut(kwargs: dict[str, Any]) -> str | None:
+    """The first keyword of a forward that is not known to be cut."""
+    return next((name for name, value in kwargs.items() if value is not None and name not in _KNOWN), None)
+
+
 def _kept(kwargs: dict[str, Any]) -> int | None:
     """How many of the last logits a forward is asked for, None for all or a selection of them."""
     keep = kwargs.get("logits_to_keep")
@@ -98,8 +119,7 @@ def shared_tokens(kwargs: dict[str, Any]) -> int:
     keep = _kept(kwargs)
     if keep is None or ids is None or not isinstance(cache, ShardedCache) or cache.group.world_size == 1:
         return 0
-    unknown = any(value is not None for name, value in kwargs.items() if name not in _KNOWN)
-    if unknown or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+    if _not_cut(kwargs) or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         return 0
     length, pieces = ids.shape[1], 2 * cache.group.world_size
     # Logits that are sent have no gradient, and their output has names.

@@ -40,6 +40,7 @@ import hf_longattn
 from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.kernels.merge_partials.reference import merge_reference
+from hf_longattn.parallel import prefill as parallel_prefill
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.reduction import gather_merge, three_reductions, tree_merge
 
@@ -131,6 +132,19 @@ def control(rank, size, mesh):
     assert type(model.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values) is (
         tf.DynamicCache
     )
+
+
+def embeddings(rank, size, mesh):
+    """A prompt of embeddings gives the tokens of its ids, and a word that it is not cut."""
+    model, ids = prepare("llama", mesh), tiny.tokens(1, 70)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    want = model.generate(ids, **call)[:, 70:]
+    with patch.object(parallel_prefill, "warn_slow") as warned:
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **call)[:, 70:], want)
+        assert not warned.called
+        states = model.get_input_embeddings()(ids).detach()
+        assert torch.equal(model.generate(inputs_embeds=states, **call), want)
+    assert warned.called == (size > 1) and (size == 1 or "`inputs_embeds`" in str(warned.call_args))
 
 
 class Words:

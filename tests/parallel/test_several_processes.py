@@ -26,6 +26,7 @@ FAST = [
     "operations",
     "eight_bits",
     "control",
+    "embeddings",
     "clocks",
     "refusals",
     "strangers",

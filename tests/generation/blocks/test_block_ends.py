@@ -134,7 +134,7 @@ def test_a_streamer_that_raises_leaves_the_callers_cache_in_order():
 
 @pytest.mark.parametrize("place", ["processor", "first step"])
 def test_an_error_before_the_first_block_leaves_the_callers_rows_in_order(place, monkeypatch):
-    def fail(*args):
+    def fail(*args, **keywords):
         raise RuntimeError("from outside")
 
     model, (ids, mask) = make(), prompts(6, 12, 9)

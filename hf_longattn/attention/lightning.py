@@ -11,7 +11,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,18 @@ FEW_TOKENS = 16
 
 _rows_of_mask: "weakref.WeakKeyDictionary[LazyMask, dict[bool, TokenRows]]" = weakref.WeakKeyDictionary()
 _slopes_on_device: dict[tuple[Any, ...], Tensor] = {}
+
+
+def refuse_pages(*unused: Any, **ignored: Any) -> NoReturn:
+    """In the place of `init_continuous_batching`, which every call of `generate_batch` begins with.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "`generate_batch` (`cache_implementation='paged'`) gives attention pages of keys, and lightning "
+        "layers keep a state; call `generate` with a batch of left-padded prompts."
+    )
 
 
 def tnl_slopes(num_heads: int, layer_idx: int, num_layers: int) -> list[float]:
@@ -71,6 +83,7 @@ def slopes_of(config: Any, layer_idx: int, num_heads: int) -> list[float]:
     number = config.num_hidden_layers
     if given is None:
         return tnl_slopes(num_heads, layer_idx, number)
+    given = given if isinstance(given, (list, tuple)) else [given]
     by_layer = len(given) == number and all(isinstance(row, (list, tuple)) for row in given)
     slopes = list(given[layer_idx] if by_layer else given)
     fits = len(slopes) == num_heads and all(isinstance(slope, (int, float)) for slope in slopes)

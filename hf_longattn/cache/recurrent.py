@@ -41,7 +41,10 @@ def lightning_layers(config: PreTrainedConfig) -> frozenset[int]:
     number = config.num_hidden_layers
     chosen = getattr(config, "lightning_layers", None)
     chosen = range(number) if chosen is None else chosen
-    if wrong := [index for index in chosen if not isinstance(index, int) or not 0 <= index < number]:
+    wrong = [chosen]
+    if isinstance(chosen, (list, tuple, set, frozenset, range)):
+        wrong = [index for index in chosen if not isinstance(index, int) or not 0 <= index < number]
+    if wrong:
         raise ValueError(f"`config.lightning_layers` must list layers from 0 to {number - 1}, got {wrong}.")
     return frozenset(chosen)
 

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_longattn import instance
+from hf_longattn.attention.lightning import refuse_pages
 from hf_longattn.cache import LongContextCache
 from hf_longattn.cache.quantized import check_cache_dtype, read_cache_dtype
+from hf_longattn.cache.recurrent import lightning_layers
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
@@ -174,6 +176,8 @@ def _replace_methods(
         changes.set(model, "generate_batch", BatchGeneration(model, setup, decoder).generate_batch)
     else:
         run_ahead(model, changes, None if group is None else group.control)
+    if lightning_layers(model.config):
+        changes.set(model, "init_continuous_batching", refuse_pages)
     watch_inputs(model, changes)
     if group is not None:
         # Outside of whatever may refuse a call: what one rank is refused, the others are told.

@@ -29,7 +29,7 @@ def fill_model(
     Args:
         model_class: class of the model.
         config: its configuration.
-        tensors: by the model's own names.
+        tensors: by the model's own names; a tied one may be left out.
         dtype: type of the weights; None keeps that of the tensors.
 
     Raises:
@@ -38,6 +38,9 @@ def fill_model(
     with torch.device("meta"):
         model = model_class(config)
     tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    tied: Any = (model._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
+    # Safetensors keep one name of a tensor that has two.
+    tensors |= {name: tensors[of] for name, of in tied.items() if of in tensors and name not in tensors}
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in needed.keys() | got.keys() if needed.get(name) != got.get(name))

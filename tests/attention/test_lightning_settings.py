@@ -52,7 +52,10 @@ def test_slopes_and_layers_are_saved_and_honoured(tmp_path):
         ("lightning_slopes", [0.1, 0.2]),
         ("lightning_slopes", [0.1, 0.2, 0.3, -0.1]),
         ("lightning_slopes", [[0.1, 0.2, 0.3, 0.4]] * 2),
+        ("lightning_slopes", 0.1),
         ("lightning_layers", [0, 3]),
+        ("lightning_layers", 2),
+        ("lightning_layers", "all"),
     ],
 )
 def test_fields_that_do_not_fit(field, value):

@@ -13,7 +13,7 @@ import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import hf_longattn
 from hf_longattn.cache import LongContextCache
@@ -285,6 +285,25 @@ def test_conversations_go_on_from_a_cache():
         conversation = torch.cat([torch.tensor(expected), tokens(1, 7, seed=turn)], 1)
 
 
+def test_pages_of_keys_are_refused():
+    model, plain, ids = make("hybrid"), tf.LlamaConfig(**SMALL), tokens(1, 5)
+    flagged = tf.AutoModelForCausalLM.from_config(plain, attn_implementation="lightning_attention")
+    for refusing in (model, hf_longattn.prepare_generation(model), hf_longattn.prepare_generation(flagged)):
+        kept = refusing.config._attn_implementation
+        with pytest.raises(ValueError, match="`generate_batch`"):
+            refusing.generate_batch([ids[0].tolist()])
+        with pytest.raises(ValueError, match="cache_implementation='paged'"):
+            refusing.generate(ids, cache_implementation="paged")
+        assert refusing.config._attn_implementation == kept
+    hf_longattn.restore(flagged)
+    assert "init_continuous_batching" not in vars(flagged)
+
+
+def test_layers_may_be_listed_twice():
+    ids = tokens(1, 9)
+    assert torch.equal(logits(make("hybrid", lightning_layers=[2, 0, 0]), ids), logits(make("hybrid"), ids))
+
+
 def test_prepare_and_restore():
     model, ids = make("hybrid"), tokens(2, 15)
     names, expected = set(vars(model)), generate(model, ids)
@@ -485,11 +504,23 @@ def test_official_checkpoints_are_converted(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [({"bias": True}, "bias"), ({"norm_type": "layernorm"}, "norm_type"), ({"hidden_dim": 96}, "hidden_dim"),
-     ({"linear_act_fun": "1+elu"}, "linear_act_fun")],
+     ({"linear_act_fun": "1+elu"}, "linear_act_fun"), ({"vocab_size": None}, "vocab_size"),
+     ({"decoder_layers": "3"}, "decoder_layers"), ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list")],
 )  # fmt: skip
 def test_official_models_of_another_kind_are_refused(changes, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         config_from_official(OFFICIAL | changes)
+
+
+def test_a_tied_head_may_be_left_out(tmp_path):
+    model = official(tmp_path / "src", "whole", tie_word_embeddings=True)
+    state = load_file(tmp_path / "src" / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "src" / "model.safetensors")
+    convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    loaded, ids = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dst").eval(), tokens(1, 9)
+    hidden = model.model(ids).last_hidden_state
+    assert torch.equal(logits(loaded, ids), F.linear(hidden, model.model.embed_tokens.weight))
 
 
 def test_checkpoints_that_do_not_fit_their_config(tmp_path):

@@ -81,7 +81,7 @@ class LightningConfig(PreTrainedConfig):
     @property
     def is_hybrid(self) -> bool:
         """Whether some layers are softmax attention."""
-        return self.lightning_layers is not None and len(self.lightning_layers) < self.num_hidden_layers
+        return not all(map(self.is_lightning, range(self.num_hidden_layers)))
 
     def is_lightning(self, layer_idx: int) -> bool:
         """Whether a layer is lightning attention."""

@@ -67,7 +67,7 @@ def config_from_official(
     for name, allowed in FIXED.items():
         if (value := described.get(name, allowed[0])) not in allowed:
             raise ValueError(f"`{name}` of the checkpoint must be one of {allowed}, got {value!r}.")
-    width, layers = described["decoder_embed_dim"], described["decoder_layers"]
+    width, layers = _whole(described, "decoder_embed_dim"), _whole(described, "decoder_layers")
     if described.get("hidden_dim", width) != width:
         raise ValueError(
             f"`hidden_dim` of the checkpoint must be its `decoder_embed_dim` {width}, got "
@@ -75,17 +75,22 @@ def config_from_official(
         )
     encoded = described.get("linear_use_lrpe_list")
     if encoded:
+        if len(encoded) != layers:
+            raise ValueError(
+                f"`linear_use_lrpe_list` of the checkpoint must have an entry for each of its {layers} "
+                f"layers, got {encoded}."
+            )
         lrpe_layers = [index for index in range(layers) if encoded[index]]
     else:
         names = (f"model.layers.{index}.token_mixer.lrpe.theta" for index in range(layers))
         lrpe_layers = [index for index, name in enumerate(names) if name in (state or {})]
     glu = described.get("glu_dim", -1)
     return LightningConfig(
-        vocab_size=described["vocab_size"],
+        vocab_size=_whole(described, "vocab_size"),
         hidden_size=width,
         intermediate_size=width if glu == -1 else glu,
         num_hidden_layers=layers,
-        num_attention_heads=described["decoder_attention_heads"],
+        num_attention_heads=_whole(described, "decoder_attention_heads"),
         lrpe_layers=lrpe_layers,
         scale_embedding=not described.get("no_scale_embedding", False),
         initializer_range=described.get("init_std", 0.02),
@@ -94,6 +99,13 @@ def config_from_official(
         eos_token_id=described.get("eos_token_id", 2),
         tie_word_embeddings=described.get("tie_word_embeddings", False),
     )
+
+
+def _whole(described: dict[str, Any], name: str) -> int:
+    value = described.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` of the checkpoint's config.json must be a whole number, got {value!r}.")
+    return value
 
 
 def convert_state_dict(

@@ -41,6 +41,7 @@ from hf_longattn.attention.lightning import (
     lightning_attention_forward,
     normalised,
     packing_of,
+    refuse_pages,
     rows_of_sequence,
 )
 from hf_longattn.cache import LongContextCache
@@ -382,21 +383,14 @@ class LightningModel(LightningPreTrainedModel):
             offset, sizes = cache.get_query_offset(first), cache.get_mask_sizes(length, first)
         if attention_mask is not None:
             attention_mask = attention_mask.to(embeds.device)
-        found: dict[str, Any] = {}
+        function: Any = causal_mask_function
         if torch.compiler.is_compiling() and attention_mask is None and packing.position_ids is not None:
             # As transformers says to other models, while a graph is traced, that there may be documents.
             numbers = (packing.position_ids == 0).cumsum(-1)
-            found["mask_function"] = and_masks(causal_mask_function, packed_sequence_mask_function(numbers))
+            function = and_masks(function, packed_sequence_mask_function(numbers))
         return lazy_mask(
-            batch,
-            length,
-            sizes[0],
-            offset,
-            sizes[1],
-            attention_mask=attention_mask,
-            device=embeds.device,
-            **found,
-        )
+            batch, length, sizes[0], offset, sizes[1], function, attention_mask, embeds.device
+        )  # fmt: skip
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
@@ -414,6 +408,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    init_continuous_batching = staticmethod(refuse_pages)
 
     def __init__(self, config: LightningConfig) -> None:
         super().__init__(config)

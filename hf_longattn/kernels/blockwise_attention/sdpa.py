@@ -89,9 +89,10 @@ def _parts(query: Tensor, key: Tensor, terms: Terms, tile: int = 1) -> Iterator[
         yield _Part(slice(0, num_queries), slice(0, num_keys))
     else:
         prefix = max(0, num_keys - num_queries)
-        unit = 0 if _is_met_once(query, num_keys, prefix) else num_queries
-        for columns in prefix_pieces(prefix, unit, tile):
-            yield _Part(slice(0, num_queries), columns)
+        if prefix:
+            unit = 0 if _is_met_once(query, num_keys, prefix) else num_queries
+            for columns in prefix_pieces(prefix, unit, tile):
+                yield _Part(slice(0, num_queries), columns)
         yield _Part(
             slice(max(0, num_queries - num_keys), num_queries), slice(prefix, num_keys), is_causal=True
         )

@@ -41,6 +41,7 @@ from hf_longattn.cache.preallocated import PreallocatedLayer
 from hf_longattn.cache.sharded import ShardedCache
 from hf_longattn.kernels.merge_partials.reference import merge_reference
 from hf_longattn.parallel import prefill as parallel_prefill
+from hf_longattn.parallel.cost import Links, message_bytes, received_bytes
 from hf_longattn.parallel.group import SequenceGroup
 from hf_longattn.parallel.reduction import gather_merge, three_reductions, tree_merge
 
@@ -178,6 +179,28 @@ def reductions(rank, size, mesh):
                 assert torch.equal(everyone, part.expand_as(everyone)), f"{form}: bits differ"
 
 
+def volume(rank, size, mesh):
+    """A token moves the bytes that are planned: one message of every other rank a layer that is cut."""
+    assert_volume(prepare("gemma2", mesh), SequenceGroup(mesh.get_group("cp") if size > 1 else None), Links())
+
+
+@torch.no_grad()
+def assert_volume(model, group, links):
+    cache, received = ShardedCache(model.config, group), []
+    gather = SequenceGroup._gather
+
+    def counted(self, process_group, tensor, async_op):
+        pending = gather(self, process_group, tensor, async_op)
+        received.append(pending._received.nbytes - tensor.nbytes)
+        return pending
+
+    model(input_ids=tiny.tokens(3, 41), past_key_values=cache, logits_to_keep=1)
+    with patch.object(SequenceGroup, "_gather", counted):
+        model(input_ids=tiny.tokens(3, 1), past_key_values=cache)
+    message = message_bytes(3, 4, 16, torch.float32.itemsize)
+    assert sum(received) == received_bytes(message, group.world_size, links), received
+
+
 def nodes(rank, size, mesh):
     """Two nodes of two ranks: joined inside, then across."""
     both = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("cp_inter", "cp_intra"))
@@ -186,6 +209,7 @@ def nodes(rank, size, mesh):
         assert_same(family, generate(model, *batch_for("greedy"), do_sample=False), expected(family))
     group = SequenceGroup.from_mesh(both, TIMEOUT)
     assert group.levels == 2 and (group.rank, group.world_size) == (rank, size)
+    assert_volume(prepare("gemma2", both), group, Links(node_size=size // 2))
     model, started = hf_longattn.prepare_generation(model, device_mesh=both, timeout=4.0), time.time()
 
     class Fail(tf.LogitsProcessor):

@@ -22,6 +22,7 @@ FAST = [
     "lengths",
     "last_tokens",
     "turns",
+    "volume",
     "memory",
     "operations",
     "eight_bits",

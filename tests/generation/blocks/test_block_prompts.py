@@ -1,5 +1,6 @@
 """Prompts of prepared Block Transformers: replayed, read some rows at a time, or by the forward."""
 
+import functools
 import logging
 import traceback
 
@@ -11,8 +12,9 @@ from tiny_blocks import PAD, make, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longattn
+from hf_longattn.generation import blocks
 from hf_longattn.generation import prompts as prompt_graphs
-from hf_longattn.modeling.block_transformer import BlockTransformerForCausalLM
+from hf_longattn.modeling.block_transformer import BlockTransformerForCausalLM, steps
 from hf_longattn.modeling.block_transformer.blocks import TokenDecoder
 
 
@@ -98,14 +100,38 @@ def test_many_whole_prompts_are_read_some_rows_at_a_time(name, options, read_row
 
 @pytest.mark.usefixtures("recorded", "read_rows")
 def test_prompts_that_are_read_some_rows_at_a_time_begin_their_first_block_once(monkeypatch):
-    steps, real = [], TokenDecoder._run
+    shapes, real = [], TokenDecoder._run
     monkeypatch.setattr(
-        TokenDecoder, "_run", lambda self, x, *a: (steps.append(tuple(x.shape[:2])), real(self, x, *a))[1]
+        TokenDecoder, "_run", lambda self, x, *a: (shapes.append(tuple(x.shape[:2])), real(self, x, *a))[1]
     )
     model, (ids, mask) = hf_longattn.prepare_generation(make()), prompts(*(14,) * 5)
     generate(model, ids, mask, **{**GREEDY, "max_new_tokens": 1})
     # Two vectors of a prefix, and the two tokens behind whole blocks.
-    assert steps == [(5, 4)]
+    assert shapes == [(5, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("never_token_by_token")
+def test_prompts_and_steps_by_kernels_give_the_tokens_of_the_plain_model(read_rows, monkeypatch):
+    model, (ids, mask) = make(use_parallel_residual=True), prompts(*(14,) * 3)
+    options, calls = {**GREEDY, "max_new_tokens": 6}, []
+    expected = generate(model, ids, mask, **options)
+    for name in ("rotary_cache_write", "few_key_attention", "residual_norms"):
+        # On a CPU they are asked for by name.
+        kernel = functools.partial(getattr(steps, name), impl="triton")
+        monkeypatch.setattr(
+            steps, name, lambda *a, _n=name, _k=kernel, **o: (calls.append((_n, a[1])), _k(*a, **o))[1]
+        )
+    monkeypatch.setattr(blocks, "_GRAPH_DEVICES", ("cuda", "cpu"))
+    hf_longattn.prepare_generation(model, cuda_graph=False)
+    with model.few_launches():
+        assert torch.equal(generate(model, ids, mask, **options), expected)
+    assert read_rows == [((3, 14), 2, True)]
+    # Three blocks of two rows, then of the last one, in two layers, before any step of a block.
+    kept = [tuple(key.shape[:3:2]) for name, key in calls if name == "rotary_cache_write"]
+    assert kept[:4] == [(2, 3)] * 2 + [(1, 3)] * 2 and set(kept[4:]) == {(3, 1)}
+    assert {name for name, _ in calls} == {"rotary_cache_write", "few_key_attention", "residual_norms"}
 
 
 @pytest.mark.usefixtures("never_token_by_token", "recorded")

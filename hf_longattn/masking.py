@@ -256,10 +256,18 @@ class LazyMask:
             starts = position_ids == 0
             if self.padding is not None:
                 starts = starts & self.padding.to(starts.device)
-            single = is_tracing(position_ids) or not bool(self._restarts(position_ids, starts))
-            self._packed["lower"] = None if single else document_bounds(starts.cumsum(-1))[0]
+            self._packed["lower"] = self._document_starts(position_ids, starts)
         lower = self._packed["lower"]
         return limits if lower is None else limits.narrowed(lower=lower.to(position_ids.device))
+
+    def _document_starts(self, position_ids: Tensor, starts: Tensor) -> Tensor | None:
+        """The first key of each query's document, (B or 1, T), or None where each row is one document."""
+        if torch.compiler.is_compiling() and self.padding is not None and position_ids.shape[1] > 1:
+            # Nothing can be looked at. Without padding, transformers has told documents apart by now.
+            bounds = document_bounds(starts.cumsum(-1))[0]
+            return torch.where(self._restarts(position_ids, starts), bounds, 0)
+        single = is_tracing(position_ids) or not bool(self._restarts(position_ids, starts))
+        return None if single else document_bounds(starts.cumsum(-1))[0]
 
     def _restarts(self, position_ids: Tensor, starts: Tensor) -> Tensor:
         """Whether positions count up by 1 and start again: others (groups, gaps) say nothing of documents."""

@@ -33,6 +33,20 @@ def test_forward_compiles_in_one_graph(family, implementation, padded):
 
 
 @pytest.mark.slow
+def test_documents_that_positions_tell_beside_a_mask_are_kept_apart():
+    ids, mask = tiny.tokens(2, 14), tiny.padding([14, 9], 14, "right")
+    positions = torch.cat([torch.arange(5), torch.arange(9)]).expand(2, -1)
+    keywords = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    model, alone = tiny.build("llama", "tree_attention"), tiny.build("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = torch.cat([alone(ids[:, :5]).logits, alone(ids[:, 5:]).logits], dim=1)
+        results = [model(ids, **keywords).logits, compiled(ids, **keywords).logits]
+    for result in results:
+        assert tiny.relative_error(result[mask.bool()], expected[mask.bool()]) <= 2e-5
+
+
+@pytest.mark.slow
 def test_training_step_compiles_in_one_graph():
     ids, gradients = tiny.tokens(2, 14), []
     for compile_it in (False, True):

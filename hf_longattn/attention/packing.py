@@ -71,13 +71,29 @@ def check_lengths(
     Raises:
         ValueError: they do not rise from 0 to at most these numbers, or those of the same tokens differ.
     """
-    queries, keys = lengths
+    queries = lengths[0]
     if is_tracing(queries) or (mask is not None and mask.derived.get("lengths") is queries):
         return
     if mask is not None:
         mask.derived["lengths"] = queries
     elif queries.device.type != "cpu":
         return
+    compare_lengths(lengths, num_queries, num_keys, alike)
+
+
+def compare_lengths(lengths: Lengths, num_queries: int, num_keys: int, alike: bool) -> None:
+    """What `check_lengths` looks for, at every call; waits for a GPU.
+
+    Args:
+        lengths: from `read_lengths`.
+        num_queries: of all rows, B * T.
+        num_keys: of all rows, B * S.
+        alike: whether queries and keys are of the same tokens.
+
+    Raises:
+        ValueError: they do not rise from 0 to at most these numbers, or those of the same tokens differ.
+    """
+    queries, keys = lengths
     for name, ends, total in (("cu_seq_lens_q", queries, num_queries), ("cu_seq_lens_k", keys, num_keys)):
         first, last, falls = torch.stack([ends[0], ends[-1], (ends.diff() < 0).any()]).tolist()
         if first or falls or last > total:

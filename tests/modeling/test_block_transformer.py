@@ -111,7 +111,7 @@ def test_ragged_rows_in_the_cache(variant):
 
 
 @pytest.mark.parametrize("variant", ["prefix", "L3-odd", "two-vectors", "llama-gqa"])
-@pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens_q", "all-ones-mask"])
+@pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens_q", "seq_idx", "all-ones-mask"])
 @torch.no_grad()
 def test_packed_documents_do_not_meet(variant, by):
     model, lengths = make(variant), (9, 1, 14, 4, 6)
@@ -119,6 +119,8 @@ def test_packed_documents_do_not_meet(variant, by):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     inputs = {"cu_seq_lens_q": ends} if by == "cu_seq_lens_q" else {"position_ids": positions}
+    if by == "seq_idx":
+        inputs = {"seq_idx": torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]}
     if by == "all-ones-mask":
         inputs["attention_mask"] = torch.ones_like(ids)
     out = model(ids, labels=ids, **inputs)
@@ -134,8 +136,9 @@ def test_packed_documents_do_not_meet(variant, by):
 @torch.no_grad()
 def test_cumulative_lengths_count_through_all_rows():
     model, ids = make("llama-gqa"), tokens(2, 14)
-    ends = torch.tensor([0, 9, 14, 19, 28])
-    logits = model(ids, cu_seq_lens_q=ends).logits
+    # What comes behind the last end, here of the second row, is no part of the document before it.
+    ends = torch.tensor([0, 9, 14, 19])
+    logits = model(ids, cu_seq_lens_q=ends, position_ids=torch.arange(14)[None]).logits
     for row, start, end in ((0, 0, 9), (0, 9, 14), (1, 0, 5), (1, 5, 14)):
         alone = model(ids[row : row + 1, start:end], use_cache=False).logits
         torch.testing.assert_close(logits[row : row + 1, start:end], alone, **CLOSE)
@@ -226,6 +229,15 @@ def test_hidden_states_and_attentions():
     assert [tuple(states.shape) for states in out.hidden_states] == [(1, 12, 32)] * 3
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     assert [tuple(weights.shape) for weights in out.attentions] == [(1, 2, 3, 3)] * 2
+    # No block stands before any row of a text shorter than one.
+    short = model(ids[:, :2], output_hidden_states=True).hidden_states
+    assert [(tuple(states.shape), bool(states.any())) for states in short] == [((1, 2, 32), False)] * 3
+    for chosen in ([0], [1]):
+        kinds = [
+            [None if states is None else states.shape[2] for states in part.hidden_states]
+            for part in (model(row, output_hidden_states=chosen) for row in (ids, ids[:, :2]))
+        ]
+        assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +250,16 @@ def test_hidden_states_and_attentions():
         ({"expansion_method": None, "token_hidden_size": 16}, "token_hidden_size"),
         ({"num_key_value_heads": 1}, "num_key_value_heads"),
         ({"block_alignment": "rows"}, "block_alignment"),
+        ({"n_embedding_tokens": 0}, "`n_embedding_tokens` must be at least 1"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1"),
+        ({"pad_token_id": -1}, "`pad_token_id` must be an id"),
+        ({"pad_token_id": 61}, "`pad_token_id` must be an id"),
+        (
+            {"expansion_ratio": 4, "decoding_strategy": "summation", "bos_token_id": 61},
+            "`bos_token_id` must be",
+        ),
+        ({"embedder_type": "roberta_cls", "embedder_bos_token_id": 61, "n_cls_tokens": 4}, "`embedder_bos_"),
+        ({"embedder_type": "roberta", "embedder_max_position_embeddings": 5}, "must be at least 6"),
     ],
 )
 def test_configuration_refuses(fields, name):
@@ -257,12 +279,58 @@ def test_forward_refuses():
     with pytest.raises(ValueError, match="`past_key_values`"):
         packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
         model(ids, position_ids=packed, past_key_values=BlockTransformerCache(model.config))
+    with pytest.raises(ValueError, match="got `inputs_embeds` too"):
+        model(ids, inputs_embeds=torch.zeros(1, 8, 32))
+    with pytest.raises(TypeError, match="`attention_mask` must be a tensor"):
+        model(ids, attention_mask=[[1] * 8])
+    for shape in ((1, 5), (3, 1, 8)):
+        with pytest.raises(ValueError, match="`position_ids`"):
+            model(ids, position_ids=torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match="`seq_idx`"):
+        model(ids, seq_idx=torch.zeros(1, 5))
+    for ends in ([0, 5, 60], [1, 5, 8], [0, 6, 5, 8]):
+        with pytest.raises(ValueError, match="`cu_seq_lens_q` must rise from 0"):
+            model(ids, cu_seq_lens_q=torch.tensor(ends))
+    with pytest.raises(ValueError, match="`cu_seq_lens_k`"):
+        model(ids, cu_seq_lens_k=torch.tensor([0, 5, 8]))
+    with pytest.raises(TypeError, match="`cu_seq_lens_q`"):
+        model(ids, cu_seq_lens_q=[0, 5, 8])
+    for offset in ([4], [-1], [1, 1]):
+        with pytest.raises(ValueError, match="`block_offset`"):
+            model(ids, block_offset=torch.tensor(offset))
     with pytest.raises(ValueError, match="`block_alignment='tokens'`"):
         make(block_alignment="columns")(ids, position_ids=packed)
     with pytest.raises(ValueError, match="`cache_implementation`"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match="`assistant_early_exit`"):
         model.generate(ids, assistant_early_exit=1, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_caches_of_others_are_refused():
+    """Each with what differs, and before anything is written."""
+    model, ids = make(), tokens(2, 8)
+    with pytest.raises(TypeError, match="got tuple"):
+        model(ids, past_key_values=((ids, ids),))
+    cache = BlockTransformerCache(model.config)
+    wanted = model(ids, past_key_values=cache, use_cache=True).logits
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        model(ids[:1], past_key_values=cache)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="cannot hold packed documents"):
+        model(ids, position_ids=packed, past_key_values=cache)
+    others = {"L8-P3": "`block_length` 4 and not 8", "two-vectors": "`n_embedding_tokens` 1 and not 2"}
+    others["llama-gqa"] = "`head_dim` 16 and not 8"
+    for variant, difference in others.items():
+        with pytest.raises(ValueError, match=difference):
+            make(variant)(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="`num_hidden_layers` 2 and not 3"):
+        make(num_hidden_layers=3)(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="`block_alignment` tokens and not columns"):
+        make(block_alignment="columns")(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 8
+    cache = BlockTransformerCache(model.config)
+    assert torch.equal(model(ids, past_key_values=cache).logits, wanted)
 
 
 def test_every_field_is_listed():

@@ -5,7 +5,9 @@ import torch
 from block_variants import CLOSE, make, padded, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_blocks import SMALL
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_longattn.modeling.block_transformer import BlockTransformerCache
 from hf_longattn.modeling.block_transformer.cache_block_transformer import BlockLayer
@@ -87,11 +89,16 @@ def test_sampling_is_the_same_with_and_without_cache():
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("length", [2, 10])
 @torch.no_grad()
-def test_assisted_decoding_changes_nothing():
-    model, small, ids = make(), make(seed=5, num_hidden_layers=1), tokens(1, 10)
+def test_assisted_decoding_changes_nothing(length):
+    model, small, ids = make(), make(seed=5, num_hidden_layers=1), tokens(1, length)
     plain = model.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(plain, model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=small))
+    # Neither a model without blocks nor one with others is told of the pads of a short prompt.
+    vanilla = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    for assistant in (small, vanilla, make("L8-P3")):
+        options = {"max_new_tokens": 20, "do_sample": False, "assistant_model": assistant}
+        assert torch.equal(plain, model.generate(ids, **options))
     looked_up = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(plain, looked_up)
 

@@ -212,6 +212,8 @@ def test_uptraining_refuses(tmp_path):
         config_from_vanilla(GPT2Config())
     with pytest.raises(ValueError, match="`block_layers`"):
         config_from_vanilla(LlamaConfig(num_hidden_layers=2), block_layers=2)
+    # Old configurations of Llama have no pads, and say so with -1.
+    assert config_from_vanilla(LlamaConfig(pad_token_id=-1, eos_token_id=[7, 2])).pad_token_id == 7
     windows = Qwen3Config(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ValueError, match="sliding-window"):
         config_from_vanilla(windows)

@@ -39,6 +39,25 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(weight.grad, wanted[name], msg=name)
 
 
+@pytest.mark.parametrize("variant", ["prefix", "projection", "roberta"])
+def test_reentrant_checkpoints_reach_adapters_of_both_decoders(variant):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    model, ids = get_peft_model(make(variant), lora).train(), tokens(2, 14)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    wanted = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name, **CLOSE)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_training_step_compiles_without_breaks(masked):
     model, ids = make(), tokens(2, 18)

@@ -194,6 +194,22 @@ class TokenDecoder(nn.Module):
         return states * self.config.token_hidden_size**-0.5
 
 
+def zero_states(zeros: torch.Tensor, layers: int, wanted: Any) -> tuple[torch.Tensor | None, ...] | None:
+    """What the layers asked for return for rows that no block stands before.
+
+    Args:
+        zeros: (B, T, D_tok).
+        layers: of the token decoder.
+        wanted: `output_hidden_states`: true for all layers, or a list of them.
+    """
+    if not wanted:
+        return None
+    if not isinstance(wanted, (list, tuple, set)):
+        return (zeros,) * (layers + 1)
+    # As transformers does it: of layers that are chosen, what goes in.
+    return tuple(zeros if layer in wanted else None for layer in range(layers))
+
+
 def without_table(config: Any) -> PreTrainedModel:
     """Builds the decoder of `config` without its embedding table, which nothing reads."""
     if config.model_type == "t5":

@@ -188,6 +188,8 @@ class BlockTransformerCache(Cache):
     whole_prompt: bool | None = None
     # Tokens of each row in a chunk of the prompt, where memory has no room for longer ones.
     fitting_chunk: int | None = None
+    # (B,) pads in the first block of each row, where the forward that begins is not given any.
+    offset: torch.Tensor | None = None
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
         self.block_length = config.block_length
@@ -226,6 +228,50 @@ class BlockTransformerCache(Cache):
         self.slot_ids = input_ids.new_full((batch, int(offset.max())), self.fill_id)
         if self.slot_ids.shape[1]:
             self.slot_mask = torch.zeros_like(self.slot_ids, dtype=torch.bool, device=device)
+
+    @classmethod
+    def check(cls, cache: Any, config: PreTrainedConfig, rows: int) -> None:
+        """Refuses what is of another kind, or what another model or another batch filled.
+
+        Args:
+            cache: what a caller passed; None: nothing.
+            config: a `BlockTransformerConfig`, of the model that reads on.
+            rows: of the batch.
+
+        Raises:
+            TypeError: with the class of `cache`.
+            ValueError: with what differs.
+        """
+        if cache is None:
+            return
+        if not isinstance(cache, cls):
+            raise TypeError(
+                f"`past_key_values` must be a {cls.__name__}, got {type(cache).__name__}; leave it out, or "
+                f"make one with `{cls.__name__}(model.config)`."
+            )
+        if cache.batch_size not in (-1, rows):
+            raise ValueError(
+                f"`past_key_values` holds {cache.batch_size} rows, got `input_ids` of {rows}; make a new "
+                "cache, or `batch_repeat_interleave` or `batch_select_indices` its rows."
+            )
+        held: dict[str, Any] = {
+            "block_length": cache.block_length,
+            "n_embedding_tokens": cache.keys_per_block,
+            "block_alignment": "columns" if cache.by_column else "tokens",
+            "num_hidden_layers": len(cache.layers),
+        }
+        keys = getattr(cache.layers[0], "_keys", None) if cache.layers else None
+        if keys is not None:
+            held |= {"num_key_value_heads": keys.shape[1], "head_dim": keys.shape[3]}
+        needed = {name: getattr(config, name) for name in held}
+        wrong = [
+            f"`{name}` {held[name]} and not {needed[name]}" for name in held if held[name] != needed[name]
+        ]
+        if wrong:
+            raise ValueError(
+                f"`past_key_values` belongs to another model, of {', '.join(wrong)}; make one with "
+                f"`{cls.__name__}(model.config)`."
+            )
 
     def borrow(self, other: "BlockTransformerCache", rows: int) -> bool:
         """Has the first writes fill the buffers of a cache that is no longer read; False if they do not fit.

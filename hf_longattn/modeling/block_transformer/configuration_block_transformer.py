@@ -152,6 +152,14 @@ class BlockTransformerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # What is filled in below divides by these.
+        for name in (
+            "block_length",
+            "n_embedding_tokens",
+            "num_attention_heads",
+            "token_num_attention_heads",
+        ):
+            self._validate_positive(name)
         gpt_neox = self.decoder_type == "gpt_neox"
         self.hidden_act = self.hidden_act or ("gelu" if gpt_neox else "silu")
         self.attention_bias = gpt_neox if self.attention_bias is None else self.attention_bias
@@ -204,11 +212,30 @@ class BlockTransformerConfig(PreTrainedConfig):
         self._validate_heads()
         self._validate_embedder()
         self._validate_token_decoder()
+        self._validate_ids()
+
+    def _validate_positive(self, name: str) -> None:
+        if getattr(self, name) is not None and getattr(self, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def _validate_ids(self) -> None:
+        """Ids that the model itself puts beside those of a caller have an embedding."""
+        names = ["pad_token_id"]
+        names += ["embedder_pad_token_id"] if self.embedder_type != "lookup" else []
+        names += ["embedder_bos_token_id"] if self.embedder_type == "roberta_cls" else []
+        if self.decoding_strategy != "prefix":
+            names.append("bos_token_id" if self.decoder_start_token_id is None else "decoder_start_token_id")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"`{name}` must be an id of the vocabulary, 0 to {self.vocab_size - 1}, got {value}; "
+                    "`resize_token_embeddings` makes room for more ids."
+                )
 
     def _validate_heads(self) -> None:
-        for name in ("block_length", "n_embedding_tokens", "n_cls_tokens", "expansion_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("n_cls_tokens", "expansion_ratio", "num_key_value_heads", "token_num_key_value_heads"):
+            self._validate_positive(name)
         for prefix in ("", "token_"):
             size, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             kv_heads, head_dim = (
@@ -233,6 +260,14 @@ class BlockTransformerConfig(PreTrainedConfig):
             name = "n_cls_tokens" if self.embedder_type == "roberta_cls" else "block_length"
             raise ValueError(
                 f"`n_embedding_tokens` must divide `{name}`, got {self.n_embedding_tokens} and {pieces}."
+            )
+        leading = self.n_cls_tokens if self.embedder_type == "roberta_cls" else 0
+        # Positions count from behind the id of pads.
+        places = self.embedder_pad_token_id + 1 + leading + self.block_length
+        if self.embedder_type != "lookup" and self.embedder_max_position_embeddings < places:
+            raise ValueError(
+                f"`embedder_max_position_embeddings` must be at least {places}, for `block_length` "
+                f"{self.block_length}, got {self.embedder_max_position_embeddings}."
             )
         width = self.embedder_hidden_size * pieces // self.n_embedding_tokens
         if self.projection_method == "concat" and width != self.hidden_size:

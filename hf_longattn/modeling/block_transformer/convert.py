@@ -396,6 +396,9 @@ def config_from_vanilla(
     )
     names += ("initializer_range", "num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    pad = config.pad_token_id
+    # Some old configurations of Llama say -1 where there is none.
+    pad = eos if pad is None or not 0 <= pad < config.vocab_size else pad
     return BlockTransformerConfig(
         **{name: getattr(config, name) for name in names if getattr(config, name, None) is not None},
         decoder_type=config.model_type,
@@ -406,7 +409,7 @@ def config_from_vanilla(
         projection_method="projection_layer",
         expansion_ratio=num_prefix_tokens,
         rope_parameters=dict(config.rope_parameters),
-        pad_token_id=eos if config.pad_token_id is None else config.pad_token_id,
+        pad_token_id=pad,
         tie_word_embeddings=config.tie_word_embeddings,
     )
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation import GenerationMode
 
 from hf_longattn.kernels.mask_runs import look_for_whole_rows
 
@@ -136,7 +137,12 @@ class BlockGenerationMixin(GenerationMixin):
         if mask is None or given or (cache is not None and cache.get_seq_length() > 0):
             return
         by_column, whole = self.config.block_alignment == "columns", getattr(cache, "whole_prompt", None)
-        model_kwargs["block_offset"] = prompt_offset(mask, self.config.block_length, by_column, bool(whole))
+        offset = prompt_offset(mask, self.config.block_length, by_column, bool(whole))
+        if cache is not None and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            # Arguments go to the assistant too, whose blocks, if it has any, are its own.
+            cache.offset = offset
+        else:
+            model_kwargs["block_offset"] = offset
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

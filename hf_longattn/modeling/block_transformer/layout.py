@@ -6,9 +6,13 @@ of the token decoder on block (r + 1) div L, whose context is the block before t
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from hf_longattn.attention.packing import check_documents, compare_lengths, read_lengths
+from hf_longattn.masking import is_tracing
 
 
 @dataclass
@@ -104,6 +108,16 @@ class PendingTokens:
     attended: torch.Tensor | None = None  # (B, p) bool: columns with attended tokens; None: all
 
 
+def check_offset(block_offset: torch.Tensor, batch: int, block_length: int) -> None:
+    """Refuses pads of the first blocks, `block_offset`, that are not (B,) numbers in 0 .. L - 1."""
+    shape = tuple(block_offset.shape)
+    if shape != (batch,) or bool(((block_offset < 0) | (block_offset >= block_length)).any()):
+        raise ValueError(
+            f"`block_offset` must be {(batch,)}, pads in the first block of each row, 0 to "
+            f"{block_length - 1} of them, got {block_offset.tolist()}."
+        )
+
+
 def offset_pads(block_offset: torch.Tensor, block_length: int, fill_id: int) -> PendingTokens:
     """The pads that fill the first block of each row: `block_offset` (B,) of them, at most L - 1."""
     places = torch.arange(block_length - 1, 0, -1, device=block_offset.device)
@@ -160,6 +174,8 @@ def column_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
         raise ValueError(f"`input_ids` must be of shape (B, T), got {tuple(input_ids.shape)}.")
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"`attention_mask` must be a tensor, got {type(attention_mask).__name__}.")
     shape, (batch, length) = tuple(attention_mask.shape), input_ids.shape
     if attention_mask.ndim != 2 or shape[0] != batch or shape[1] < length:
         raise ValueError(
@@ -186,31 +202,56 @@ def prompt_offset(
 
 
 def document_starts(
-    position_ids: torch.Tensor | None, mask: torch.Tensor, cu_seq_lens: torch.Tensor | None = None
+    position_ids: torch.Tensor | None, mask: torch.Tensor, keywords: dict[str, Any]
 ) -> torch.Tensor | None:
-    """Finds packed documents.
+    """Finds packed documents, by the first of `cu_seq_lens_q`, `seq_idx` and `position_ids` that is given.
 
     Args:
         position_ids: (B, T) or (1, T); an attended token whose position is not above that of the attended
             token before it starts a document.
         mask: (B, T) bool, false at pads, whose positions mean nothing.
-        cu_seq_lens: (documents + 1,), where documents start and the last ends, counted through all rows; used
-            if given.
+        keywords: `cu_seq_lens_q` (documents + 1,), where documents start and the last ends, counted through
+            all rows; `seq_idx` (B or 1, T), the document of each token.
 
     Returns:
         (B, T) bool, true at the first token of every document but a row's first; None if no row has two.
+
+    Raises:
+        TypeError: `cu_seq_lens_q` is no tensor of integers.
+        ValueError: one of the three does not fit the tokens.
     """
+    lengths, documents = read_lengths(None, dict(keywords)), keywords.get("seq_idx")
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    if cu_seq_lens is not None:
+    if lengths is not None:
+        if not is_tracing(lengths[0]):
+            compare_lengths(lengths, mask.numel(), mask.numel(), alike=True)
         places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-        starts = torch.isin(places, cu_seq_lens[1:-1].to(mask.device)) & (columns > 0)
-    elif position_ids is not None:
-        position_ids = position_ids.expand_as(mask)
-        before = F.pad(torch.where(mask, columns, -1).cummax(dim=1).values, (1, -1), value=-1)
-        starts = mask & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
-    else:
+        # What comes behind the last document is none of it.
+        starts = torch.isin(places, lengths[0][1:].to(mask.device)) & (columns > 0)
+        return starts if bool(starts.any()) else None
+    if documents is None and position_ids is None:
         return None
+    before = F.pad(torch.where(mask, columns, -1).cummax(dim=1).values, (1, -1), value=-1)
+    starts, before = mask & (before >= 0), before.clamp(min=0)
+    if documents is not None:
+        check_documents(documents, *mask.shape)
+        documents = documents.to(mask.device).expand_as(mask)
+        starts &= documents != documents.gather(1, before)
+    else:
+        position_ids = _position_of_each(position_ids, mask)
+        starts &= position_ids <= position_ids.gather(1, before)
     return starts if bool(starts.any()) else None
+
+
+def _position_of_each(position_ids: Any, mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T), where they are given as those or for all rows at once."""
+    shape = tuple(position_ids.shape)
+    if shape not in (tuple(mask.shape), (1, mask.shape[1]), (mask.shape[1],)):
+        raise ValueError(
+            f"`position_ids` must be of shape {tuple(mask.shape)}, one a token, got {shape}; they say where "
+            "packed documents start, and can be left out otherwise."
+        )
+    return position_ids.to(mask.device).expand_as(mask)
 
 
 def dense_layout(input_ids: torch.Tensor, block_length: int, fill_id: int) -> BlockLayout:

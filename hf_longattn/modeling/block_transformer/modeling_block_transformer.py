@@ -28,11 +28,20 @@ from .blocks import (
     block_attention_mask,
     loss_terms,
     without_table,
+    zero_states,
 )
 from .cache_block_transformer import BlockTransformerCache, BlockWrite
 from .configuration_block_transformer import BlockTransformerConfig
 from .generating import BlockGenerationMixin
-from .layout import BlockLayout, TokenWindow, column_mask, document_starts, lay_out, offset_pads
+from .layout import (
+    BlockLayout,
+    TokenWindow,
+    check_offset,
+    column_mask,
+    document_starts,
+    lay_out,
+    offset_pads,
+)
 
 
 class BlockTransformerPreTrainedModel(PreTrainedModel):
@@ -62,6 +71,15 @@ class BlockTransformerPreTrainedModel(PreTrainedModel):
             linear = getattr(module, "projection" if isinstance(module, BlockEmbedder) else "expansion", None)
             if linear is not None:
                 init.normal_(linear.weight, mean=0.0, std=linear.in_features**-0.5)
+
+    def enable_input_require_grads(self) -> None:
+        """Has what both tables return require gradients, as reentrant checkpoints need it."""
+        super().enable_input_require_grads()
+        # transformers looks for tables in models, and the embedder with one of its own is none.
+        if self.config.embedder_type == "lookup":
+            table = cast(Any, self.base_model).embedder.embeddings
+            hook = table.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+            self._require_grads_hooks.append(hook)
 
     def set_attn_implementation(
         self, attn_implementation: str | dict, allow_all_kernels: bool = False
@@ -149,21 +167,24 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
             logits_to_keep: how many of the last rows to compute; 0: all. A tensor computes all too, but for
                 one without elements, which leaves the token decoder out.
             block_offset: (B,), how many pads stand in the first block before the first token, each < L.
-            **kwargs: `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
+            **kwargs: `cu_seq_lens_q` or `seq_idx` (packed documents, in the place of `position_ids`),
+                `output_hidden_states`, `output_attentions`.
 
         Returns:
             Hidden states (B, T or `logits_to_keep`, D_tok) and what `BlockTransformerModelOutput` lists.
 
         Raises:
-            ValueError: if `input_ids` is missing, or packed rows come with a cache or are cut by column.
+            ValueError: if `input_ids` is missing, packed rows come with a cache or are cut by column, or
+                an argument is of other tokens, or of another model.
             TypeError: if `past_key_values` is a cache of another class.
         """
-        if input_ids is None:
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "`input_ids` is needed, got None; a Block Transformer embeds them twice and takes no "
-                "`inputs_embeds`."
+                f"`input_ids` is needed, got {'None' if input_ids is None else '`inputs_embeds` too'}; a "
+                "Block Transformer embeds them twice and takes no `inputs_embeds`."
             )
         mask = column_mask(input_ids, attention_mask)
+        BlockTransformerCache.check(past_key_values, self.config, input_ids.shape[0])
         starts = self._packed_starts(input_ids, mask, position_ids, past_key_values, kwargs)
         cache = self._cache_to_use(past_key_values, use_cache, starts)
         layout = self._layout_of(input_ids, mask, starts, cache, block_offset)
@@ -176,8 +197,8 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
             keep = 0
         if keep == 1 and cache is not None:
             length = int((cache.num_slots % length).max()) + 1
-        hidden_wanted = self._wanted("hidden_states", kwargs)
-        hidden, others = self._decode_tokens(layout, keep, contexts, held, length, hidden_wanted)
+        wanted = self._wanted("hidden_states", kwargs)
+        hidden, others = self._decode_tokens(layout, keep, contexts, held, length, wanted)
         return BlockTransformerModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -197,10 +218,10 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         self, input_ids: Any, mask: Any, position_ids: Any, cache: Cache | None, kwargs: dict
     ) -> torch.Tensor | None:
         """(B, T) bool, where packed documents after the first start; None if there is one a row."""
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0 and input_ids.shape[1] == 1:
             return None
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        starts = document_starts(position_ids, mask, kwargs.get("cu_seq_lens_q"))
+        starts = document_starts(position_ids, mask, kwargs)
         if starts is not None and self.config.block_alignment == "columns":
             raise ValueError(
                 "Packed documents need `block_alignment='tokens'`, got 'columns'; set it in the config."
@@ -210,24 +231,16 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
     def _cache_to_use(
         self, cache: Cache | None, use_cache: bool | None, starts: torch.Tensor | None
     ) -> BlockTransformerCache | None:
-        if cache is not None and not isinstance(cache, BlockTransformerCache):
-            raise TypeError(
-                f"`past_key_values` must be a BlockTransformerCache, got {type(cache).__name__}; leave it "
-                "out, or make one with `BlockTransformerCache(model.config)`."
-            )
         if starts is not None and cache is not None:
             raise ValueError(
                 "`past_key_values` cannot hold packed documents; leave it out, or pass one document a row."
             )
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if (
-            cache is None
-            and use_cache
-            and starts is None
-            and not (self.training and self.is_gradient_checkpointing)
-        ):
-            cache = BlockTransformerCache(self.config)
-        return cache
+        if cache is not None or not use_cache or starts is not None:
+            return cache
+        return (
+            None if self.training and self.is_gradient_checkpointing else BlockTransformerCache(self.config)
+        )
 
     def _layout_of(
         self,
@@ -241,9 +254,12 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         config, pending = self.config, None
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
+        begins = cache is None or cache.get_seq_length() == 0
+        if begins and block_offset is not None and not torch.compiler.is_compiling():
+            check_offset(block_offset, input_ids.shape[0], config.block_length)
         if cache is not None:
-            if cache.get_seq_length() == 0:
-                cache.start(input_ids, block_offset)
+            if begins:
+                cache.start(input_ids, cache.offset if block_offset is None else block_offset)
             pending = cache.pending()
             cache.append(input_ids, mask)
         elif block_offset is not None:
@@ -344,23 +360,21 @@ class BlockTransformerModel(BlockTransformerPreTrainedModel):
         length: int,
         output_hidden_states: Any,
     ) -> tuple[torch.Tensor, tuple | None]:
-        """Token decoder states of the last `keep` columns of `layout`, (B, keep, D_tok), and those of the
-        layers asked for.
+        """States of the last `keep` columns of `layout`, (B, keep, D_tok), and those of layers asked for.
 
         `contexts` (B, N, n_e, D) stand before blocks 1 .. N, `held` (context, valid) before block 0; `length`
         rows of each block are needed.
         """
         shape = (layout.token_ids.shape[0], keep, self.config.token_hidden_size)
         if keep == 0 or (contexts is None and held is None):
-            return self.get_input_embeddings().weight.new_zeros(shape), None
+            zeros = self.get_input_embeddings().weight.new_zeros(shape)
+            return zeros, zero_states(zeros, self.config.token_num_hidden_layers, output_hidden_states)
         layout = layout.last_columns(keep)
         valid, first = layout.has_context, 1
         if held is not None:
             valid = valid | (layout.target_block == 0) & held[1].to(valid.device)[:, None]
-            contexts = (
-                held[0][:, None] if contexts is None else torch.cat([held[0][:, None], contexts], dim=1)
-            )
-            first = 0
+            parts = [held[0][:, None]] if contexts is None else [held[0][:, None], contexts]
+            contexts, first = torch.cat(parts, dim=1), 0
         window = TokenWindow.over(layout, first, first + contexts.shape[1] - 1, length)
         token_ids, mask = window.take(layout.token_ids, 0)[:, : length - 1], None
         if layout.block_mask is not None:

@@ -233,6 +233,32 @@ def test_conversion_refuses(tmp_path):
         convert_checkpoint(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("token_decoder", "config", "vocab_size", None), "without 'vocab_size'"),
+        (("embedder", "cls", "bert"), "got 'bert'"),
+        (("token_decoder", "config", "model_type", "llama"), "token decoder of type gpt_neox or t5"),
+        (("block_decoder", "config", "model_type", "llama"), "block decoder of type gpt_neox"),
+        (("block_decoder", "config", "rope_scaling", {"type": "linear", "factor": 2.0}), "`rope_scaling`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_conversion_refuses_descriptions(tmp_path, changed, message):
+    *path, name, value = changed
+    described = part = description("main_b4_p2")
+    for step in path:
+        part = part[step]
+    part[name] = value
+    if value is None:
+        del part[name]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    state = load_file(FOLDER / "main_b4_p2" / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path, tmp_path / "out")
+
+
 def test_conversion_without_a_config(tmp_path):
     """Only the tensors, as the released checkpoints are: shapes and one argument say the rest."""
     save_file(load_file(FOLDER / "main_b4_p2" / "model.safetensors"), tmp_path / "model.safetensors")

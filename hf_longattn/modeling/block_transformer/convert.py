@@ -69,7 +69,13 @@ def convert_checkpoint(
     state = _load_state(src)
     described = _read_json(src / "config.json") if src.is_dir() else {}
     if "token_decoder" in described:
-        config = _config_from_description(described, block_alignment)
+        try:
+            config = _config_from_description(described, block_alignment)
+        except KeyError as error:
+            raise ValueError(
+                f"`src` has a config.json without {error}, which tells how tensors are used; add it, or take "
+                "the file away and leave released shapes to tell."
+            ) from error
     else:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         config = config_from_shapes(shapes, block_length, num_attention_heads, block_alignment)
@@ -174,7 +180,16 @@ def _first_of(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _check_type(part: str, config: dict, known: tuple[str, ...]) -> None:
+    if config["model_type"] not in known or config.get("rope_scaling"):
+        raise ValueError(
+            f"`src` must have a {part} of type {' or '.join(known)} without `rope_scaling`, got "
+            f"{config['model_type']!r} and {config.get('rope_scaling')}; official models have no others."
+        )
+
+
 def _block_fields(block: dict) -> dict[str, Any]:
+    _check_type("block decoder", block, ("gpt_neox",))
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
     names += (
         "max_position_embeddings",
@@ -192,6 +207,7 @@ def _block_fields(block: dict) -> dict[str, Any]:
 
 
 def _token_fields(inner: dict, block: dict) -> dict[str, Any]:
+    _check_type("token decoder", inner, ("gpt_neox", "t5"))
     if inner["model_type"] == "t5":
         return {
             "token_hidden_size": inner["d_model"],
@@ -216,7 +232,9 @@ def _token_fields(inner: dict, block: dict) -> dict[str, Any]:
 
 
 def _embedder_fields(embedder: dict) -> dict[str, Any]:
-    inner = embedder["config"]
+    inner, known = embedder["config"], ("lookup", "roberta", "roberta_cls")
+    if embedder["cls"] not in known:
+        raise ValueError(f"`src` must have an embedder of {', '.join(known)}, got {embedder['cls']!r}.")
     fields = {
         "embedder_type": embedder["cls"],
         "projection_method": embedder["projection_method"] or "projection_layer",

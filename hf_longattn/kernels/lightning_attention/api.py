@@ -50,8 +50,7 @@ def lightning_attention(
 
     Example:
         >>> output, state = lightning_attention(q, k, v, slopes, output_final_state=True)
-        >>> more = lightning_attention(q2, k2, v2, slopes, initial_state=state)  # goes on where the first
-        call ended
+        >>> more = lightning_attention(q2, k2, v2, slopes, initial_state=state)  # the tokens that follow
 
     Args:
         query: (B, H, T, K), bf16, fp16, fp32 or fp64, of any strides.

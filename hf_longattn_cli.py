@@ -246,7 +246,13 @@ def _or_exit(work: Callable[[], Any]) -> Any:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(app())
+    try:
+        app()
+    except ImportError as error:
+        # A transformers that is missing or too old; what else cannot be imported is shown in full.
+        if error.name != "transformers":
+            raise
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tree_attention")
 """
 
+from hf_longattn import requirements as requirements  # first: what follows needs what it looks for
 from hf_longattn.cache import LongContextCache
 from hf_longattn.generation import GenerationSetup, prepare_generation
 from hf_longattn.instance import restore

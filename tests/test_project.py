@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hf_longattn
+from hf_longattn import requirements
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_longattn"
@@ -123,6 +124,32 @@ print(json.dumps({
         "environment": True, "patched": [], "triton": False, "cuda": False, "attention": [True, True],
         "mask": [True, True],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.2", "5.16.3"])
+def test_a_transformers_that_is_too_old_is_named(version):
+    code = f"""
+import transformers
+transformers.__version__ = {version!r}
+try:
+    import hf_longattn
+except ImportError as error:
+    print(json.dumps([error.name, str(error), 'hf_longattn.cache' in sys.modules]))
+"""
+    name, message, went_on = python(code, [ROOT])
+    assert name == "transformers" and f"got {version}: `pip install" in message and not went_on
+
+
+@pytest.mark.parametrize("version", ["5.17.0.dev0", "5.17.0", "5.20", "6.0.1", "unknown"])
+def test_other_versions_of_transformers_are_taken(version):
+    requirements.check_transformers(version)
+
+
+def test_the_oldest_transformers_is_that_of_the_metadata():
+    oldest = ".".join(map(str, requirements.OLDEST_TRANSFORMERS))
+    assert f'"transformers>={oldest},<6"' in (ROOT / "pyproject.toml").read_text()
+    with pytest.raises(ImportError, match=rf"transformers>={oldest},<6"):
+        requirements.check_transformers("5.0")
 
 
 def test_public_names():
@@ -284,6 +311,11 @@ def test_a_build_holds_the_package_once(kind, tmp_path):
     else:
         with tarfile.open(built) as archive:
             names = [member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()]
+        # Of the tests and the figures, a clone has all.
+        assert not {
+            name for name in names if name.split("/")[0] in ("tests", "benchmarks", "docs", "recipes")
+        }
+        assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "constraints.txt"} <= set(names)
     sources = Counter(
         name
         for name in names

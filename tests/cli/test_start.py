@@ -68,6 +68,21 @@ def test_a_command_registers_the_package():
     assert set(modules) >= HEAVY - {"triton", "datasets"}
 
 
+def test_a_transformers_that_does_not_fit_takes_one_line(monkeypatch):
+    def fail(name):
+        def command():
+            raise ImportError("too old", name=name)
+
+        return command
+
+    monkeypatch.setattr(hf_longattn_cli, "app", fail("transformers"))
+    with pytest.raises(SystemExit, match="^error: too old$"):
+        main()
+    monkeypatch.setattr(hf_longattn_cli, "app", fail("transformers.cache_utils"))
+    with pytest.raises(ImportError, match="too old"):
+        main()
+
+
 def test_the_entry_point_is_there():
     assert 'hf-longattn = "hf_longattn_cli:main"' in (ROOT / "pyproject.toml").read_text()
     assert main is hf_longattn_cli.main and app is hf_longattn_cli.app

@@ -211,7 +211,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: Any, tasks: tuple[str, ...]) ->
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            "`--tasks` needs lm_eval, which is not installed; `pip install hf_longattn[eval]` brings it."
+            "`--tasks` needs lm_eval, which is not installed; `pip install 'lm_eval>=0.4.9'` brings it."
         ) from None
     results = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
     return {

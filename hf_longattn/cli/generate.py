@@ -83,7 +83,8 @@ def read_prompt(path: str) -> str:
     Raises:
         ValueError: there is no such file, or it is empty.
     """
-    if path != "-" and not Path(path).is_file():
+    # Not `is_file`: a shell's <(command) is a pipe.
+    if path != "-" and (not Path(path).exists() or Path(path).is_dir()):
         raise ValueError(f"`--prompt-file`: there is no file {path!r}; give a file, or - for stdin.")
     text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     if not text.strip():

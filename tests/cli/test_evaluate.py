@@ -115,7 +115,7 @@ def test_the_number_stands_in_the_prompt_and_an_answer_counts(folder, monkeypatc
             "`--implementation` must be one of",
         ),
         (["--context", 10, "--text", "book.txt", "--dtype", "int8"], "`--dtype` must be one of"),
-        (["--tasks", "arc_easy"], "`pip install hf_longattn[eval]`"),
+        (["--tasks", "arc_easy"], "pip install 'lm_eval>=0.4.9'"),
     ],
 )
 def test_what_cannot_be_done_is_named(folder, arguments, words, monkeypatch):

@@ -1,6 +1,7 @@
 """`hf-longattn plan` and `generate`, from the command line down."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,16 @@ def test_generate_refuses_in_one_line(folder):
         result = run("generate", folder, *arguments, input="")
         assert result.exit_code == 2
         assert "`--prompt-file`" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="pipes have no path here")
+def test_generate_reads_a_pipe(folder):
+    read, write = os.pipe()
+    os.write(write, b"w1 w2 w3")
+    os.close(write)
+    result = run("generate", folder, "--prompt-file", f"/dev/fd/{read}", "--new-tokens", 2, "--no-progress")
+    os.close(read)
+    assert result.exit_code == 0 and "3 tokens" in result.stderr, result.stderr
 
 
 def test_generate_puts_a_question_behind_the_text(folder):

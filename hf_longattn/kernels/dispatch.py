@@ -132,9 +132,10 @@ def check_impl(name: str, impl: str, device: torch.device, allowed: tuple[str, .
     if impl not in allowed:
         raise ValueError(f"`impl` of {name} must be one of {', '.join(map(repr, allowed))}, got {impl!r}.")
     if impl == "triton" and not triton_runs_on(device):
-        way = "install triton" if not has_triton() else "move the tensors to a GPU, or set TRITON_INTERPRET=1"
+        where = "" if has_triton() else " without the package `triton`, which is not installed"
+        way = "move the tensors to a GPU, or set TRITON_INTERPRET=1" if has_triton() else "install it"
         raise ValueError(
-            f"`impl='triton'` of {name} cannot run on {device.type!r} tensors; {way}, or use 'auto'."
+            f"`impl='triton'` of {name} cannot run on {device.type!r} tensors{where}; {way}, or use 'auto'."
         )
 
 

@@ -37,6 +37,15 @@ def test_a_triton_that_is_too_old_is_named_before_any_work(monkeypatch):
     merge_partials(torch.zeros(2, 1, 1, 1, 16), torch.zeros(2, 1, 1, 1))
 
 
+def test_a_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(
+            ValueError, match=f"cannot run on '{device}' tensors without the package `triton`"
+        ):
+            dispatch.check_impl("an operator", "triton", torch.device(device))
+
+
 OPERATORS = {
     "decode": lambda q, k, v: decode_attention(q.detach(), k.detach(), v.detach()),
     "blockwise": lambda q, k, v: blockwise_attention(q, k, v, softcap=3.0),

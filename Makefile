@@ -41,7 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/bench_blockwise_attention.py
 
 docs: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 clean:

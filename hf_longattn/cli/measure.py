@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hf_longattn.masking import check_config
+from hf_longattn.modeling.block_transformer import BlockTransformerConfig
 from hf_longattn.registration import ATTENTION_FUNCTIONS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,6 +165,11 @@ class Bench:
         self.dtype = pick_dtype(request.dtype)
         self.name = str(Path(request.model).expanduser()) if Path(request.model).is_dir() else request.model
         self.config = read_config(request.model).get_text_config()
+        if isinstance(self.config, BlockTransformerConfig):
+            raise ValueError(
+                f"`MODEL` must be a model of transformers or a lightning model, got a Block Transformer in "
+                f"{request.model!r}: its blocks have no standard implementation to be held against."
+            )
         limit = getattr(self.config, "max_position_embeddings", None) or math.inf
         if not 8 <= request.tokens <= limit - NEW_TOKENS:
             raise ValueError(

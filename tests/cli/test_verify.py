@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny
+import tiny_blocks
 import torch
 import transformers as tf
 from transformers import AttentionInterface
@@ -35,6 +36,12 @@ def run(model, *arguments):
     result = CliRunner().invoke(app, ["verify", model, "--tokens", "24", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+def test_a_block_transformer_is_refused_by_name(tmp_path):
+    tiny_blocks.make().save_pretrained(tmp_path)
+    result = run(str(tmp_path))
+    assert result.exit_code == 2 and "Block Transformer" in result.stderr
 
 
 def failed(result):

@@ -36,7 +36,7 @@ def refusals(rank, size, mesh):
         ),
         "`arguments` (`logits_processor`)": lambda: generate(model, ids, logits_processor=penalty),
         "`arguments` (`token_type_ids`)": lambda: generate(
-            model, ids, **({"token_type_ids": ids} if rank else {})
+            model, ids, **({"token_type_ids": ids} if rank == 1 else {})
         ),
         "`seed`": lambda: generate(model, ids, seed=rank == 1, do_sample=True),
         # A prompt that its rank alone would refuse.
@@ -52,7 +52,7 @@ def refusals(rank, size, mesh):
     for name, value in (("do_sample", True), ("repetition_penalty", 1.0 + (rank == 1))):
         # What a config leaves open, that of the model says.
         with patch.object(model.generation_config, name, value):
-            torch.manual_seed(rank)
+            torch.manual_seed(int(rank == 1))
             message = error_of(ValueError, lambda: model.generate(ids, generation_config=sampling))
         found = "`seed`" if value is True else f"`generation_config` (`{name}`)"
         assert f"{found}: rank 1 differs" in message, message

@@ -17,7 +17,7 @@ from hf_longattn.kernels.merge_partials import triton_peers
 CASES = Path(__file__).with_name("peer_cases.py")
 
 
-@pytest.mark.parametrize("sizes", ["3", pytest.param("2,4,8", marks=pytest.mark.slow)], ids="P{}".format)
+@pytest.mark.parametrize("sizes", ["3", pytest.param("2,8", marks=pytest.mark.slow)], ids="P{}".format)
 def test_every_rank_has_the_bits_of_the_merge(sizes):
     result = subprocess.run([sys.executable, str(CASES), sizes], capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]

@@ -42,7 +42,9 @@ def run(sizes, *topics, cases=CASES):
 
 # What an odd number of ranks divides otherwise.
 ODD = FAST[: FAST.index("memory")]
-MORE = [("3", FAST[len(ODD) :]), ("4", FAST)]
+# What more ranks do otherwise than three: rounds of the tree, and shares of a prompt.
+FOUR = ["models", "lengths", "turns", "control", "refusals", "reductions"]
+MORE = [("3", FAST[len(ODD) :]), ("4", FOUR)]
 
 
 @pytest.mark.parametrize(

@@ -40,17 +40,15 @@ def run(sizes, *topics, cases=CASES):
     preloaded.run(cases, sizes, *topics)
 
 
-# What an odd number of ranks divides otherwise.
-ODD = FAST[: FAST.index("memory")]
 # What more ranks do otherwise than three: rounds of the tree, and shares of a prompt.
 FOUR = ["models", "lengths", "turns", "control", "refusals", "reductions"]
-MORE = [("3", FAST[len(ODD) :]), ("4", FOUR)]
+MORE = [("3", FAST), ("4", FOUR)]
 
 
 @pytest.mark.parametrize(
     ("sizes", "topics"),
-    [("1,2", FAST), ("3", ODD), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE)],
-    ids=["P1-P2", "odd-P3", "more-P3", "P4"],
+    [("1,2", FAST), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE)],
+    ids=["P1-P2", "P3", "P4"],
 )
 def test_every_topic(sizes, topics):
     run(sizes, *topics)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from accepted import is_accepted
 from living import Living
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -45,12 +46,6 @@ def bytes_of(model, tokens, rows=1, chunk=5):
     """What `tokens` of prompt and answer take, a chunk of the prompt among them."""
     work = activation_bytes(model.config, chunk * rows, torch.float32)
     return rows * cache_bytes(model.config, tokens, torch.float32) + int(demand.CERTAIN * work)
-
-
-@pytest.fixture
-def free(monkeypatch):
-    """Sets the bytes that are free."""
-    return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
 
 
 def test_what_cannot_fit_is_refused_before_any_work(free):
@@ -115,42 +110,22 @@ def test_chunks_are_as_long_as_there_is_room(free, monkeypatch, fits, widest):
     assert read(half, None, prefill_chunk_size=300)[1] == 300
 
 
-class Accepted(Exception):
-    """Raised by the first layer of a call that was not refused."""
-
-
-def is_accepted(model, length, cache=None):
+def begins(model, length, cache=None):
     """Whether a call of so many prompt tokens and one of answer begins; else the words that refuse it."""
     ids = torch.ones(1, length, dtype=torch.long)
-    try:
-        generate(model, ids, max_new_tokens=1, past_key_values=cache)
-    except Accepted:
-        return True
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("the model was not run")
-
-
-def stopped(family):
-    """A prepared model whose first layer ends every call."""
-    model = prepare(family, prefill_chunk_size=None)
-
-    def stop(module, args):
-        raise Accepted
-
-    model.model.layers[0].register_forward_pre_hook(stop)
-    return model
+    call = {"max_new_tokens": 1, "past_key_values": cache}
+    return is_accepted(model.model.layers[0], lambda: generate(model, ids, **call))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("mebibytes", [1400, 1499, 1700, 3333])
 def test_the_longest_that_is_planned_is_the_longest_that_is_accepted(free, family, mebibytes):
-    model, hardware = stopped(family), Hardware(memory=mebibytes << 20)
+    model, hardware = prepare(family, prefill_chunk_size=None), Hardware(memory=mebibytes << 20)
     plan = plan_generation(model.config, 4096, dtype=torch.float32, hardware=hardware)
     free(plan.room)
     assert 0 < plan.longest < 10**7
-    assert is_accepted(model, plan.longest - 1) is True
-    refused = is_accepted(model, plan.longest)
+    assert begins(model, plan.longest - 1) is True
+    refused = begins(model, plan.longest)
     assert f"; {plan.longest:,} tokens of prompt and answer fit" in str(refused)
     at_limit, beyond = (
         plan_generation(model.config, plan.longest + more, dtype=torch.float32, hardware=hardware)
@@ -163,10 +138,10 @@ def test_the_longest_that_is_planned_is_the_longest_that_is_accepted(free, famil
 
 
 def test_what_does_not_grow_is_accepted_at_any_length(free):
-    model = stopped("mistral-window")
+    model = prepare("mistral-window", prefill_chunk_size=None)
     plan = plan_generation(model.config, 4096, dtype=torch.float32, hardware=Hardware(memory=1400 << 20))
     free(plan.room)
-    assert plan.fits and not plan.grows and is_accepted(model, 1 << 20) is True
+    assert plan.fits and not plan.grows and begins(model, 1 << 20) is True
     nothing = plan_generation(model.config, 4096, hardware=Hardware(memory=1 << 30))
     assert nothing.longest == 0 and not nothing.fits
 
@@ -174,7 +149,7 @@ def test_what_does_not_grow_is_accepted_at_any_length(free):
 def test_chunks_are_planned_as_short_as_they_are(free, monkeypatch):
     # On a CPU chunks are shorter to begin with.
     monkeypatch.setattr(prefill, "_CPU_CHUNK_TOKENS", prefill.GPU_CHUNK_TOKENS)
-    model, context, found = stopped("llama"), 1 << 20, []
+    model, context, found = prepare(prefill_chunk_size=None), 1 << 20, []
     need = plan_generation(model.config, context, dtype=torch.float32)
     for missing in (0.0, 0.3, 0.6, 0.8, 0.9, 0.97):
         # So much of a chunk's activations finds no room beside the reserve.
@@ -182,7 +157,7 @@ def test_chunks_are_planned_as_short_as_they_are(free, monkeypatch):
         plan = plan_generation(model.config, context, dtype=torch.float32, hardware=Hardware(memory=memory))
         cache = LongContextCache(model.config)
         free(plan.room)
-        assert is_accepted(model, context - 1, cache) is True
+        assert begins(model, context - 1, cache) is True
         assert (cache.fitting_chunk or prefill.GPU_CHUNK_TOKENS) == plan.chunk
         assert plan.shortened == (cache.fitting_chunk is not None)
         found.append(plan.chunk)

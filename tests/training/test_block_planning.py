@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded_memory import peak
+from recorded_memory import bytes_a_token
 
 import hf_longattn
 from hf_longattn import BlockTransformerConfig, BlockTransformerForCausalLM
@@ -54,14 +54,7 @@ def test_a_token_takes_what_is_planned(monkeypatch, name):
     sizes = {"block_size": 256, "loss_chunk_size": 128, "offload": False, "keep_every": 1, **sizes}
     model = BlockTransformerForCausalLM(BlockTransformerConfig(**fields)).train()
     hf_longattn.prepare_training(model, **sizes)
-
-    def step(length):
-        model.zero_grad(set_to_none=False)
-        ids = torch.ones(1, length, dtype=torch.long)
-        model(input_ids=ids, labels=ids).loss.backward()
-
-    step(512)
-    measured = (peak(lambda: step(3072)) - peak(lambda: step(2048))) / 1024
+    measured = bytes_a_token(model)
     plans = [plan_of(length, fields, dtype=torch.float32, **sizes) for length in (2048, 3072)]
     planned = (plans[1].peak - plans[0].peak) / 1024
     if name == "llama":

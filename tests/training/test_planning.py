@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import transformers as tf
-from recorded_memory import peak
+from recorded_memory import bytes_a_token
 
 import hf_longattn
 from hf_longattn.cache.head_sizes import head_sizes
@@ -58,14 +58,7 @@ def test_a_token_takes_what_is_planned(monkeypatch, kind, save_attention, block_
     sizes = {"block_size": block_size, "save_attention": save_attention}
     sizes |= {"loss_chunk_size": 128, "offload": False}
     hf_longattn.prepare_training(model, **sizes)
-
-    def step(length):
-        model.zero_grad(set_to_none=False)
-        ids = torch.ones(1, length, dtype=torch.long)
-        model(input_ids=ids, labels=ids).loss.backward()
-
-    step(512)
-    measured = (peak(lambda: step(3072)) - peak(lambda: step(2048))) / 1024
+    measured = bytes_a_token(model)
     plans = [plan_of(config, length, dtype=torch.float32, **sizes) for length in (2048, 3072)]
     planned = (plans[1].peak - plans[0].peak) / 1024
     assert planned == pytest.approx(measured, rel=0.05)

@@ -3,11 +3,12 @@
 import pytest
 import tiny_blocks
 import torch
+from accepted import is_accepted
 from living import Living
 from transformers import DynamicCache
 
 import hf_longattn
-from hf_longattn.generation import demand, prefill, room
+from hf_longattn.generation import demand, prefill
 from hf_longattn.generation.block_planning import shape_of_blocks
 from hf_longattn.generation.clock import Hardware
 from hf_longattn.generation.planning import plan_generation
@@ -37,12 +38,6 @@ def shape(model, rows=1):
     return shape_of_blocks(model.config, rows, torch.float32, None, Ranks())
 
 
-@pytest.fixture
-def free(monkeypatch):
-    """Sets the bytes that are free."""
-    return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_cannot_fit_is_refused_before_any_work(free, name, rows):
@@ -64,23 +59,10 @@ def test_what_cannot_fit_is_refused_before_any_work(free, name, rows):
     generate(model, *[23] * rows, max_new_tokens=38)
 
 
-def is_accepted(model, length):
+def begins(model, length):
     """Whether a call of so many prompt tokens and one of answer begins; else the words that refuse it."""
-
-    class Accepted(Exception):
-        pass
-
-    def stop(module, args):
-        raise Accepted
-
-    with model.model.embedder.register_forward_pre_hook(stop):
-        try:
-            model.generate(torch.ones(1, length, dtype=torch.long), max_new_tokens=1)
-        except Accepted:
-            return True
-        except ValueError as error:
-            return str(error)
-    raise AssertionError("the model was not run")
+    ids = torch.ones(1, length, dtype=torch.long)
+    return is_accepted(model.model.embedder, lambda: model.generate(ids, max_new_tokens=1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,8 +72,8 @@ def test_the_longest_that_is_planned_is_the_longest_that_is_accepted(free, name,
     plan = plan_generation(model.config, 4096, dtype=torch.float32, hardware=hardware)
     free(plan.room)
     assert 0 < plan.longest < 10**7
-    assert is_accepted(model, plan.longest - 1) is True
-    assert f"; {plan.longest:,} tokens of prompt and answer fit" in str(is_accepted(model, plan.longest))
+    assert begins(model, plan.longest - 1) is True
+    assert f"; {plan.longest:,} tokens of prompt and answer fit" in str(begins(model, plan.longest))
 
 
 @pytest.mark.parametrize(("fits", "widest"), [(512, 75), (64, 64), (40, 32), (16, 16), (9, 16)])

@@ -71,9 +71,9 @@ def next_power_of_2(number: int) -> int:
     """The least power of two that is no smaller, as `triton.next_power_of_2` and in a tenth of its time.
 
     Args:
-        number: 1 or more.
+        number: 1 or more; of 0 it is 0.
     """
-    return 1 << (number - 1).bit_length()
+    return number and 1 << (number - 1).bit_length()
 
 
 @triton.jit

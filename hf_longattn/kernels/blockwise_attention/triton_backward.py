@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, offset
 
 from .spans import query_spans
 from .terms import Gradients, Terms, sink_gradient
@@ -339,7 +339,7 @@ def _run_stats(
     batch, heads, num_queries, _ = output.shape
     rows = torch.empty(*lse.shape, 4, dtype=torch.int32, device=lse.device)
     names = ("masks", "mask_strides", "T", "S", "H", "V", "CAUSAL", "BLOCK_V")
-    _stats_kernel[(triton.cdiv(num_queries, _STATS_ROWS) * batch * heads,)](
+    _stats_kernel[(cdiv(num_queries, _STATS_ROWS) * batch * heads,)](
         output,
         grad_output,
         lse,
@@ -402,7 +402,7 @@ def run_dkdv(arguments: dict, terms: Terms, config: Config) -> tuple[Tensor, Ten
     batch, groups, num_keys, _ = key.shape
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     spans = query_spans(terms, arguments["T"], num_keys, config.block_m, config.block_n)
-    _dkdv_kernel[(triton.cdiv(num_keys, config.block_n) * batch * groups,)](
+    _dkdv_kernel[(cdiv(num_keys, config.block_n) * batch * groups,)](
         **arguments,
         spans_ptr=None if spans is None else spans.expand(batch, -1, -1).contiguous(),
         dk_ptr=grad_key,
@@ -424,7 +424,7 @@ def run_dq(arguments: dict, config: Config) -> Tensor:
     """
     query = arguments["q_ptr"]
     gradient = torch.empty_like(query)
-    _dq_kernel[(triton.cdiv(query.shape[2], config.block_m) * query.shape[0] * query.shape[1],)](
+    _dq_kernel[(cdiv(query.shape[2], config.block_m) * query.shape[0] * query.shape[1],)](
         **arguments, dq_ptr=gradient, dq_strides=gradient.stride(), **_blocks(config)
     )
     return gradient
@@ -441,8 +441,8 @@ def run_dbias(arguments: dict, bias: Tensor) -> Tensor:
     gradient = torch.empty_like(bias)
     batch, heads, num_queries, _ = arguments["q_ptr"].shape
     query_tiles, key_tiles = (
-        triton.cdiv(num_queries, config.block_m),
-        triton.cdiv(bias.shape[3], config.block_n),
+        cdiv(num_queries, config.block_m),
+        cdiv(bias.shape[3], config.block_n),
     )
     one_row = bias.shape[2] == 1
     sizes = (bias.shape[1], 1 if one_row else query_tiles, key_tiles)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, offset
 from hf_longattn.kernels.dispatch import num_processors
 from hf_longattn.kernels.merge_partials.triton import merge_forward
 
@@ -150,7 +150,7 @@ def _launch(
     batch, heads, num_queries, _ = query.shape
     output = query.new_empty(batch, num_queries, heads, value.shape[3], dtype=dtype).transpose(1, 2)
     lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    grid = (triton.cdiv(num_queries, config.block_m) * batch * heads,)
+    grid = (cdiv(num_queries, config.block_m) * batch * heads,)
     _forward_kernel[grid](
         query,
         key,
@@ -175,7 +175,7 @@ def _split(
     query: Tensor, key: Tensor, value: Tensor, terms: Terms, parts: int, block_n: int
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
     """Arguments of a batch whose rows are one sequence, each with its own part of the keys, whole tiles."""
-    length = triton.cdiv(key.shape[2], parts * block_n) * block_n
+    length = cdiv(key.shape[2], parts * block_n) * block_n
     start = length * torch.arange(parts, device=query.device)[:, None].expand(-1, query.shape[2])
     # A sink is one more logit of the row: it is counted once, in the merge.
     terms = replace(terms, mask=terms.mask.narrowed(start, start + length), sinks=None)
@@ -209,7 +209,7 @@ def forward(
     if query.shape[0] != 1 or terms.dropout is not None:
         parts = 1
     elif parts is None:
-        tiles = query.shape[1] * triton.cdiv(query.shape[2], config.block_m)
+        tiles = query.shape[1] * cdiv(query.shape[2], config.block_m)
         parts = pick_parts(tiles, key.shape[2], num_processors(query.device))
     if parts == 1:
         return _launch(query, key, value, terms, config, query.dtype)

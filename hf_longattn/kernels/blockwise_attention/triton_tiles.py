@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
+from hf_longattn.kernels.common import next_power_of_2
 
 from .philox import drop_threshold
 from .terms import Terms
@@ -82,8 +83,8 @@ def shared_arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
         "CAUSAL": mask.causal,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "TANH": choose_tanh(query),
-        "BLOCK_K": max(16, triton.next_power_of_2(query.shape[3])),
-        "BLOCK_V": max(16, triton.next_power_of_2(value.shape[3])),
+        "BLOCK_K": max(16, next_power_of_2(query.shape[3])),
+        "BLOCK_V": max(16, next_power_of_2(value.shape[3])),
     }
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset, overlap, wait_for_previous
+from hf_longattn.kernels.common import next_power_of_2, offset, overlap, wait_for_previous
 
 
 @triton.jit
@@ -51,6 +51,6 @@ def write_forward(keys: Tensor, values: Tensor, index: Tensor, key: Tensor, valu
         key_strides=key.stride(), value_strides=value.stride(), index_stride=index.stride(0),
         keys_strides=keys.stride(), values_strides=values.stride(),
         T=T, S=keys.shape[2], K=K, V=V,
-        BLOCK_K=triton.next_power_of_2(max(K, 1)), BLOCK_V=triton.next_power_of_2(max(V, 1)), num_warps=1,
+        BLOCK_K=next_power_of_2(max(K, 1)), BLOCK_V=next_power_of_2(max(V, 1)), num_warps=1,
         **overlap(key.device),
     )  # fmt: skip

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_longattn.kernels.common import next_power_of_2
 from hf_longattn.kernels.dispatch import interpreting
 
 # What a thread loads in a step, in two loads.
@@ -29,7 +30,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def choose_block(columns: int, itemsize: int) -> tuple[int, int]:
     """(columns of a step, warps of a program) for rows of so many columns of `itemsize` bytes."""
     a_warp = 32 * _BYTES // itemsize
-    block = min(max(triton.next_power_of_2(columns), a_warp), _MOST_WARPS * a_warp)
+    block = min(max(next_power_of_2(columns), a_warp), _MOST_WARPS * a_warp)
     return block, block // a_warp
 
 

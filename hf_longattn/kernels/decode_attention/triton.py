@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset
 from hf_longattn.kernels.decode_attention.triton_eight import split_eight_kernel
 from hf_longattn.kernels.decode_attention.triton_parts import (
     LN_2,
@@ -88,7 +88,7 @@ FULL_PRECISION = DecodeConfig(block_n=32, num_warps=8)
 
 def pick_rows(num_rows: int, itemsize: int) -> int:
     """Rows that one program computes, padded to what a matrix product needs."""
-    return min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(num_rows)))
+    return min(64 if itemsize == 2 else 16, max(16, next_power_of_2(num_rows)))
 
 
 def pick_config(
@@ -106,7 +106,7 @@ def pick_config(
 
 
 def _block_dim(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -243,7 +243,7 @@ def decode_forward(
     if B == 0:
         return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
     block_r = pick_rows(H // G * T, query.element_size())
-    row_tiles = triton.cdiv(H // G * T, block_r)
+    row_tiles = cdiv(H // G * T, block_r)
     processors, tiles = num_processors(query.device), B * G * row_tiles
     config = config or pick_config(K, V, query.element_size(), block_r, key.element_size())
     if config is FEW_ROWS[256] and tiles >= TILES_A_PROCESSOR * processors:
@@ -251,7 +251,7 @@ def decode_forward(
     if num_splits is None:
         slots = processors * config.programs_per_sm
         ragged = mask.lower is not None and min(B, mask.lower.shape[0]) > 1
-        num_splits = pick_num_splits(triton.next_power_of_2(S), tiles, slots, ragged)
+        num_splits = pick_num_splits(next_power_of_2(S), tiles, slots, ragged)
     whole = num_splits == 1 and sinks is None
     outputs = query.new_empty((num_splits, B, H, T, V), dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)

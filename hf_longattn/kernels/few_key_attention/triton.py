@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset, overlap, wait_for_previous
+from hf_longattn.kernels.common import next_power_of_2, offset, overlap, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 # Bytes of keys that one warp holds: 32 registers of each thread, and as many for values.
@@ -135,7 +135,7 @@ def attend_forward(
     output = torch.empty((B, T, H, V), device=query.device, dtype=query.dtype)
     if B * T == 0:
         return output
-    slots, block_k, block_v = held_keys.shape[2], triton.next_power_of_2(K), triton.next_power_of_2(V)
+    slots, block_k, block_v = held_keys.shape[2], next_power_of_2(K), next_power_of_2(V)
     warps = slots * max(block_k, block_v) * held_keys.element_size() / _BYTES_A_WARP
     cos, sin = (None, None) if rotary is None else (each.expand(B, -1, -1) for each in rotary)
     _few_key_kernel[(B, G)](
@@ -146,7 +146,7 @@ def attend_forward(
         held_keys.stride(), held_values.stride(), output.stride(), start, T, scale * LOG2_E,
         GROUP=H // G, K=K, V=V, R=0 if cos is None else cos.shape[2],
         SLOTS=slots, BLOCK_K=block_k, BLOCK_V=block_v,
-        num_warps=min(triton.next_power_of_2(math.ceil(warps)), 8), num_stages=1,
+        num_warps=min(next_power_of_2(math.ceil(warps)), 8), num_stages=1,
         **overlap(query.device),
     )  # fmt: skip
     return output

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import activated, let_next_begin, overlap, wait_for_previous, weight_tile
+from hf_longattn.kernels.common import (
+    activated,
+    cdiv,
+    let_next_begin,
+    overlap,
+    wait_for_previous,
+    weight_tile,
+)
 
 
 class Config(NamedTuple):
@@ -122,7 +129,7 @@ def tiles_ahead(config: Config, rows: int, columns: int, width: int) -> int:
     """Tiles of a settled weight (columns, width) that are loaded before the wait for x of `rows` rows."""
     if rows > 1:
         return 0
-    return min(1 if columns * width <= _LARGE else 2, triton.cdiv(width, config.block_k))
+    return min(1 if columns * width <= _LARGE else 2, cdiv(width, config.block_k))
 
 
 def launch(
@@ -141,7 +148,7 @@ def launch(
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     early = overlap(x.device)
     ahead = tiles_ahead(config, M, N, K) if settled_weight and early["OVERLAP"] else 0
-    _few_rows_kernel[(triton.cdiv(N, config.block_n),)](
+    _few_rows_kernel[(cdiv(N, config.block_n),)](
         x, weight, up, bias, y, x.stride(0), weight.stride(0), None if up is None else up.stride(0), M, N, K,
         ROWS=1 if M == 1 else 16, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         AHEAD=ahead, ACTIVATION=activation, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **early,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 from hf_longattn.kernels.lightning_attention.tiling import (
     PROGRAMS_PER_SM,
@@ -327,13 +327,13 @@ def block_states(inputs: ScanInputs, segment: int, block: int, options: dict) ->
     _, key, value, slopes, _, cu_seqlens = inputs
     batch, _, length, key_dim = key.shape
     num_heads, value_dim = slopes.shape[0], value.shape[3]
-    num_blocks = triton.cdiv(length, block)
+    num_blocks = cdiv(length, block)
     shape = (batch * num_blocks, num_heads, key_dim, value_dim)
     states = torch.empty(shape, device=key.device, dtype=torch.float32)
     documents = None
     if cu_seqlens is not None:
         documents = _block_documents(cu_seqlens, length, block, options["REVERSE"])
-    grid = (triton.cdiv(value_dim, options["BLOCK_V"]) * num_heads * num_blocks * batch,)
+    grid = (cdiv(value_dim, options["BLOCK_V"]) * num_heads * num_blocks * batch,)
     _block_state_kernel[grid](
         y_ptr=key,
         z_ptr=value,
@@ -363,7 +363,7 @@ def scan_options(inputs: ScanInputs, tiling: Tiling, reverse: bool) -> dict:
         "DIMS": (query.shape[3], value.shape[3]),
         "REVERSE": reverse,
         "CHUNK": tiling.chunk,
-        "BLOCK_K": max(16, triton.next_power_of_2(query.shape[3])),
+        "BLOCK_K": max(16, next_power_of_2(query.shape[3])),
         "BLOCK_V": tiling.block_v,
         "SPLIT": tiling.split,
         "PRECISION": "tf32x3" if query.dtype == torch.float32 and query.is_cuda else "ieee",
@@ -419,9 +419,9 @@ def scan(
 
         return gluon_scan(inputs, output, final_state, scale, reverse, strict, tiling, segments)
     options = scan_options(inputs, tiling, reverse)
-    num_programs = triton.cdiv(value.shape[3], tiling.block_v) * sequences
+    num_programs = cdiv(value.shape[3], tiling.block_v) * sequences
     segment, block = segments or choose_segments(length, num_programs, _num_slots(query.device))
-    num_segments = triton.cdiv(length, segment)
+    num_segments = cdiv(length, segment)
     blocks = block_states(inputs, segment, block, options) if num_segments > 1 else None
     _scan_kernel[(num_programs * num_segments,)](
         x_ptr=query,

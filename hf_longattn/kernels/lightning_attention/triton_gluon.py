@@ -21,7 +21,6 @@ import functools
 import threading
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_longattn.kernels.common import cdiv
 from hf_longattn.kernels.lightning_attention.inputs import ScanInputs
 from hf_longattn.kernels.lightning_attention.tiling import (
     Tiling,
@@ -284,7 +284,7 @@ def _scan_chunks(
     sequences, length, key_dim = query.shape[0] * slopes.shape[0], query.shape[2], query.shape[3]
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
     segment, block = segments or choose_segments(length, sequences, multiprocessors)
-    num_segments = triton.cdiv(length, segment)
+    num_segments = cdiv(length, segment)
     blocks = None
     if num_segments > 1:
         before = choose_tiling(key_dim, key_dim, query.dtype, length, sequences)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset, overlap, wait_for_previous
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset, overlap, wait_for_previous
 from hf_longattn.kernels.lightning_attention import rounding
 from hf_longattn.kernels.lightning_attention.tiling import choose_step_tiling
 from hf_longattn.kernels.lightning_attention.triton import forgotten, locate, state_tile
@@ -92,9 +92,9 @@ def step(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tenso
     batch, num_heads, length, key_dim = query.shape
     value_dim = value.shape[3]
     output = query.new_empty((batch, num_heads, length, value_dim))
-    block_k = max(16, triton.next_power_of_2(key_dim))
+    block_k = max(16, next_power_of_2(key_dim))
     block_v, num_warps = choose_step_tiling(key_dim, value_dim)
-    _step_kernel[(triton.cdiv(value_dim, block_v) * num_heads * batch,)](
+    _step_kernel[(cdiv(value_dim, block_v) * num_heads * batch,)](
         q_ptr=query,
         k_ptr=key,
         v_ptr=value,

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset
 
 # Elements of outputs that one program holds at a time: 32 registers a thread in fp32.
 _TILE = 4096
@@ -124,9 +124,9 @@ def merge_over_first(outputs: list[torch.Tensor], lse: list[torch.Tensor]) -> No
     if num_rows == 0:
         return
     order = sorted(range(3), key=outputs[0].stride, reverse=True)
-    block_v = triton.next_power_of_2(width)
+    block_v = next_power_of_2(width)
     block_r = max(1, _TILE // 2 // block_v)
-    _join_kernel[(triton.cdiv(num_rows, block_r),)](
+    _join_kernel[(cdiv(num_rows, block_r),)](
         tuple(outputs), tuple(lse),
         tuple(outputs[0].stride(dim) for dim in (*order, 3)), tuple(lse[0].stride(dim) for dim in order),
         shape[order[1]], shape[order[2]], num_rows,
@@ -157,11 +157,11 @@ def merge_forward(
     num_rows = merged_lse.numel()
     if num_rows == 0 or width == 0:
         return output, merged_lse.fill_(-torch.inf)
-    block_v = triton.next_power_of_2(width)
-    block_n = min(64, triton.next_power_of_2(num_parts))
+    block_v = next_power_of_2(width)
+    block_n = min(64, next_power_of_2(num_parts))
     # Rows share a program only where there are more than enough of them for every processor.
     block_r = max(1, _TILE // (block_n * block_v)) if num_rows >= 8192 else 1
-    _merge_kernel[(triton.cdiv(num_rows, block_r),)](
+    _merge_kernel[(cdiv(num_rows, block_r),)](
         outputs, lse, sinks, output, merged_lse,
         outputs.stride(), lse.stride(), output.stride(), merged_lse.stride(),
         num_parts, shape[1], shape[2], num_rows,

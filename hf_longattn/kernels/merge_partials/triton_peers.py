@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset
 
 # Rows a program and the most programs of a launch: all must run at once, since they wait for each other.
 ROWS = 4
@@ -165,10 +165,10 @@ def pull_merge(
     *shape, width = output.shape
     merged, merged_lse = output.new_empty((*shape, width)), lse.new_empty(shape)
     num_rows = merged_lse.numel()
-    _pull_merge_kernel[(triton.cdiv(num_rows, ROWS),)](
+    _pull_merge_kernel[(cdiv(num_rows, ROWS),)](
         boards, output, lse, merged, merged_lse, output.stride(), lse.stride(),
         rank, shape[1], shape[2], num_rows,
-        RANKS=boards.numel(), V=width, BLOCK_V=triton.next_power_of_2(width), ROWS=ROWS,
+        RANKS=boards.numel(), V=width, BLOCK_V=next_power_of_2(width), ROWS=ROWS,
         ROW_BYTES=ROW_BYTES, PROGRAMS=MOST_PROGRAMS, STOP=_STOP_BYTES, num_warps=4,
     )  # fmt: skip
     return merged, merged_lse

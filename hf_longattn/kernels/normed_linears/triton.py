@@ -21,8 +21,10 @@ from torch import Tensor
 
 from hf_longattn.kernels.common import (
     activated,
+    cdiv,
     flat_rows,
     let_next_begin,
+    next_power_of_2,
     overlap,
     wait_for_previous,
     weight_tile,
@@ -216,10 +218,10 @@ def launch_normed(
     """Launches the front; arguments as in `normed_linears`."""
     x = flat_rows(states)
     (M, K), N1, N2 = x.shape, len(first[3]), len(second[3])
-    config, block_k = FRONTS[M], triton.next_power_of_2(K)
+    config, block_k = FRONTS[M], next_power_of_2(K)
     y1, y2 = (torch.empty((M, N), device=x.device, dtype=x.dtype) for N in (N1, N2))
     width = config.block_n * config.tiles
-    _normed_kernel[(triton.cdiv(N1, width) + triton.cdiv(N2, width),)](
+    _normed_kernel[(cdiv(N1, width) + cdiv(N2, width),)](
         x, *first, *second, y1, y2, x.stride(0), first[2].stride(0), second[2].stride(0), eps, N1, N2, K=K,
         ROWS=M, ACTIVATION=activation, AHEAD=config.ahead, TILES=config.tiles, BLOCK_N=config.block_n,
         BLOCK_K=block_k, num_warps=warps_of(config, block_k), num_stages=1,
@@ -234,9 +236,9 @@ def launch_joined(states: Tensor, first: Product, second: Product, settled_weigh
     (M, N), H, D = x.shape, h.shape[1], o.shape[1]
     config = BACKS[M]
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
-    _joined_kernel[(triton.cdiv(N, config.block_n),)](
+    _joined_kernel[(cdiv(N, config.block_n),)](
         x, h, *first[1:], o, *second[1:], y, x.stride(0), first[1].stride(0), second[1].stride(0), N,
-        H=H, D=D, ROWS=M, AHEAD=min(config.ahead, triton.cdiv(H, config.block_k)),
+        H=H, D=D, ROWS=M, AHEAD=min(config.ahead, cdiv(H, config.block_k)),
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=1,
         **_options(x.device, settled_weights, config.registers),
     )  # fmt: skip

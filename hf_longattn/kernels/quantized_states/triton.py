@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_longattn.kernels.common import offset
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset
 from hf_longattn.kernels.quantized_states.reference import LARGEST, SMALLEST
 
 _SMALLEST = tl.constexpr(SMALLEST)
@@ -68,9 +68,9 @@ def quantize_forward(
     num_rows = B * G * T
     if num_rows == 0:
         return key_out, value_out, scales
-    block_k, block_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    block_k, block_v = next_power_of_2(K), next_power_of_2(V)
     block_r = max(1, _TILE // max(block_k, block_v)) if num_rows >= 4096 else 1
-    _quantize_kernel[(triton.cdiv(num_rows, block_r),)](
+    _quantize_kernel[(cdiv(num_rows, block_r),)](
         key, value, key_out, value_out, scales, key.stride(), value.stride(), G, T, num_rows,
         K=K, V=V, LARGEST_NUMBER=LARGEST[dtype],
         BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4 if block_r > 1 else 1,

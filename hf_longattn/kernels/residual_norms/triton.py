@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import overlap, wait_for_previous
+from hf_longattn.kernels.common import next_power_of_2, overlap, wait_for_previous
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def norms_forward(
     y2 = None if second is None else torch.empty_like(x)
     weights = [tensor.contiguous() for tensor in (*first, *(second or ()))]
     weights += [None] * (4 - len(weights))
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     if x.numel():
         _norms_kernel[(x.numel() // D,)](
             x, b1, b2, *weights, total, y1, y2, eps,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_longattn.kernels.common import offset, overlap, wait_for_previous
+from hf_longattn.kernels.common import cdiv, next_power_of_2, offset, overlap, wait_for_previous
 from hf_longattn.kernels.rotary_embedding.triton import HEADS, angle_of, copy_heads, turn_heads
 
 
@@ -67,7 +67,7 @@ def write_forward(
     query_out = torch.empty_like(query)
     if B * T == 0:
         return query_out
-    groups_q, groups_k = triton.cdiv(H, HEADS), triton.cdiv(G, HEADS)
+    groups_q, groups_k = cdiv(H, HEADS), cdiv(G, HEADS)
     _rotary_write_kernel[(B * T, groups_q + groups_k * (2 if V else 1))](
         q_ptr=query, k_ptr=key, v_ptr=value, cos_ptr=cos, sin_ptr=sin, index_ptr=index,
         q_out_ptr=query_out, keys_ptr=keys, values_ptr=values,
@@ -75,6 +75,6 @@ def write_forward(
         cos_strides=cos.stride(), sin_strides=sin.stride(), index_strides=index.stride(),
         q_out_strides=query_out.stride(), keys_strides=keys.stride(), values_strides=values.stride(),
         T=T, S=keys.shape[2], H=H, G=G, R=R, K=K, V=V,
-        BLOCK_H=HEADS, BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2, **overlap(query.device),
+        BLOCK_H=HEADS, BLOCK_R=next_power_of_2(R // 2), num_warps=2, **overlap(query.device),
     )  # fmt: skip
     return query_out

@@ -291,8 +291,11 @@ def chunked_loss(
     counted = _places(targets != options.ignore_index, options.count if share is None else None)
 
     def sum_over_chunks(hidden: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled()
         # Of a head that FSDP2 cuts, these are whole in here alone.
-        parameters = head.parameters() if torch.is_grad_enabled() else []
+        parameters = head.parameters() if trains else []
+        # What a function's inputs want, it is told whether or not there is a graph.
+        hidden = hidden if trains else hidden.detach()
         return _ChunkedLoss.apply(head, targets, counted, options, hidden, *parameters)
 
     # Ranks have other numbers of chunks: their generators must go on alike all the same.

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_longattn
@@ -90,6 +91,15 @@ def test_embeddings_as_input_get_their_gradient():
         model(inputs_embeds=embeddings, labels=LABELS, use_cache=False).loss.backward()
         results.append(embeddings.grad)
     assert tiny.relative_error(results[1], results[0]) <= BOUND
+
+
+def test_outside_the_graph_nothing_is_differentiated():
+    model = tiny.build("llama")
+    head = loss.Head(model, "model", model.forward, BaseModelOutputWithPast)
+    hidden, options = torch.randn(2, 37, 64, requires_grad=True), loss.LossOptions(9, 0.0)
+    expected = loss.chunked_loss(head, hidden, LABELS, None, options)
+    with torch.no_grad():
+        assert torch.equal(loss.chunked_loss(head, hidden, LABELS, None, options), expected)
 
 
 def test_calls_that_ask_for_logits_get_them():

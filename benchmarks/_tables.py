@@ -1,4 +1,4 @@
-"""Result files and what is written about them: conditions, numbers, tables."""
+"""Result files and what is written about them: machines, commands, numbers, tables."""
 
 import hashlib
 import json
@@ -48,18 +48,39 @@ def command_line(command: str) -> str:
     return " ".join([*launcher, f"{folder}/{name}", *words[script + 1 :]])
 
 
-def conditions(rows: list[dict], short: bool = False) -> str:
-    """GPU, versions, commit, date and command, in one sentence."""
+def days(rows: list[dict]) -> str:
+    """The days of the rows, the first to the last."""
+    found = sorted({date[:10] for date in values(rows, "date")})
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def versions(rows: list[dict]) -> str:
+    """GPU and versions."""
     parts = [", ".join(values(rows, "gpu"))]
     for field, label in (("torch", "torch"), ("triton", "Triton"), ("cuda", "CUDA"), ("python", "Python")):
         if found := values(rows, field):
             parts.append(f"{label} {', '.join(found)}")
-    dates = list(dict.fromkeys(date[:10] for date in values(rows, "date")))
-    parts += [f"commit {', '.join(values(rows, 'commit'))}", ", ".join(dates)]
-    if short:
-        return ", ".join(parts)
-    commands = [f"`{command}`" for command in dict.fromkeys(map(command_line, values(rows, "command")))]
-    return f"{', '.join(parts)}; command: {', '.join(commands)}."
+    return ", ".join(parts)
+
+
+def conditions(rows: list[dict]) -> str:
+    """GPU, versions, commits and days, for the small print of a figure."""
+    return f"{versions(rows)}, commit {', '.join(values(rows, 'commit'))}, {days(rows)}"
+
+
+def how_measured(rows: list[dict]) -> str:
+    """The end of a page: the command of every run under its commit and day, a block a machine."""
+    parts = ["## How it was measured"]
+    machines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        machines.setdefault(versions([row]), []).append(row)
+    for machine, found in machines.items():
+        commands: dict[str, dict[str, None]] = {}
+        for row in found:
+            commands.setdefault(run_of(row), {})[command_line(row["command"])] = None
+        blocks = ["\n".join([f"# commit {run}", *lines]) for run, lines in commands.items()]
+        parts += [f"{machine}:", "```bash\n" + "\n\n".join(blocks) + "\n```"]
+    return "\n\n".join(parts)
 
 
 def run_of(row: dict) -> str:

@@ -21,7 +21,19 @@ from _losses import draw_losses, losses_text
 from _models import draw_models, models_text
 from _several import draw_prefill, prefill_text
 from _steps import draw_steps, steps_text
-from _tables import FACTS, Result, conditions, length_name, load, run_of, table, values
+from _tables import (
+    FACTS,
+    Result,
+    conditions,
+    days,
+    how_measured,
+    length_name,
+    load,
+    run_of,
+    table,
+    values,
+    versions,
+)
 from _training import TRAINING
 from _words import COLUMNS, HIDDEN, SENTENCES, of_page
 
@@ -138,11 +150,12 @@ def spaced(name: str) -> str:
 
 
 def page(result: Result, text: str, has_figure: bool) -> str:
-    """One page: title, figure, tables, conditions."""
+    """One page: title, machine, figure, tables, commands."""
     title = spaced(result.name)
-    parts = [f"# {title[0].upper()}{title[1:]}", conditions(result.rows)]
+    machine = f"{versions(result.rows)}, {days(result.rows)}: [commits and commands](#how-it-was-measured)."
+    parts = [f"# {title[0].upper()}{title[1:]}", machine]
     parts += [f"![{result.name}](../images/{result.name}.png)"] if has_figure else []
-    return "\n\n".join([*parts, text]) + "\n"
+    return "\n\n".join([*parts, text, how_measured(result.rows)]) + "\n"
 
 
 # ---- figures
@@ -165,7 +178,7 @@ def new_figure(panels: int):
 def save(figure, path: Path, rows: list[dict], digest: str) -> None:
     """Writes the figure with its conditions below and its digest inside."""
     # About 20 letters of this size are an inch wide.
-    text = textwrap.fill(conditions(rows, short=True), int(20 * figure.get_figwidth()))
+    text = textwrap.fill(conditions(rows), int(20 * figure.get_figwidth()))
     figure.supxlabel(text, fontsize=6, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Description": digest, "Software": None})
 
@@ -307,15 +320,23 @@ def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
     if first is None:
         return {"headline": "", "benchmarks": "This checkout holds no measurements yet."}
     image = "![Time a token, peak memory and decoding bandwidth](docs/images/headline.png)"
-    lines = [f"- [{spaced(name)}](docs/benchmarks/{name}.md)" for name in results]
+    lines = "\n".join(f"- [{spaced(name)}](docs/benchmarks/{name}.md)" for name in results)
     if "generation" not in results:
-        return {"headline": f"{image}\n\n{conditions(first.rows)}", "benchmarks": "\n".join(lines)}
-    shape = model_shape(results["generation"].rows)
-    where = "the commands are on the [benchmark pages](docs/benchmarks/index.md)"
-    machine = conditions(first.rows, short=True)
-    caption = f"`generate()` on one GPU, {shape}, bf16, batch 1: {machine}; {where}."
-    text = [generation_text(results["generation"]), conditions(results["generation"].rows), "\n".join(lines)]
-    return {"headline": f"{image}\n\n{caption}", "benchmarks": "\n\n".join(text)}
+        return {"headline": f"{image}\n\n{machine_of(results, first.rows)}", "benchmarks": lines}
+    generation = results["generation"]
+    caption = f"`generate()` on one GPU, {model_shape(generation.rows)}, bf16, batch 1."
+    text = [generation_text(generation), machine_of(results, generation.rows), lines]
+    return {
+        "headline": f"{image}\n\n{caption} {machine_of(results, first.rows)}",
+        "benchmarks": "\n\n".join(text),
+    }
+
+
+def machine_of(results: dict[str, Result], rows: list[dict]) -> str:
+    """GPU, versions and days, and the pages that have the commits and commands of these rows."""
+    names = [name for name, result in results.items() if any(row in rows for row in result.rows)]
+    pages = " and ".join(f"[{spaced(name)}](docs/benchmarks/{name}.md#how-it-was-measured)" for name in names)
+    return f"{versions(rows)}, {days(rows)}; commits and commands: {pages}."
 
 
 def with_blocks(text: str, blocks: dict[str, str]) -> str:

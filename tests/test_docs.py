@@ -1,6 +1,7 @@
 """The documentation against the code: snippets run, links lead somewhere, tables name what is refused."""
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -176,6 +177,18 @@ def test_tables_and_figures_are_up_to_date():
     assert result.returncode == 0, result.stderr
 
 
+def test_every_row_is_traced_to_its_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("_tables")
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        page = (ROOT / f"docs/benchmarks/{path.stem}.md").read_text()
+        runs = dict.fromkeys(page.split("## How it was measured")[1].split("\n# commit ")[1:])
+        for row in tables.load(path).rows:
+            run, command = f"{row['commit']}, {row['date'][:10]}\n", tables.command_line(row["command"])
+            assert any(text.startswith(run) and f"\n{command}\n" in text for text in runs), row
+            assert tables.versions([row]) in page
+
+
 def write_results(root):
     results = root / "benchmarks" / "results"
     results.mkdir(parents=True)
@@ -216,7 +229,7 @@ def test_plot_sets_the_ring_beside_ours(tmp_path):
         "| 64K | 2 | `prepare_generation` | 2 | 9.5 | 2.5 | 21.5 | 0.75 | 2,048 | 260 | 700 |  | 2 |" in page
     )
     assert "| 128K | 2 | ring attention | out of memory |" in page
-    assert "`torchrun --nproc-per-node 2 benchmarks/bench_tree_prefill.py`" in page
+    assert "\ntorchrun --nproc-per-node 2 benchmarks/bench_tree_prefill.py\n" in page
     assert (tmp_path / "docs/images/tree_prefill.png").exists()
     page = (tmp_path / "docs/benchmarks/two_gpus_tp.md").read_text()
     assert (
@@ -235,13 +248,14 @@ def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     assert "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in page
     assert "| 8K | 1 | 0 | transformers, `sdpa` | out of memory |  | 5 |  |" in page
     assert '| 8K | 1 | 0 | `prepare_generation(cache_dtype="fp8")` | 0.5 | 6 | 5 | 16.5 |' in page
-    for fact in (
-        "A GPU",
-        "torch 2.11.0",
-        "2026-01-02",
-        "python benchmarks/bench_generation.py --lengths 8192",
-    ):
-        assert fact in page and fact in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    for fact in ("A GPU", "torch 2.11.0", "Triton 3.6.0", "CUDA 12.8", "Python 3.12.0", "2026-01-02"):
+        assert fact in page and fact in readme
+    assert "](docs/benchmarks/generation.md#how-it-was-measured)" in readme
+    command = "python benchmarks/bench_generation.py --lengths 8192"
+    assert page.split("## How it was measured")[1].splitlines()[4:] == [
+        "```bash", "# commit abc1234, 2026-01-02", command, "```"
+    ]  # fmt: skip
     assert "| T8 | 1.25 |" in (tmp_path / "docs/benchmarks/other.md").read_text()
     rows = json.loads((tmp_path / "benchmarks/results/generation.json").read_text())
     rows[0]["token_ms"] = 7.0

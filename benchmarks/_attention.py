@@ -2,6 +2,7 @@
 
 import re
 
+from _figures import OURS, THEIRS
 from _tables import Result, length_name, run_of, table
 
 DECODE_CASE = re.compile(r"(decode|sdpa)-(.+)-B(\d+)-S(\d+)")
@@ -17,8 +18,6 @@ BLOCKWISE_NAMES = {
     "triton": "Triton",
     "PlainTorch": "torch alone",
 }
-OURS, THEIRS = "#1f6fb4", "#d1622b"
-
 
 # ---- a decoding step
 
@@ -27,7 +26,8 @@ def decode_cases(result: Result) -> list[tuple[str, str, int, int, dict]]:
     """(ours or sdpa, kind, batch, keys, row) of every timed case of a step, by batch and keys."""
     found = [(DECODE_CASE.fullmatch(str(row.get("case"))), row) for row in result.rows if "us" in row]
     cases = [(m[1], m[2], int(m[3]), int(m[4]), row) for m, row in found if m]
-    kinds = list(dict.fromkeys(case[:2] for case in cases))
+    # Ours together, and what they are held against behind them.
+    kinds = sorted(dict.fromkeys(case[:2] for case in cases), key=lambda kind: kind[0] != "decode")
     return sorted(cases, key=lambda case: (*case[2:4], kinds.index(case[:2])))
 
 
@@ -39,7 +39,7 @@ def case_name(ours: str, kind: str) -> str:
 
 def decode_text(result: Result) -> str:
     """Time of one decoding step over a cache, and the share of the bandwidth."""
-    columns = ["case", "batch", "keys", "eager, us", "graph, us", "GB/s", "share of 3.35 TB/s"]
+    columns = ["case", "batch", "keys", "eager, µs", "graph, µs", "GB/s", "share of 3.35 TB/s"]
     rows = [
         [
             case_name(o, kind),
@@ -75,7 +75,7 @@ def draw_decode(result: Result, axes: list) -> None:
     colours = [OURS if case[0] == "decode" else THEIRS for case in shown]
     bars = axes[0].barh(names, [100 * case[4]["share"] for case in shown], color=colours)
     axes[0].bar_label(bars, fmt="%.0f %%", fontsize=7, padding=2)
-    axes[0].set(title=f"{length_name(keys)} keys: % of 3.35 TB/s", xlim=(0, 108))
+    axes[0].set(title=f"a step over {length_name(keys)} keys, % of 3.35 TB/s", xlim=(0, 108))
     axes[0].tick_params(axis="y", labelsize=7)
 
 

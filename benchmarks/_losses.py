@@ -1,10 +1,11 @@
 """Page and figure of bench_cross_entropy.py: the times of a loss beside their floor, and the checks."""
 
+from _figures import FLOOR, OURS, THEIRS
 from _tables import Result, table, values
 from _words import COLUMNS, SENTENCES
 
 NAMES = {"kernel": "`cross_entropy`", "torch": "torch, fp32", "liger": "Liger"}
-COLOURS = {"kernel": "#1f6fb4", "torch": "#d1622b", "liger": "#8a8f3c"}
+COLOURS = {"kernel": OURS, "torch": THEIRS, "liger": "#8a8f3c"}
 PLACES = {"none": "not taken", "apart": "apart", "in place": "over the logits"}
 TIMED = ("case", "peer", "gradient", "ms", "floor", "over_floor", "extra_mib")
 CHECKED = (
@@ -56,7 +57,7 @@ def draw_losses(result: Result, axes: list) -> None:
             )  # fmt: skip
         floors = {row["case"]: row["floor"] for row in mine}
         places = [cases.index(case) for case in floors]
-        axis.plot(floors.values(), places, "|", color="#555555", markersize=20, label="floor")
+        axis.plot(floors.values(), places, "|", color=FLOOR, markersize=20, label="floor")
         axis.set_yticks(range(len(cases)), [case_name(case) for case in cases])
         axis.set(xscale="log", xlim=(0.1, 30), ylim=(-0.5, len(cases) + 0.6), ylabel="rows × vocabulary")
         axis.set_title("loss alone, ms" if alone else "loss and gradient, ms")

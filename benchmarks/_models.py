@@ -6,6 +6,7 @@ section "generate"    `token_ms` and tokens a second of a peer, a prompt and a b
 rows with `check`     errors before anything was timed
 """
 
+from _figures import OURS, THEIRS, has_line, legend_below, set_lengths
 from _tables import Result, length_name, table, values
 
 TITLES = {
@@ -35,6 +36,7 @@ COLUMNS = {
     },
 }  # fmt: skip
 LENGTHS = ("tokens", "length", "prompt")
+COLOURS = {"lightning": OURS, "softmax": "#7fb0d8", "sdpa": THEIRS, "softmax-gqa": THEIRS}
 
 
 def timed(result: Result, section: str) -> list[dict]:
@@ -84,31 +86,37 @@ def models_text(result: Result) -> str:
 def draw_models(result: Result, axes: list) -> None:
     """Tokens a second of training by length, and milliseconds a token of `generate()` by prompt."""
     rows = timed(result, "training")
-    for shape in values(rows, "shape"):
+    for shape, style in zip(values(rows, "shape"), ("-", "--", ":"), strict=False):
         for peer in values(rows, "peer"):
             mine = [row for row in rows if (row["shape"], row["peer"]) == (shape, peer)]
-            draw_line(axes[0], mine, "length", "tokens_per_s", f"{shape}, {peer}")
+            draw_line(axes[0], mine, "length", "tokens_per_s", f"{shape}, {peer}", style)
     set_lengths(axes[0], [row["length"] for row in rows])
     axes[0].set(xlabel="length, tokens", title="training, tokens/s", ylim=(0, None))
-    rows = [row for row in timed(result, "generate") if row["batch"] == 1]
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
+    rows = one_row(result)
     for peer in values(rows, "peer"):
         draw_line(axes[1], [row for row in rows if row["peer"] == peer], "prompt", "token_ms", peer)
     set_lengths(axes[1], [row["prompt"] for row in rows])
     longest = max((row["token_ms"] for row in rows if "token_ms" in row), default=1.0)
     axes[1].set(xlabel="prompt, tokens", title="generate(), one row, ms a token", ylim=(0, 1.2 * longest))
     for axis in axes:
-        axis.legend(frameon=False, fontsize=6)
+        legend_below(axis)
 
 
-def set_lengths(axis, lengths: list[int]) -> None:
-    """The scale of lengths, with the measured ones named."""
-    found = sorted(set(lengths))
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(found, [length_name(length) for length in found])
+def one_row(result: Result) -> list[dict]:
+    """The rows of `generate()` with a batch of one."""
+    return [row for row in timed(result, "generate") if row["batch"] == 1]
 
 
-def draw_line(axis, rows: list[dict], across: str, field: str, label: str) -> None:
+def has_models(result: Result) -> bool:
+    """Whether a peer was timed at two lengths."""
+    steps = [row for row in timed(result, "training") if "tokens_per_s" in row]
+    return has_line(steps, "length", "shape", "peer") or has_line(one_row(result), "prompt", "peer")
+
+
+def draw_line(axis, rows: list[dict], across: str, field: str, label: str, style: str = "-") -> None:
     """One field against a length, where it was measured."""
     points = sorted((row[across], row[field]) for row in rows if field in row)
     if points:
-        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        colour = COLOURS.get(rows[0]["peer"])
+        axis.plot(*zip(*points, strict=True), marker="o", label=label, color=colour, linestyle=style)

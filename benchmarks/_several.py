@@ -1,5 +1,6 @@
 """The page of `bench_tree_prefill.py`: a prompt and tokens over several GPUs, ours and the ring's."""
 
+from _figures import OURS, THEIRS, has_line, legend_below, set_lengths
 from _tables import Result, length_name, table, values
 
 FORMS = {
@@ -7,7 +8,7 @@ FORMS = {
     "tree-eager": "`prepare_generation(cuda_graph=False)`",
     "ring": "ring attention",
 }
-COLOURS = {"tree": "#1f6fb4", "tree-eager": "#7fb0d8", "ring": "#d1622b"}
+COLOURS = {"tree": OURS, "tree-eager": "#7fb0d8", "ring": THEIRS}
 COLUMNS = {
     "first_token_s": "first token, s",
     "token_ms": "a token, ms",
@@ -56,6 +57,11 @@ def prefill_text(result: Result) -> str:
     )
 
 
+def has_prefill(result: Result) -> bool:
+    """Whether a form read two lengths."""
+    return has_line([row for row in result.rows if "total_s" in row], "prompt", "peer", "ranks")
+
+
 def draw_prefill(result: Result, axes: list) -> None:
     """Seconds in all, and time a token, against the prompt."""
     for axis, field, title in zip(
@@ -66,8 +72,6 @@ def draw_prefill(result: Result, axes: list) -> None:
             if points:
                 label = FORMS.get(peer, peer).replace("`", "")
                 axis.plot(*zip(*points, strict=True), marker="o", label=label, color=COLOURS.get(peer))
-        lengths = sorted({row["prompt"] for row in result.rows})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [length_name(length) for length in lengths])
+        set_lengths(axis, [row["prompt"] for row in result.rows])
         axis.set(xlabel="prompt, tokens", title=title, ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=7)
+    legend_below(axes[0])

@@ -6,6 +6,7 @@ rows with `times_one_gpu`        several GPUs beside one, in the same run
 rows with `check`                errors of gradients before anything was timed
 """
 
+from _figures import FLOOR, OURS, THEIRS, has_line, legend_below, set_lengths
 from _tables import Result, length_name, number, table
 
 PEERS = {
@@ -22,6 +23,7 @@ PEERS = {
     "liger-tiled": "Liger, tiled MLP, checkpointing",
     "liger-tiled-offload": "Liger, tiled MLP, checkpoints offloaded",
 }
+COLOURS = {"ours": OURS, "ours-lean": "#7fb0d8", "sdpa": THEIRS, "liger": "#8a8f3c"}
 MODELS = {"1b": ("Llama-3.2-1B", 16), "8b": ("Llama-3.1-8B", 32)}
 COLUMNS = {
     "tokens_per_s": "tokens/s",
@@ -122,9 +124,8 @@ def first_steps(rows: list[dict]) -> bool:
     return any("--repeats 0" in row.get("command", "") for row in rows)
 
 
-def steps_text(result: Result) -> str:
-    """Speed, memory and what follows from it."""
-    rows = result.rows
+def steps_parts(rows: list[dict]) -> list[str]:
+    """A table of steps, and what its columns are."""
     parts = [
         "Forward and backward, random weights, bf16, batch 1, no optimizer. The floor is the time of the "
         "operations without recomputation at 989 TFLOP/s a GPU. Host memory is what a prepared model pins.",
@@ -134,39 +135,69 @@ def steps_text(result: Result) -> str:
         parts.insert(
             1, "Steps of `--repeats 0` are the first: kernels are compiled and memory pinned in them."
         )
-    if memory := pairs(rows):
-        parts += [
-            "GPU memory a token beyond weights and gradients, by the peaks at two lengths; its floor is one "
-            "gradient, keys and values, and their fp32 gradients. What the GPU holds follows from the line "
-            "through both peaks, host memory given; the memory of `eager` grows faster than its line.",
-            memory_table(memory),
-        ]
-    if compared := [row for row in rows if "times_one_gpu" in row]:
-        lines = [
-            [
-                peer_name(r),
-                r["ranks"],
-                count_name(r["tokens"]),
-                r["times_one_gpu"],
-                r.get("activations_of_one_gpu"),
-            ]
-            for r in compared
-        ]
-        columns = [
-            "set up by",
-            "GPUs",
-            "tokens",
-            "times as fast as one",
-            "activations a GPU, of those of one",
-        ]
-        parts += ["Several GPUs beside one, in the same run:", table(columns, lines)]
+    return parts
+
+
+def memory_parts(rows: list[dict]) -> list[str]:
+    """Memory a token, and what follows from it."""
+    memory = pairs(rows)
+    if not memory:
+        return []
+    return [
+        "GPU memory a token beyond weights and gradients, by the peaks at two lengths; its floor is one "
+        "gradient, keys and values, and their fp32 gradients. What the GPU holds follows from the line "
+        "through both peaks, host memory given; the memory of `eager` grows faster than its line.",
+        memory_table(memory),
+    ]
+
+
+def several_parts(rows: list[dict]) -> list[str]:
+    """Several GPUs beside one."""
+    compared = [row for row in rows if "times_one_gpu" in row]
+    if not compared:
+        return []
+    fields = ("times_one_gpu", "activations_of_one_gpu")
+    lines = [
+        [peer_name(r), r["ranks"], count_name(r["tokens"]), *(r.get(field) for field in fields)]
+        for r in compared
+    ]
+    columns = ["set up by", "GPUs", "tokens", "times as fast as one", "activations a GPU, of those of one"]
+    return ["Several GPUs beside one, in the same run:", table(columns, lines)]
+
+
+def check_parts(rows: list[dict]) -> list[str]:
+    """Errors of gradients, from before anything was timed."""
+    parts = []
     for row in rows:
         if "check" in row:
             errors = ", ".join(
                 f"{name} {number(row[name])}" for name in row if name.startswith(("sdpa", "ours"))
             )
             parts.append(f"Relative errors of {row['check']} against fp32: {errors}.")
+    return parts
+
+
+def steps_text(result: Result) -> str:
+    """Speed, memory and what follows from it."""
+    rows = result.rows
+    parts = [*steps_parts(rows), *memory_parts(rows), *several_parts(rows), *check_parts(rows)]
     return "\n\n".join(parts)
+
+
+def memory_text(result: Result) -> str:
+    """Memory first: these steps were taken for it."""
+    rows = result.rows
+    parts = [*memory_parts(rows), *steps_parts(rows), *several_parts(rows), *check_parts(rows)]
+    return "\n\n".join(parts)
+
+
+# ---- figures
+
+
+def has_steps(result: Result) -> bool:
+    """Whether a peer took steps of two lengths."""
+    rows = [row for row in result.rows if "step_s" in row]
+    return has_line(rows, "tokens", "shape", "layers", "lora", "peer", "ranks")
 
 
 def draw_steps(result: Result, axes: list) -> None:
@@ -181,12 +212,15 @@ def draw_steps(result: Result, axes: list) -> None:
             mine = [r for r in rows if (model_name(r), r["peer"], r.get("ranks", 1)) == setting]
             points = sorted((row["tokens"], row[field]) for row in mine if field in row)
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=label(settings, setting))
-        lengths = sorted({row["tokens"] for row in rows})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [count_name(length) for length in lengths])
+                # A second model or number of GPUs takes the colours that come next.
+                colour = COLOURS.get(setting[1]) if setting[::2] == settings[0][::2] else None
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", label=label(settings, setting), color=colour
+                )
+        set_lengths(axis, [row["tokens"] for row in rows])
         axis.set(xlabel="tokens", title=title, ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=6)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+    legend_below(axes[0], columns=1)
 
 
 def label(settings: list[tuple], setting: tuple) -> str:
@@ -198,3 +232,41 @@ def label(settings: list[tuple], setting: tuple) -> str:
     if len({other[2] for other in settings}) > 1:
         parts.append(f"{ranks} GPU" + ("s" if ranks > 1 else ""))
     return ", ".join(parts)
+
+
+def held(result: Result) -> list[dict]:
+    """The rows that say how long a sequence a GPU holds, those of the first model, the longest first."""
+    rows = [row for row in pairs(result.rows) if "fits" in row]
+    return sorted((r for r in rows if model_name(r) == model_name(rows[0])), key=lambda row: -row["fits"])
+
+
+def has_memory(result: Result) -> bool:
+    """Whether there are two bars to compare."""
+    return len(held(result)) > 1
+
+
+def draw_memory(result: Result, axes: list) -> None:
+    """The longest sequence a GPU holds, and its memory a token beside the floor, a bar a peer."""
+    rows = held(result)[::-1]
+    names = [PEERS.get(row["peer"], row["peer"]).replace("`", "").replace("(", "(\n") for row in rows]
+    colours = [OURS if row["peer"].startswith("ours") else THEIRS for row in rows]
+    titles = (f"{model_name(rows[0])}: longest sequence, tokens", "memory a token, KiB")
+    for axis, field, title in zip(axes, ("fits", "slope_kib_per_token"), titles, strict=True):
+        sizes = [row[field] for row in rows]
+        bars = axis.barh(names, sizes, color=colours, height=0.6)
+        axis.bar_label(bars, [count_label(size) for size in sizes], fontsize=8, padding=3)
+        # A bar begins a decade below the shortest of them, and its number needs room behind the longest.
+        axis.set(xscale="log", title=title, xlim=(min(sizes) / 10, 15 * max(sizes)), xlabel="log scale")
+        axis.minorticks_off()
+    axes[1].tick_params(labelleft=False)
+    for floor in {row["floor_kib_per_token"] for row in rows if "floor_kib_per_token" in row}:
+        axes[1].axvline(floor, linestyle="--", color=FLOOR)
+        axes[1].text(
+            floor, 1.0, f" floor: {floor:g}", transform=axes[1].get_xaxis_transform(), va="top", fontsize=8,
+            color=FLOOR,
+        )  # fmt: skip
+
+
+def count_label(value: float) -> str:
+    """A whole number with its thousands apart, or one digit behind the point of a small one."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -8,6 +8,7 @@ section "position"  held-out loss of the tokens between two positions, before an
 
 from collections.abc import Callable
 
+from _figures import FLOOR, has_line, legend_below, set_lengths
 from _tables import Result, length_name, table, values
 
 COLUMNS = {
@@ -94,11 +95,9 @@ def draw_positions(result: Result, axis) -> None:
             points = [(row["stop"], row[kind]) for row in rows if row[kind] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=f"{run}, {kind}")
-    stops = sorted({row["stop"] for row in result.where(section="position").rows})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(stops, [length_name(stop) for stop in stops])
+    set_lengths(axis, [row["stop"] for row in result.where(section="position").rows])
     axis.set(xlabel="position in the piece, tokens, up to", title="held-out loss, nats a token")
-    axis.legend(frameon=False, fontsize=7)
+    legend_below(axis)
 
 
 def exact(field: str, value):
@@ -123,7 +122,7 @@ def draw_losses(result: Result, axis) -> None:
     # Before training a random model is far above all the others.
     finals = [row["loss"] for row in result.where(section="result").rows]
     axis.set(xlabel="tokens, millions", title="held-out loss", ylim=(min(finals) - 0.1, max(finals) + 1.5))
-    axis.legend(frameon=False, fontsize=7)
+    legend_below(axis)
 
 
 def draw_passkeys(result: Result, axis) -> None:
@@ -131,13 +130,11 @@ def draw_passkeys(result: Result, axis) -> None:
     keys = result.where(section="passkey").rows
     source = sorted({(row["length"], 100 * row["source"]) for row in keys})
     if source:
-        axis.plot(*zip(*source, strict=True), "--", color="#555555", label="the source")
+        axis.plot(*zip(*source, strict=True), "--", color=FLOOR, label="the source")
     for run in values(keys, "run"):
         points = sorted((r["length"], 100 * r["accuracy"]) for r in keys if r["run"] == run)
         axis.plot(*zip(*points, strict=True), marker="o", label=run)
-    lengths = sorted({row["length"] for row in keys})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [length_name(length) for length in lengths])
+    set_lengths(axis, [row["length"] for row in keys])
     axis.set(xlabel="prompt, tokens", title="passkeys found, %", ylim=(-3, 103))
 
 
@@ -169,10 +166,10 @@ def draw_pareto(result: Result, axis) -> None:
             for point in zip(names, speeds, losses, strict=True):
                 axis.annotate(point[0], point[1:], fontsize=6, xytext=(3, 3), textcoords="offset points")
     if runs:
-        axis.plot(*zip(*front(runs), strict=True), "--", color="#555555", linewidth=0.8, label="best of all")
+        axis.plot(*zip(*front(runs), strict=True), "--", color=FLOOR, linewidth=0.8, label="best of all")
     axis.set_xscale("log")
     axis.set(xlabel="generated tokens/s", title="held-out loss against speed")
-    axis.legend(frameon=False, fontsize=7)
+    legend_below(axis)
 
 
 def panels(*parts: Callable) -> Callable[[Result, list], None]:
@@ -185,10 +182,16 @@ def panels(*parts: Callable) -> Callable[[Result, list], None]:
     return draw
 
 
-# Text, figure, how many panels it has, and a field of every row with a loss, by the name of the recipe.
+def has_curves(result: Result) -> bool:
+    """Whether a run was looked at more than once, at a number of tokens, a length or a position."""
+    ways = {"curve": "tokens", "passkey": "length", "position": "stop"}
+    return any(has_line(result.where(section=name).rows, across, "run") for name, across in ways.items())
+
+
+# Text, figure, how many panels it has, a field of every row with a loss, and whether there is a figure.
 TRAINING = {
-    "linearize": (training_text, panels(draw_losses, draw_passkeys), 2, "loss"),
-    "pretrain_lightning": (training_text, panels(draw_losses), 1, "loss"),
-    "finetune_long": (position_text, panels(draw_positions), 1, "after"),
-    "uptrain_block_transformer": (training_text, panels(draw_losses, draw_pareto), 2, "loss"),
+    "linearize": (training_text, panels(draw_losses, draw_passkeys), 2, "loss", has_curves),
+    "pretrain_lightning": (training_text, panels(draw_losses), 1, "loss", has_curves),
+    "finetune_long": (position_text, panels(draw_positions), 1, "after", has_curves),
+    "uptrain_block_transformer": (training_text, panels(draw_losses, draw_pareto), 2, "loss", has_curves),
 }

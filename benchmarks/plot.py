@@ -11,25 +11,24 @@ drawing it again.
 import argparse
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from _attention import blockwise_text, decode_text, draw_blockwise, draw_decode
+from _figures import new_figure, save
+from _generation import draw_generation, generation_text, has_generation, model_shape
 from _losses import draw_losses, losses_text
-from _models import draw_models, models_text
-from _several import draw_prefill, prefill_text
-from _steps import draw_steps, steps_text
+from _models import draw_models, has_models, models_text
+from _several import draw_prefill, has_prefill, prefill_text
+from _steps import draw_memory, draw_steps, has_memory, has_steps, memory_text, steps_text
 from _tables import (
     FACTS,
     Result,
-    conditions,
     days,
     how_measured,
-    length_name,
     load,
-    run_of,
     table,
     values,
     versions,
@@ -37,94 +36,7 @@ from _tables import (
 from _training import TRAINING
 from _words import COLUMNS, HIDDEN, SENTENCES, of_page
 
-PEERS = {
-    "prepared": "`prepare_generation`",
-    "prepared-int8": '`prepare_generation(cache_dtype="int8")`',
-    "prepared-fp8": '`prepare_generation(cache_dtype="fp8")`',
-    "eager-prepared": "`prepare_generation(cuda_graph=False)`",
-    "sdpa": "transformers, `sdpa`",
-    "sdpa-static": "transformers, `sdpa`, static cache",
-    "prepared-tp": "`prepare_generation`, weights and heads divided",
-    "eager-prepared-tp": "`prepare_generation(cuda_graph=False)`, weights and heads divided",
-    "sdpa-tp": 'transformers, `sdpa`, `tp_plan="auto"`',
-    "sdpa-device-map": 'transformers, `sdpa`, `device_map="auto"`',
-}
-COLOURS = {
-    "prepared": "#1f6fb4", "eager-prepared": "#7fb0d8", "sdpa": "#d1622b", "sdpa-static": "#e8b18f",
-    "prepared-int8": "#2a9d6f", "prepared-fp8": "#7a4fa3",
-}  # fmt: skip
-SEVERAL = " Several GPUs share a prompt: floor and peak are those of one of them, with its share."
-
-
 # ---- pages
-
-
-def generation_text(result: Result) -> str:
-    """Time to the first token, time a token and peak memory of `generate()`."""
-    columns = [
-        "prompt",
-        "batch",
-        "padding",
-        "set up by",
-        "first token, s",
-        "a token, ms",
-        "floor, ms",
-        "peak, GiB",
-        "run",
-    ]
-    several = any(num_gpus(row) > 1 for row in result.rows)
-    columns += ["GPUs"] if several else []
-    rows = []
-    for row in result.rows:
-        cells = [
-            length_name(row["prompt"]),
-            row["batch"],
-            row.get("pad", 0),
-            PEERS.get(row["peer"], row["peer"]),
-        ]
-        if "error" in row:
-            measured = ["out of memory", "", row["floor_ms"], ""]
-        else:
-            measured = [row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]]
-        rows.append([*cells, *measured, run_of(row), *([num_gpus(row)] if several else [])])
-    return "\n\n".join(
-        [
-            f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
-            "K is 1024 tokens. The floor is the time to move weights and cache once at the copy rate "
-            "measured in the same run." + (SEVERAL if several else ""),
-            table(columns, rows),
-            agreement(result.rows),
-        ]
-    ).rstrip()
-
-
-def num_gpus(row: dict) -> int:
-    """GPUs that share a prompt: one a process, or all those of a single one."""
-    return row.get("ranks", row.get("gpus", 1))
-
-
-def model_shape(rows: list[dict]) -> str:
-    """The model of the generation benchmark, in words."""
-    layers = ", ".join(values(rows, "layers"))
-    return "the shape of Llama-3.1-8B" + ("" if layers == "32" else f" with {layers} layers")
-
-
-def agreement(rows: list[dict]) -> str:
-    """How many runs gave the tokens of the first peer that ran the same prompt."""
-    firsts, compared = set(), []
-    for row in rows:
-        # Rows of one run share its date.
-        prompt = row["date"], row["prompt"], *setting(row)
-        if prompt in firsts and "same_tokens_as_first_peer" in row:
-            compared.append(row["same_tokens_as_first_peer"])
-        if "error" not in row:
-            firsts.add(prompt)
-    if not compared:
-        return ""
-    return (
-        f"Runs whose greedy tokens equal those of the first peer on the same prompt: {sum(compared)} of "
-        f"{len(compared)}. In bf16 a tie between two logits may fall either way."
-    )
 
 
 def plain_text(result: Result) -> str:
@@ -158,83 +70,12 @@ def page(result: Result, text: str, has_figure: bool) -> str:
     return "\n\n".join([*parts, text, how_measured(result.rows)]) + "\n"
 
 
-# ---- figures
+# ---- kinds
 
 
-def new_figure(panels: int):
-    """A figure with panels side by side; matplotlib is imported only where something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(4.6 * panels, 3.6), squeeze=False, layout="constrained"
-    )
-    return figure, list(axes[0])
-
-
-def save(figure, path: Path, rows: list[dict], digest: str) -> None:
-    """Writes the figure with its conditions below and its digest inside."""
-    # About 20 letters of this size are an inch wide.
-    text = textwrap.fill(conditions(rows), int(20 * figure.get_figwidth()))
-    figure.supxlabel(text, fontsize=6, color="#555555")
-    figure.savefig(path, dpi=150, metadata={"Description": digest, "Software": None})
-
-
-def one_setting(result: Result) -> list[dict]:
-    """The rows of batch 1 without padding, or of whatever single setting there is."""
-    rows = [row for row in result.rows if row["batch"] == 1 and not row.get("pad")]
-    return rows or [r for r in result.rows if (r["batch"], r.get("pad")) == setting(result.rows[0])]
-
-
-def setting(row: dict) -> tuple:
-    """What a line of the figure keeps fixed: the batch and the padding."""
-    return row["batch"], row.get("pad")
-
-
-def draw_lines(axis, rows: list[dict], field: str, title: str) -> None:
-    """One field against the prompt length, a line a peer; runs out of memory are crosses at the top."""
-    for peer in values(rows, "peer"):
-        mine = [row for row in rows if row["peer"] == peer]
-        good = sorted((row["prompt"], row[field]) for row in mine if field in row)
-        colour = COLOURS.get(peer)
-        lengths, heights = zip(*good, strict=True) if good else ((), ())
-        label = PEERS.get(peer, peer).replace("`", "")
-        axis.plot(lengths, heights, marker="o", label=label, color=colour)
-        for row in mine:
-            if "error" in row:
-                axis.plot(row["prompt"], 0.97, "x", color=colour, transform=axis.get_xaxis_transform())
-                axis.annotate(
-                    "out of memory", (row["prompt"], 0.93), xycoords=axis.get_xaxis_transform(),
-                    ha="right", va="top", fontsize=7, color=colour,
-                )  # fmt: skip
-    lengths = sorted({row["prompt"] for row in rows})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [length_name(length) for length in lengths])
-    axis.set(xlabel="prompt, tokens", title=title, ylim=(0, None))
-
-
-def draw_generation(result: Result, axes: list) -> None:
-    """Time a token beside its floor, and peak memory."""
-    rows = one_setting(result)
-    draw_lines(axes[0], rows, "token_ms", "time a token, ms")
-    draw_floors(axes[0], rows)
-    axes[0].set_ylim(0, 1.15 * axes[0].get_ylim()[1])
-    axes[0].legend(frameon=False, fontsize=7)
-    draw_lines(axes[1], rows, "peak_gib", "peak memory, GiB")
-
-
-def draw_floors(axis, rows: list[dict]) -> None:
-    """The floor of each kind of cache, a bar where there is but one length of it."""
-    label: str | None = "floor: bytes over copy rate"
-    for bits in dict.fromkeys(row["peer"].endswith(("int8", "fp8")) for row in rows):
-        mine = [row for row in rows if row["peer"].endswith(("int8", "fp8")) == bits]
-        floor = sorted({(row["prompt"], row["floor_ms"]) for row in mine})
-        line = {"linestyle": "--"} if floor[1:] else {"marker": "_", "markersize": 14, "linestyle": ""}
-        axis.plot(*zip(*floor, strict=True), color="#555555", label=label, zorder=3, **line)
-        label = None
+def always(result: Result) -> bool:
+    """Bars and marks need no second length."""
+    return bool(result.rows)
 
 
 @dataclass(frozen=True)
@@ -246,28 +87,37 @@ class Kind:
     panels: int = 1
     # A field of every timed row: a file without one holds checks alone.
     timed: str = ""
+    # Whether there is something to draw.
+    has_figure: Callable[[Result], bool] = always
 
 
 KINDS = {
-    "generation": Kind(generation_text, draw_generation, 2, "floor_ms"),
+    "generation": Kind(generation_text, draw_generation, 2, "floor_ms", has_generation),
     "decode_attention": Kind(decode_text, draw_decode, 1, "us"),
     "blockwise_attention": Kind(blockwise_text, draw_blockwise, 2, "forward_ms"),
     "two_gpus": Kind(generation_text, None, 1, "floor_ms"),
-    "tree_prefill": Kind(prefill_text, draw_prefill, 2, "tflop_a_rank"),
-    "training": Kind(steps_text, draw_steps, 2, "step_s"),
-    "lightning_models": Kind(models_text, draw_models, 2, "peer"),
+    "tree_prefill": Kind(prefill_text, draw_prefill, 2, "tflop_a_rank", has_prefill),
+    "training": Kind(steps_text, draw_steps, 2, "step_s", has_steps),
+    "training_memory": Kind(memory_text, draw_memory, 2, "fits", has_memory),
+    "lightning_models": Kind(models_text, draw_models, 2, "peer", has_models),
     "cross_entropy": Kind(losses_text, draw_losses, 2, "over_floor"),
     **{name: Kind(*kind) for name, kind in TRAINING.items()},
 }
 
 
 def kind_of(result: Result) -> Kind:
-    """The kind of a result file, by its name: "generation_b8" is one of generation; sweeps have no figure."""
+    """The kind of a result file, by the beginning of its name: a sweep shows its rows as they are."""
     if not result.name.endswith("_tune"):
-        for name, kind in KINDS.items():
-            if result.name.startswith(name) and any(kind.timed in row for row in result.rows):
-                return kind
+        for name in sorted(KINDS, key=len, reverse=True):
+            if result.name.startswith(name) and any(KINDS[name].timed in row for row in result.rows):
+                return KINDS[name]
     return Kind(plain_text)
+
+
+def drawn(result: Result) -> Callable[[Result, list], None] | None:
+    """What draws the figure of a result file, where there is one to draw."""
+    kind = kind_of(result)
+    return kind.draw if kind.draw is not None and kind.has_figure(result) else None
 
 
 # ---- the whole
@@ -290,27 +140,25 @@ class Figure:
 
 def headline(results: dict[str, Result]) -> Figure | None:
     """Time a token, memory and decoding bandwidth in one figure, from what there is."""
-    found = [(results[n], kind_of(results[n])) for n in ("generation", "decode_attention") if n in results]
-    parts = [(result, kind) for result, kind in found if kind.draw is not None]
+    parts = [results[n] for n in ("generation", "decode_attention") if n in results and drawn(results[n])]
     if not parts:
         return None
 
     def draw(axes: list) -> None:
-        for result, kind in parts:
-            kind.draw(result, [axes.pop(0) for _ in range(kind.panels)])
+        for result in parts:
+            kind_of(result).draw(result, [axes.pop(0) for _ in range(kind_of(result).panels)])
 
-    rows = [row for result, _ in parts for row in result.rows]
-    return Figure("headline", draw, sum(kind.panels for _, kind in parts), rows)
+    rows = [row for result in parts for row in result.rows]
+    return Figure("headline", draw, sum(kind_of(result).panels for result in parts), rows)
 
 
 def figures(results: dict[str, Result]) -> list[Figure]:
     """Every image there should be."""
     found = [headline(results)]
     for result in results.values():
-        kind = kind_of(result)
-        if kind.draw is not None:
-            draw = lambda axes, r=result, k=kind: k.draw(r, axes)  # noqa: E731
-            found.append(Figure(result.name, draw, kind.panels, result.rows))
+        if drawn(result):
+            draw = partial(drawn(result), result)
+            found.append(Figure(result.name, draw, kind_of(result).panels, result.rows))
     return [figure for figure in found if figure is not None]
 
 
@@ -362,8 +210,7 @@ def texts(root: Path, results: dict[str, Result]) -> dict[Path, str]:
     )
     found = {folder / "index.md": intro + "\n".join(lines) + "\n"}
     for name, result in results.items():
-        kind = kind_of(result)
-        found[folder / f"{name}.md"] = page(result, kind.text(result), kind.draw is not None)
+        found[folder / f"{name}.md"] = page(result, kind_of(result).text(result), bool(drawn(result)))
     found[readme] = with_blocks(readme.read_text(), readme_blocks(results))
     return found
 

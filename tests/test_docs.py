@@ -197,6 +197,14 @@ def write_results(root):
         {"peer": "prepared", **shape, "first_token_s": 0.25, "token_ms": 6.5, "peak_gib": 17.125},
         {"peer": "sdpa", **shape, "error": "CUDA out of memory"},
         {"peer": "prepared-fp8", **shape, "first_token_s": 0.5, "token_ms": 6.0, "peak_gib": 16.5},
+        {
+            "peer": "prepared",
+            **shape,
+            "prompt": 32768,
+            "first_token_s": 1.5,
+            "token_ms": 7.5,
+            "peak_gib": 20.5,
+        },
     ]
     rows[0]["same_tokens_as_first_peer"] = True
     facts = {**FACTS, "command": "bench_generation.py --lengths 8192"}
@@ -214,6 +222,7 @@ def test_plot_sets_the_ring_beside_ours(tmp_path):
     measured |= {"prompt_received_mib": 2048.0, "token_received_kib": 260.0}
     rows = [
         {"peer": "tree", **shape, **measured, "total_s": 2.5},
+        {"peer": "tree", **shape, **measured, "prompt": 262144, "total_s": 9.5},
         {"peer": "ring", **shape, **measured, "total_s": 5.0},
         {"peer": "ring", **shape, "prompt": 131072, "error": "CUDA out of memory"},
     ]
@@ -268,3 +277,29 @@ def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     assert plot(tmp_path).returncode == 0
     assert plot(tmp_path, "--check").returncode == 0
     assert not (tmp_path / "docs/benchmarks/other.md").exists()
+
+
+def test_lone_points_are_no_figure(tmp_path):
+    write_results(tmp_path)
+    assert plot(tmp_path).returncode == 0
+    page, images = tmp_path / "docs/benchmarks/generation.md", tmp_path / "docs/images"
+    assert "![generation](../images/generation.png)" in page.read_text()
+    assert {path.name for path in images.iterdir()} == {"generation.png", "headline.png"}
+    path = tmp_path / "benchmarks/results/generation.json"
+    rows = [row for row in json.loads(path.read_text()) if row["prompt"] == 8192]
+    path.write_text(json.dumps(rows))
+    assert plot(tmp_path).returncode == 0
+    assert not list(images.iterdir()) and "![" not in page.read_text()
+    assert "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in page.read_text()
+    assert plot(tmp_path, "--check").returncode == 0
+
+
+def test_names_of_lengths_do_not_overlap(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    named = importlib.import_module("_figures").named
+    lengths = [1024 * n for n in (2, 4, 16, 32, 64, 128, 400, 704, 2048)]
+    assert named(lengths) == [length for length in lengths if length != 400 * 1024]
+    assert named([4096]) == [4096]
+    for first in (1, 3, 10):
+        found = named(list(range(first, 100)))
+        assert found[-1] == 99 and 5 <= len(found) <= 11

@@ -137,6 +137,32 @@ def test_the_page_says_what_the_rows_say(bench):
         assert line in text, text
 
 
+def test_the_figure_of_memory_has_a_bar_a_peer_of_one_model(bench):
+    steps, tables = importlib.import_module("_steps"), importlib.import_module("_tables")
+    shape = {"shape": "1b", "layers": 16}
+    slope = {"between": "1-2", "floor_kib_per_token": 10.0}
+    rows = []
+    for peer, fits, size in (
+        ("eager", 4710, 21743.4),
+        ("sdpa", 48801, 1583.3),
+        ("ours-lean", 7266806, 10.26),
+    ):
+        rows += [{**shape, "peer": peer, **slope, "slope_kib_per_token": size}]
+        rows += [{**shape, "peer": peer, "fits": fits}]
+    other = {"shape": "8b", "layers": 32, "peer": "sdpa"}
+    rows += [{**other, **slope, "slope_kib_per_token": 99.0}, {**other, "fits": 1 << 20}]
+    result = tables.Result("training_memory", rows)
+    assert steps.has_memory(result) and not steps.has_memory(tables.Result("training_memory", rows[:2]))
+    figures = importlib.import_module("_figures")
+    figure, axes = figures.new_figure(2)
+    steps.draw_memory(result, axes)
+    for axis, sizes in zip(axes, ([4710, 48801, 7266806], [21743.4, 1583.3, 10.26]), strict=True):
+        assert axis.get_xscale() == "log" and [bar.get_width() for bar in axis.patches] == sizes
+        assert all(axis.get_xlim()[0] < size < axis.get_xlim()[1] for size in sizes)
+    assert [text.get_text() for text in axes[0].texts] == ["4,710", "48,801", "7,266,806"]
+    assert [line.get_xdata()[0] for line in axes[1].lines] == [10.0]
+
+
 def rows_of(command, folder, name):
     variables = os.environ | {"OUT": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)

@@ -1,7 +1,7 @@
 """Page and figure of bench_generation.py: one long prompt through `generate()`, beside transformers."""
 
 from _figures import FLOOR, OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, length_name, run_of, table, values
+from _tables import Result, failure, length_name, run_of, table, values
 
 PEERS = {
     "prepared": "`prepare_generation`",
@@ -20,45 +20,55 @@ COLOURS = {
     "prepared-int8": "#2a9d6f", "prepared-fp8": "#7a4fa3",
 }  # fmt: skip
 SEVERAL = " Several GPUs share a prompt: floor and peak are those of one of them, with its share."
+PADDING = " Padding is the number of pads in front of the first row."
+MEASURED = ("first_token_s", "token_ms", "floor_ms", "peak_gib")
 
 
 def generation_text(result: Result) -> str:
     """Time to the first token, time a token and peak memory of `generate()`."""
-    columns = [
-        "prompt",
-        "batch",
-        "padding",
-        "set up by",
-        "first token, s",
-        "a token, ms",
-        "floor, ms",
-        "peak, GiB",
-        "run",
-    ]
     several = any(num_gpus(row) > 1 for row in result.rows)
-    columns += ["GPUs"] if several else []
-    rows = []
-    for row in result.rows:
-        cells = [
+    rows = sorted(result.rows, key=lambda row: (row["batch"], row.get("pad", 0), row["prompt"]))
+    columns = ["prompt", "batch", "padding", *(["GPUs"] if several else []), "set up by"]
+    columns += ["first token, s", "a token, ms", "floor, ms", "peak, GiB", "run"]
+    lines = [
+        [
             length_name(row["prompt"]),
             row["batch"],
             row.get("pad", 0),
+            *([num_gpus(row)] if several else []),
             PEERS.get(row["peer"], row["peer"]),
+            *measured(row),
+            run_of(row),
         ]
-        if "error" in row:
-            measured = ["out of memory", "", row["floor_ms"], ""]
-        else:
-            measured = [row["first_token_s"], row["token_ms"], row["floor_ms"], row["peak_gib"]]
-        rows.append([*cells, *measured, run_of(row), *([num_gpus(row)] if several else [])])
-    return "\n\n".join(
-        [
-            f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
-            "K is 1024 tokens. The floor is the time to move weights and cache once at the copy rate "
-            "measured in the same run." + (SEVERAL if several else ""),
-            table(columns, rows),
-            agreement(result.rows),
-        ]
-    ).rstrip()
+        for row in rows
+    ]
+    intro = introduction(result) + PADDING + (SEVERAL if several else "")
+    return "\n\n".join([intro, table(columns, lines), agreement(result.rows)]).rstrip()
+
+
+def short_text(result: Result, folder: str) -> str:
+    """The rows of the figure alone; pages are linked to in this folder."""
+    columns = ["prompt", "set up by", "first token, s", "a token, ms", "floor, ms", "peak, GiB"]
+    rows = sorted(one_setting(result), key=lambda row: row["prompt"])
+    lines = [
+        [length_name(row["prompt"]), PEERS.get(row["peer"], row["peer"]), *measured(row)] for row in rows
+    ]
+    parts = [introduction(result), table(columns, lines), agreement(result.rows, folder)]
+    return "\n\n".join(parts).rstrip()
+
+
+def introduction(result: Result) -> str:
+    """What was run, and what the floor is."""
+    return (
+        f"`generate()` with one long prompt, {model_shape(result.rows)}, random weights, bf16, greedy. "
+        "K is 1024 tokens. The floor is the time to move weights and cache once at the copy rate "
+        "measured in the same run."
+    )
+
+
+def measured(row: dict) -> list:
+    """The numbers of a row; what went wrong stands in the place of the first."""
+    return [failure(row) if "error" in row else row["first_token_s"], *(row.get(f) for f in MEASURED[1:])]
 
 
 def num_gpus(row: dict) -> int:
@@ -72,21 +82,29 @@ def model_shape(rows: list[dict]) -> str:
     return "the shape of Llama-3.1-8B" + ("" if layers == "32" else f" with {layers} layers")
 
 
-def agreement(rows: list[dict]) -> str:
-    """How many runs gave the tokens of the first peer that ran the same prompt."""
+def agreement(rows: list[dict], folder: str = "") -> str:
+    """How many answers were those of the first peer of the same run, and why others were not."""
     firsts, compared = set(), []
     for row in rows:
-        # Rows of one run share its date.
+        # Rows of one run share its date. The first equals itself, and another run may have taken its place.
         prompt = row["date"], row["prompt"], *setting(row)
-        if prompt in firsts and "same_tokens_as_first_peer" in row:
-            compared.append(row["same_tokens_as_first_peer"])
+        same = row.get("same_tokens_as_first_peer")
+        if same is False or (same and prompt in firsts):
+            compared.append(same)
         if "error" not in row:
             firsts.add(prompt)
     if not compared:
         return ""
+    text = (
+        "Do they answer alike? All greedy tokens were equal in "
+        f"{sum(compared)} of {len(compared)} comparisons with the first set-up of a run on the same prompt."
+    )
+    if all(compared):
+        return text
     return (
-        f"Runs whose greedy tokens equal those of the first peer on the same prompt: {sum(compared)} of "
-        f"{len(compared)}. In bf16 a tie between two logits may fall either way."
+        f"{text} Random weights show no more: every few steps their best two logits lie within one rounding "
+        "of bf16, each implementation sums in another order, and behind the first token that differs all "
+        f"others do. With trained weights on a real text the tokens are equal: [the demo]({folder}demo.md)."
     )
 
 

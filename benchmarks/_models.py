@@ -7,7 +7,7 @@ rows with `check`     errors before anything was timed
 """
 
 from _figures import OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, length_name, table, values
+from _tables import Result, failure, length_name, table, values
 
 TITLES = {
     "minimax": "The attention block of a lightning layer at the sizes of MiniMax-Text-01, one prompt. "
@@ -61,8 +61,7 @@ def cells(row: dict, fields: list[str]) -> list:
     shown = [length_name(row[f]) if f in LENGTHS else row.get(f) for f in fields]
     if "error" in row:
         missing = next(i for i, field in enumerate(fields) if field not in row)
-        memory = "out of memory" in row["error"] or "OutOfMemory" in row["error"]
-        shown[missing] = "out of memory" if memory else row["error"]
+        shown[missing] = failure(row)
     return shown
 
 

@@ -1,7 +1,7 @@
 """The page of `bench_tree_prefill.py`: a prompt and tokens over several GPUs, ours and the ring's."""
 
 from _figures import OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, length_name, table, values
+from _tables import Result, failure, length_name, table, values
 
 FORMS = {
     "tree": "`prepare_generation`",
@@ -35,7 +35,7 @@ def prefill_text(result: Result) -> str:
         name = FORMS.get(row["peer"], row["peer"])
         head = [length_name(row["prompt"]), row["ranks"], name]
         if "error" in row:
-            lines.append([*head, "out of memory", *[""] * (len(COLUMNS) - 1), ""])
+            lines.append([*head, failure(row), *[""] * (len(COLUMNS) - 1), ""])
             continue
         ring = ring_of(result, row).get("total_s")
         ratio = ring / row["total_s"] if ring is not None else None

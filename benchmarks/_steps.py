@@ -7,7 +7,7 @@ rows with `check`                errors of gradients before anything was timed
 """
 
 from _figures import FLOOR, OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, length_name, number, table
+from _tables import Result, failure, length_name, number, table
 
 PEERS = {
     "ours": "`prepare_training`",
@@ -64,8 +64,7 @@ def step_table(rows: list[dict]) -> str:
     for row in rows:
         measured = [row.get(field) for field in COLUMNS]
         if "error" in row:
-            reason = "out of memory" if "memory" in row["error"] else row["error"]
-            measured = [reason, *[None] * (len(COLUMNS) - 1)]
+            measured = [failure(row), *[None] * (len(COLUMNS) - 1)]
         # Peers may stand from another run: each row says which it is of.
         run = f"{row['commit']}, {row['date'][:10]}"
         cells.append(

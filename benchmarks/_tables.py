@@ -88,6 +88,11 @@ def run_of(row: dict) -> str:
     return f"{row['commit']}, {row['date'][:10]}"
 
 
+def failure(row: dict) -> str:
+    """What went wrong, in short."""
+    return "out of memory" if "memory" in row["error"].lower() else row["error"]
+
+
 def number(value) -> str:
     """Three significant digits, thousands apart."""
     if isinstance(value, bool) or value is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from _attention import blockwise_text, decode_text, draw_blockwise, draw_decode
 from _figures import new_figure, save
-from _generation import draw_generation, generation_text, has_generation, model_shape
+from _generation import draw_generation, generation_text, has_generation, model_shape, short_text
 from _losses import draw_losses, losses_text
 from _models import draw_models, has_models, models_text
 from _several import draw_prefill, has_prefill, prefill_text
@@ -173,7 +173,8 @@ def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
         return {"headline": f"{image}\n\n{machine_of(results, first.rows)}", "benchmarks": lines}
     generation = results["generation"]
     caption = f"`generate()` on one GPU, {model_shape(generation.rows)}, bf16, batch 1."
-    text = [generation_text(generation), machine_of(results, generation.rows), lines]
+    page = "More rows, of a batch and of padding: [generation](docs/benchmarks/generation.md)."
+    text = [short_text(generation, "docs/benchmarks/"), page, machine_of(results, generation.rows), lines]
     return {
         "headline": f"{image}\n\n{caption} {machine_of(results, first.rows)}",
         "benchmarks": "\n\n".join(text),

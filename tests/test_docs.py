@@ -241,9 +241,8 @@ def test_plot_sets_the_ring_beside_ours(tmp_path):
     assert "\ntorchrun --nproc-per-node 2 benchmarks/bench_tree_prefill.py\n" in page
     assert (tmp_path / "docs/images/tree_prefill.png").exists()
     page = (tmp_path / "docs/benchmarks/two_gpus_tp.md").read_text()
-    assert (
-        '| transformers, `sdpa`, `tp_plan="auto"` | 0.25 | 6.5 | 5 | 9.5 | abc1234, 2026-01-02 | 2 |' in page
-    )
+    cells = '| 8K | 1 | 0 | 2 | transformers, `sdpa`, `tp_plan="auto"` | 0.25 | 6.5 | 5 | 9.5 |'
+    assert f"{cells} abc1234, 2026-01-02 |" in page
     assert plot(tmp_path, "--check").returncode == 0
 
 
@@ -277,6 +276,42 @@ def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     assert plot(tmp_path).returncode == 0
     assert plot(tmp_path, "--check").returncode == 0
     assert not (tmp_path / "docs/benchmarks/other.md").exists()
+
+
+def test_what_is_said_of_tokens_is_what_the_rows_hold(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    generation, tables = importlib.import_module("_generation"), importlib.import_module("_tables")
+    row = {"prompt": 8192, "batch": 1, "date": FACTS["date"], "first_token_s": 1.0}
+    first, other = row | {"same_tokens_as_first_peer": True}, row | {"same_tokens_as_first_peer": False}
+    later = {"date": "2026-01-03T03:04:05+00:00"}
+    # A first row equals itself; of another run its first may not be there, and a row that differs tells.
+    assert generation.agreement([first]) == generation.agreement([first, first | later]) == ""
+    assert "in 1 of 1 comparisons" in generation.agreement([first, first])
+    assert "Random weights" not in generation.agreement([first, first])
+    text = generation.agreement([first, other, other | later], "docs/benchmarks/")
+    assert "in 0 of 2 comparisons" in text and "Random weights" in text
+    # With trained weights the tokens are equal, says that sentence.
+    assert "tokens are equal: [the demo](docs/benchmarks/demo.md)" in text
+    demo = tables.load(ROOT / "benchmarks/results/demo.json")
+    assert len(demo.rows) > 1 and all(row["agree"] for row in demo.rows)
+    for row in demo.rows:
+        assert row["verdict"] == "greedy tokens equal those of sdpa"
+
+
+def test_the_readme_has_the_rows_of_its_figure_alone(tmp_path):
+    write_results(tmp_path)
+    path = tmp_path / "benchmarks/results/generation.json"
+    rows = json.loads(path.read_text())
+    rows += [{**rows[0], "batch": 8, "token_ms": 77.5}, {**rows[0], "pad": 1, "token_ms": 88.5}]
+    path.write_text(json.dumps(rows))
+    assert plot(tmp_path).returncode == 0
+    page, readme = (
+        (tmp_path / "docs/benchmarks/generation.md").read_text(),
+        (tmp_path / "README.md").read_text(),
+    )
+    assert "| 8K | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in readme
+    for cell in ("| 77.5 |", "| 88.5 |"):
+        assert cell in page and cell not in readme
 
 
 def test_lone_points_are_no_figure(tmp_path):

@@ -298,35 +298,36 @@ def test_what_is_said_of_tokens_is_what_the_rows_hold(monkeypatch):
         assert row["verdict"] == "greedy tokens equal those of sdpa"
 
 
-def test_the_readme_has_the_rows_of_its_figure_alone(tmp_path):
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """The module that makes pages, and what it reads of some results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     write_results(tmp_path)
-    path = tmp_path / "benchmarks/results/generation.json"
-    rows = json.loads(path.read_text())
-    rows += [{**rows[0], "batch": 8, "token_ms": 77.5}, {**rows[0], "pad": 1, "token_ms": 88.5}]
-    path.write_text(json.dumps(rows))
-    assert plot(tmp_path).returncode == 0
-    page, readme = (
-        (tmp_path / "docs/benchmarks/generation.md").read_text(),
-        (tmp_path / "README.md").read_text(),
-    )
+    module = importlib.import_module("plot")
+    return module, module.load(tmp_path / "benchmarks/results/generation.json")
+
+
+def test_the_readme_has_the_rows_of_its_figure_alone(made, tmp_path):
+    plot, result = made
+    rows = [{**result.rows[0], "batch": 8, "token_ms": 77.5}, {**result.rows[0], "pad": 1, "token_ms": 88.5}]
+    wanted = plot.texts(tmp_path, {"generation": plot.Result("generation", result.rows + rows)})
+    page, readme = wanted[tmp_path / "docs/benchmarks/generation.md"], wanted[tmp_path / "README.md"]
     assert "| 8K | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in readme
     for cell in ("| 77.5 |", "| 88.5 |"):
         assert cell in page and cell not in readme
 
 
-def test_lone_points_are_no_figure(tmp_path):
-    write_results(tmp_path)
-    assert plot(tmp_path).returncode == 0
-    page, images = tmp_path / "docs/benchmarks/generation.md", tmp_path / "docs/images"
-    assert "![generation](../images/generation.png)" in page.read_text()
-    assert {path.name for path in images.iterdir()} == {"generation.png", "headline.png"}
-    path = tmp_path / "benchmarks/results/generation.json"
-    rows = [row for row in json.loads(path.read_text()) if row["prompt"] == 8192]
-    path.write_text(json.dumps(rows))
-    assert plot(tmp_path).returncode == 0
-    assert not list(images.iterdir()) and "![" not in page.read_text()
-    assert "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in page.read_text()
-    assert plot(tmp_path, "--check").returncode == 0
+def test_lone_points_are_no_figure(made, tmp_path):
+    plot, result = made
+    page = tmp_path / "docs/benchmarks/generation.md"
+    line = {"generation": result}
+    assert [figure.name for figure in plot.figures(line)] == ["headline", "generation"]
+    assert "![generation](../images/generation.png)" in plot.texts(tmp_path, line)[page]
+    points = {"generation": result.where(prompt=8192)}
+    assert not plot.figures(points) and "![" not in plot.texts(tmp_path, points)[page]
+    assert (
+        "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in plot.texts(tmp_path, points)[page]
+    )
 
 
 def test_names_of_lengths_do_not_overlap(monkeypatch):

@@ -7,7 +7,7 @@ rows with `check`                errors of gradients before anything was timed
 """
 
 from _figures import FLOOR, OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, failure, length_name, number, table
+from _tables import Result, failure, length_name, number, run_of, table
 
 PEERS = {
     "ours": "`prepare_training`",
@@ -51,33 +51,38 @@ def peer_name(row: dict) -> str:
 
 
 def count_name(tokens: int) -> str:
-    """720,896 as 704K, and a number that is no multiple of 1024 in thousands or millions."""
+    """720,896 as 704K; a number that is no multiple of 1024 is written out."""
     name = length_name(tokens)
-    if name != str(tokens):
-        return name
-    return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens:,}"
+    return f"{tokens:,}" if name == str(tokens) else name
+
+
+def with_floors(rows: list[dict]) -> list[dict]:
+    """The rows, each with the floor of its model and length: an older row did not write its own."""
+    floors = {floor_key(row): row["floor_s"] for row in rows if "floor_s" in row}
+    return [{"floor_s": floors.get(floor_key(row)), **row} for row in rows]
+
+
+def floor_key(row: dict) -> tuple:
+    """What the floor of a step is counted from."""
+    return model_name(row), row["tokens"], row.get("ranks", 1)
 
 
 def step_table(rows: list[dict]) -> str:
-    """A row a length."""
+    """A row a length, those of one model and length together."""
+    models = list(dict.fromkeys(map(model_name, rows)))
+    several = any(row.get("ranks", 1) > 1 for row in rows)
     cells = []
-    for row in rows:
+    for row in sorted(with_floors(rows), key=lambda row: (models.index(model_name(row)), row["tokens"])):
         measured = [row.get(field) for field in COLUMNS]
         if "error" in row:
             measured = [failure(row), *[None] * (len(COLUMNS) - 1)]
+        gpus = [row.get("ranks", 1)] if several else []
         # Peers may stand from another run: each row says which it is of.
-        run = f"{row['commit']}, {row['date'][:10]}"
         cells.append(
-            [
-                model_name(row),
-                peer_name(row),
-                row.get("ranks", 1),
-                count_name(row["tokens"]),
-                *measured,
-                run,
-            ]
+            [model_name(row), peer_name(row), *gpus, count_name(row["tokens"]), *measured, run_of(row)]
         )
-    return table(["model", "set up by", "GPUs", "tokens", *COLUMNS.values(), "run"], cells)
+    head = ["model", "set up by", *(["GPUs"] if several else []), "tokens", *COLUMNS.values(), "run"]
+    return table(head, cells)
 
 
 def pairs(rows: list[dict]) -> list[dict]:
@@ -97,6 +102,7 @@ def memory_table(rows: list[dict]) -> str:
     for row in rows:
         if row["peer"].startswith("ours") and "fits" in row:
             ours[row["shape"]] = max(ours.get(row["shape"], 0), row["fits"])
+    floors = {row["shape"]: row["floor_kib_per_token"] for row in rows if "floor_kib_per_token" in row}
     cells = []
     for row in rows:
         a, b = map(int, row["between"].split("-"))
@@ -108,14 +114,21 @@ def memory_table(rows: list[dict]) -> str:
                 peer_name(row),
                 f"{count_name(a)} to {count_name(b)}",
                 row["slope_kib_per_token"],
-                row.get("floor_kib_per_token"),
+                floors.get(row["shape"]),
                 None if fits is None else count_name(fits),
                 row.get("fits_host_gib"),
                 f"{number(most / fits)} times" if is_other else None,
+                run_of(row),
             ]
         )
     columns = ["model", "set up by", "between", "KiB a token", "floor", "GPU holds, tokens", "host then, GiB"]
-    return table([*columns, "a prepared model holds"], cells)
+    return table(*without_empty([*columns, "a prepared model holds", "run"], cells))
+
+
+def without_empty(columns: list[str], rows: list[list]) -> tuple[list[str], list[list]]:
+    """A table without the columns in which no row has anything."""
+    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def first_steps(rows: list[dict]) -> bool:
@@ -125,16 +138,18 @@ def first_steps(rows: list[dict]) -> bool:
 
 def steps_parts(rows: list[dict]) -> list[str]:
     """A table of steps, and what its columns are."""
-    parts = [
-        "Forward and backward, random weights, bf16, batch 1, no optimizer. The floor is the time of the "
-        "operations without recomputation at 989 TFLOP/s a GPU. Host memory is what a prepared model pins.",
-        step_table([row for row in rows if "tokens" in row and "times_one_gpu" not in row]),
-    ]
+    steps = [row for row in rows if "tokens" in row and "times_one_gpu" not in row]
+    text = (
+        "Forward and backward of one sequence, random weights, bf16, no optimizer. K is 1024 tokens, M is "
+        "1024 K. The floor is the time of the operations, without those that are done again, at 989 TFLOP/s "
+        "a GPU. Host memory is what a prepared model pins, blank where it is not known."
+    )
     if first_steps(rows):
-        parts.insert(
-            1, "Steps of `--repeats 0` are the first: kernels are compiled and memory pinned in them."
+        text += (
+            " Steps of a run with `--repeats 0` are the first of their length: kernels are compiled and host "
+            "memory is pinned in them. [Training](training.md) has later ones."
         )
-    return parts
+    return ["## Steps", text, step_table(steps)]
 
 
 def memory_parts(rows: list[dict]) -> list[str]:
@@ -142,12 +157,20 @@ def memory_parts(rows: list[dict]) -> list[str]:
     memory = pairs(rows)
     if not memory:
         return []
-    return [
-        "GPU memory a token beyond weights and gradients, by the peaks at two lengths; its floor is one "
-        "gradient, keys and values, and their fp32 gradients. What the GPU holds follows from the line "
-        "through both peaks, host memory given; the memory of `eager` grows faster than its line.",
-        memory_table(memory),
-    ]
+    text = (
+        "What a token takes on the GPU beyond weights and gradients, by the peaks at two lengths. The floor "
+        "is what the backward of one layer cannot do without: one gradient, keys and values, and their fp32 "
+        "gradients."
+    )
+    if any("fits" in row for row in memory):
+        text += (
+            " How many tokens the GPU holds is not run but computed, from the line through both peaks and "
+            "the memory of the GPU; the host is taken to have what is needed then. `prepare_training` by "
+            "itself has no such line, for it moves layer inputs to the host before the GPU is full."
+        )
+    if any(row["peer"] == "eager" for row in memory):
+        text += " The memory of `eager` grows faster than its line."
+    return ["## Memory a token", text, memory_table(memory)]
 
 
 def several_parts(rows: list[dict]) -> list[str]:
@@ -160,8 +183,18 @@ def several_parts(rows: list[dict]) -> list[str]:
         [peer_name(r), r["ranks"], count_name(r["tokens"]), *(r.get(field) for field in fields)]
         for r in compared
     ]
+    text = (
+        "Both in the same run. Activations are the memory of a GPU and of the host for it, without weights "
+        "and gradients. A prepared model keeps on the GPU what fits there: with more GPUs the peak of each "
+        "may rise, for less goes to the host."
+    )
+    if first_steps(rows) and any(row["times_one_gpu"] > row["ranks"] for row in compared):
+        text += (
+            " A first step also pins host memory, less of it for each of several GPUs: they may be faster by "
+            "more than their number."
+        )
     columns = ["set up by", "GPUs", "tokens", "times as fast as one", "activations a GPU, of those of one"]
-    return ["Several GPUs beside one, in the same run:", table(columns, lines)]
+    return ["## Several GPUs beside one", text, table(columns, lines)]
 
 
 def check_parts(rows: list[dict]) -> list[str]:
@@ -169,10 +202,10 @@ def check_parts(rows: list[dict]) -> list[str]:
     parts = []
     for row in rows:
         if "check" in row:
-            errors = ", ".join(
-                f"{name} {number(row[name])}" for name in row if name.startswith(("sdpa", "ours"))
-            )
-            parts.append(f"Relative errors of {row['check']} against fp32: {errors}.")
+            found = [name for name in row if name.startswith(("sdpa", "ours"))]
+            errors = ", ".join(f"{PEERS[n] if n != 'sdpa' else '`sdpa`'} {number(row[n])}" for n in found)
+            text = f"Relative errors of {row['check']} against fp32 ({run_of(row)}): {errors}."
+            parts += ["## Check", text]
     return parts
 
 

@@ -120,6 +120,8 @@ def test_the_page_says_what_the_rows_say(bench):
         {**eager, "tokens": 8192, "error": "CUDA out of memory. Tried"},
         {**eager, "between": "2048-4096", "slope_kib_per_token": 21700.0, "floor_kib_per_token": 10.0},
         {**eager, "fits": 7 << 10, "usable_gib": 78.5},
+        {**eager, "tokens": 1 << 17, "tokens_per_s": 8000.0, "step_s": 16.0},
+        {**eager, "shape": "8b", "layers": 32, "tokens": 1 << 17, "tokens_per_s": 4000.0, "step_s": 32.0},
         {**shared, "tokens_per_s": 12000.0, "step_s": 21.5},
         {**shared, "times_one_gpu": 1.875, "activations_of_one_gpu": 0.5},
     ]
@@ -127,14 +129,23 @@ def test_the_page_says_what_the_rows_say(bench):
     call = "`prepare_training(offload=True, save_attention=False)`"
     for line in (
         f"| Llama-3.2-1B | {call} | 1 | 128K | 9,000 | 14.5 | 5.5 | 9 |  | abc, 2026-01-02 |",
-        f"| Llama-3.2-1B | {call} | 64K to 128K | 10.2 | 10 | 7M | 448 |  |",
+        f"| Llama-3.2-1B | {call} | 64K to 128K | 10.2 | 10 | 7M | 448 |  | abc, 2026-01-02 |",
         "| Llama-3.2-1B | `eager` | 1 | 8K | out of memory |  |  |  |  | abc, 2026-01-02 |",
-        "| Llama-3.2-1B | `eager` | 2K to 4K | 21,700 | 10 | 7K |  | 1,024 times |",
+        "| Llama-3.2-1B | `eager` | 2K to 4K | 21,700 | 10 | 7K |  | 1,024 times | abc, 2026-01-02 |",
+        # The floor is that of the model and the length, whoever wrote it.
+        "| Llama-3.2-1B | `eager` | 1 | 128K | 8,000 | 16 | 5.5 |  |  | abc, 2026-01-02 |",
+        "| Llama-3.1-8B | `eager` | 1 | 128K | 4,000 | 32 |  |  |  | abc, 2026-01-02 |",
         "| Llama-3.1-8B, 8 layers, LoRA 16 | `prepare_training` | 2 | 256K | 12,000 | 21.5 |  |  |  |",
         "| `prepare_training` | 2 | 256K | 1.88 | 0.5 |",
-        "Relative errors of gradients at 4096 tokens against fp32: sdpa 0.25, ours-gpu 0.125.",
+        "against fp32 (abc, 2026-01-02): `sdpa` 0.25, `prepare_training(offload=False)` 0.125.",
     ):
         assert line in text, text
+    # Those of one model and length stand together.
+    assert text.index("| 8K | out of memory") < text.index("| 128K | 9,000") < text.index("| 128K | 8,000")
+    assert steps.count_name(7266806) == "7,266,806" and steps.count_name(720896) == "704K"
+    alone = [row for row in rows if "ranks" not in row and "check" not in row]
+    text = steps.steps_text(tables.Result("training", [{**row, **facts} for row in alone]))
+    assert "| model | set up by | tokens | tokens/s |" in text
 
 
 def test_the_figure_of_memory_has_a_bar_a_peer_of_one_model(bench):

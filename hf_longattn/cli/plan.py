@@ -24,7 +24,13 @@ from hf_longattn.training.block_planning import plan_block_training
 from hf_longattn.training.planning import TrainingPlan, TrainingRequest, plan_training
 from hf_longattn.training.setup import prepare_training
 
-_GIB = 1024**3
+_GIB, _MIB = 1024**3, 1024**2
+# What is planned for where there is no GPU.
+_ASSUMED = {
+    "gpu_memory": "the memory of an H100",
+    "bandwidth": "the bandwidth of an H100",
+    "host_memory": "the memory of this host",
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,7 @@ class Request:
         for name in ("gpu_memory", "bandwidth", "host_memory"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"`{option}` must be a positive number, got {value}.")
+                raise ValueError(f"{_option(name)} must be a positive number, got {value}.")
         if self.new_tokens >= self.context:
             raise ValueError(
                 f"`--new-tokens` must leave room for a prompt in `--context`, got {self.new_tokens} of "
@@ -80,9 +85,6 @@ class Request:
     def hardware(self) -> Hardware:
         """The GPU to plan for."""
         there = torch.cuda.is_available()
-        if not there and None in (self.gpu_memory, self.bandwidth):
-            assumed = "no GPU here: planned for an H100; `--gpu-memory` and `--bandwidth` describe another"
-            Console(stderr=True).print(assumed)
         hardware = this_hardware(torch.device("cuda")) if there else Hardware()
         if self.gpu_memory is not None:
             hardware = dataclasses.replace(hardware, memory=int(self.gpu_memory * _GIB))
@@ -108,6 +110,21 @@ def read_config(model: str) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(Path(model).expanduser() if local else model, local_files_only=local)
 
 
+def _tell_what_is_assumed(request: Request, *names: str) -> None:
+    """Says on stderr which of these sizes nobody gave, where no GPU is here that has them."""
+    missing = [name for name in names if getattr(request, name) is None]
+    if missing and not torch.cuda.is_available():
+        assumed = " and ".join(_ASSUMED[name] for name in missing)
+        options = " and ".join(_option(name) for name in missing)
+        verb = "describe" if len(missing) > 1 else "describes"
+        said = f"no GPU here: planned for {assumed}; {options} {verb} another machine"
+        Console(stderr=True, soft_wrap=True).print(said)
+
+
+def _option(name: str) -> str:
+    return f"`--{name.replace('_', '-')}`"
+
+
 def _warn_of_positions(config: PreTrainedConfig, context: int) -> None:
     """Says on stderr where a context is longer than what the model was made for."""
     limit = getattr(config, "max_position_embeddings", None)
@@ -128,7 +145,9 @@ def make_plan(request: Request) -> PlanWithOffload:
         ValueError: an option, or an architecture that cannot be planned for.
         OSError: there is no such model.
     """
+    _refuse_options(request, "plan a training step: give `--train` too", lora=0, host_memory=None)
     config, ranks = read_config(request.model), Ranks(request.gpus // request.tp, request.tp)
+    _tell_what_is_assumed(request, "gpu_memory", "bandwidth")
     dtype, cache_dtype = getattr(torch, request.dtype), read_cache_dtype(request.cache_dtype)
     plan = plan_generation(
         config,
@@ -145,6 +164,13 @@ def make_plan(request: Request) -> PlanWithOffload:
     return with_offload(text, plan, ranks, request.batch, cache_dtype or dtype)
 
 
+def _refuse_options(request: Request, words: str, **without: Any) -> None:
+    """Refuses options of the other plan, given what each is where it was left out."""
+    if any(getattr(request, name) != value for name, value in without.items()):
+        *others, last = (_option(name) for name in without)
+        raise ValueError(f"{', '.join(others)} and {last} {words}.")
+
+
 def make_training_plan(request: Request) -> TrainingPlan:
     """The plan of one training step.
 
@@ -155,15 +181,14 @@ def make_training_plan(request: Request) -> TrainingPlan:
         ValueError: an option of generation alone, or a model that is not prepared or planned for training.
         OSError: there is no such model.
     """
-    if request.tp > 1 or request.new_tokens or request.cache_dtype is not None:
-        raise ValueError(
-            "`--tp`, `--new-tokens` and `--cache-dtype` plan a prompt: leave them out with `--train`."
-        )
+    words = "plan a prompt: leave them out with `--train`"
+    _refuse_options(request, words, tp=1, new_tokens=0, cache_dtype=None, bandwidth=None)
     config, dtype = read_config(request.model), getattr(torch, request.dtype)
     # What cannot be prepared is not planned; the model has no memory, and nobody else has it.
     model = prepare_training(on_meta(config, dtype))
     text = config.get_text_config(decoder=True)
     _warn_of_positions(text, request.context)
+    _tell_what_is_assumed(request, "gpu_memory", "host_memory")
     host = request.host_memory
     bytes_of_host = devices.host_memory(torch.device("cuda")) if host is None else int(host * _GIB)
     sizes = TrainingRequest(
@@ -187,13 +212,13 @@ def show_training(plan: TrainingPlan, as_json: bool) -> None:
     top = max(plan.forward, plan.loss, plan.backward)
     names = {plan.forward: "forward", plan.loss: "loss", plan.backward: "backward"}
     rows = [
-        ("weights", _gib(plan.weights)),
-        ("gradients", _gib(plan.gradients)),
-        ("AdamW", _gib(plan.optimizer)),
-        ("layer inputs on the GPU", _gib(plan.inputs)),
-        (f"on top, in the {names[top]}", _gib(top)),
-        ("peak" if plan.ranks == 1 else "peak a GPU", f"{_gib(plan.peak)} of {_gib(plan.memory)}"),
-        ("layer inputs on the host", f"{_gib(plan.host)} of {_gib(plan.host_memory)}"),
+        ("weights", _readable(plan.weights)),
+        ("gradients", _readable(plan.gradients)),
+        ("AdamW", _readable(plan.optimizer)),
+        ("layer inputs on the GPU", _readable(plan.inputs)),
+        (f"on top, in the {names[top]}", _readable(top)),
+        ("peak" if plan.ranks == 1 else "peak a GPU", f"{_readable(plan.peak)} of {_readable(plan.memory)}"),
+        ("layer inputs on the host", f"{_readable(plan.host)} of {_readable(plan.host_memory)}"),
         (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
         ("longest that fits", f"{plan.longest:,} tokens"),
     ]
@@ -209,10 +234,10 @@ def show(plan: PlanWithOffload, as_json: bool) -> None:
         return
     gpus = plan.ranks.total
     rows = [
-        ("weights", _gib(plan.weights)),
+        ("weights", _readable(plan.weights)),
         *_kept_rows(plan),
-        ("workspace", _gib(plan.workspace.total)),
-        ("peak" if gpus == 1 else "peak a GPU", f"{_gib(plan.peak)} of {_gib(plan.memory)}"),
+        ("workspace", _readable(plan.workspace.total)),
+        ("peak" if gpus == 1 else "peak a GPU", f"{_readable(plan.peak)} of {_readable(plan.memory)}"),
         (f"{plan.context:,} tokens", "fit" if plan.fits else "do not fit"),
         ("longest that fits", _longest(plan)),
         ("time to first token", f"{_bound(plan)} {_seconds(plan.expected_first_token)}"),
@@ -235,7 +260,10 @@ def _offload_rows(offload: OffloadPlan) -> list[tuple[str, str]]:
         return [(name, f"all {offload.number} that could wait there are not enough")]
     rate = f"{offload.rate / 1e9:.0f} GB/s of PCIe 5 x16, assumed"
     return [
-        (name, f"{offload.layers} of {offload.number} make it fit, with {_gib(offload.host)} of the host"),
+        (
+            name,
+            f"{offload.layers} of {offload.number} make it fit, with {_readable(offload.host)} of the host",
+        ),
         ("time a token then", f"at least {1e3 * offload.expected_a_token:.1f} ms, at {rate}"),
         ("the prompt read again", f"about {offload.expected_recomputing:.1f} s a token, in place of that"),
     ]
@@ -245,11 +273,11 @@ def _kept_rows(plan: Plan) -> list[tuple[str, str]]:
     """What is kept of the tokens: what grows with them, and what does not."""
     rows, growing = [], plan.cache - plan.states
     if plan.block_length > 1:
-        rows.append((f"keys and values of blocks of {plan.block_length}", _gib(growing)))
+        rows.append((f"keys and values of blocks of {plan.block_length}", _readable(growing)))
     elif growing or not plan.states:
-        rows.append(("keys and values", _gib(growing)))
+        rows.append(("keys and values", _readable(growing)))
     if plan.states:
-        rows.append(("lightning states", f"{_gib(plan.states)}, whatever the length"))
+        rows.append(("lightning states", f"{_readable(plan.states)}, whatever the length"))
     return rows
 
 
@@ -286,8 +314,9 @@ def _division(ranks: Ranks) -> str:
     return f"{ranks.total}: {', '.join(used)}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
+def _readable(size: float) -> str:
+    # Of a tiny model two digits of GiB are zeros.
+    return f"{size / _MIB:.2f} MiB" if 0 < size < 10 * _MIB else f"{size / _GIB:.2f} GiB"
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

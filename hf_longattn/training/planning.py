@@ -382,11 +382,13 @@ class Step:
     def advice(self, plan: TrainingPlan) -> list[str]:
         """What would make it fit, or bring it nearer."""
         request, found = self.request, []
-        static = plan.weights + plan.gradients + plan.optimizer
-        if static + _RESERVE > plan.memory and not request.lora:
-            found.append(
+        if plan.weights + plan.gradients + plan.optimizer + _RESERVE > plan.memory:
+            # They are whole on every GPU that shares a sequence, whatever its length.
+            if request.lora:
+                return ["weights fill the GPU: load them in 4 bits (not counted here), or shard with FSDP"]
+            return [
                 "weights, gradients and AdamW fill the GPU: train adapters (`--lora 16`), or shard with FSDP"
-            )
+            ]
         if plan.host > plan.host_memory and request.save_attention:
             found.append("the host is full: `prepare_training(save_attention=False)` halves what waits there")
         elif plan.host > plan.host_memory:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,32 @@ def test_plan_of_a_training_step(folder, tmp_path):
     for option in (("--tp", 2, "--gpus", 2), ("--new-tokens", 3), ("--cache-dtype", "int8")):
         result = run(*call, *option)
         assert result.exit_code == 2 and "`--tp`" in result.stderr, option
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--lora", 4), ("--host-memory", 9), ("--train", "--bandwidth", 9)],
+    ids=lambda given: given[-2],
+)
+def test_options_of_the_other_plan_are_refused(folder, options):
+    result = run("plan", folder, "--context", 1000, *options)
+    assert result.exit_code == 2 and f"`{options[-2]}`" in result.stderr and "`--train`" in result.stderr
+
+
+def test_plan_of_a_training_step_says_which_memory_it_takes(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {"--gpu-memory": 40, "--host-memory": 9}
+    for left_out in ((), ("--gpu-memory",), ("--host-memory",), tuple(given)):
+        options = [word for name, size in given.items() if name not in left_out for word in (name, size)]
+        said = run("plan", folder, "--train", "--context", 4000, *options).stderr
+        assert tuple(name for name in given if name in said) == left_out
+        assert "--bandwidth" not in said
+
+
+def test_sizes_of_a_small_model_are_no_zeros(folder):
+    for kind in ((), ("--train",)):
+        table = run("plan", folder, "--context", 1000, *kind).stdout
+        assert re.search(r"weights +│ 0\.\d*[1-9]\d* MiB", table), table
 
 
 def test_generate_streams_the_answer_and_counts(folder):

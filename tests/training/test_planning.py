@@ -160,6 +160,10 @@ def test_advice_says_what_is_full():
     assert any("save_attention=False" in words for words in host.advice)
     assert any("--gpus 2" in words for words in host.advice)
     assert plan_of(SHAPES["1B"], 8192, lora=16).advice == ()
+    # Weights are whole on every GPU, whatever their number, and beside every batch.
+    for rank, words in ((0, "`--lora 16`"), (16, "4 bits")):
+        heavy = plan_of(SHAPES["8B"], 8192, lora=rank, batch_size=2, memory=12 * GIB)
+        assert heavy.longest == 0 and len(heavy.advice) == 1 and words in heavy.advice[0]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ drawing it again.
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,52 +21,38 @@ from _figures import new_figure, save
 from _generation import draw_generation, generation_text, has_generation, model_shape, short_text
 from _losses import draw_losses, losses_text
 from _models import draw_models, has_models, models_text
+from _plain import plain_text
 from _several import draw_prefill, has_prefill, prefill_text
 from _steps import draw_memory, draw_steps, has_memory, has_steps, memory_text, steps_text
-from _tables import (
-    FACTS,
-    Result,
-    days,
-    how_measured,
-    load,
-    table,
-    values,
-    versions,
-)
+from _tables import Result, days, how_measured, load, versions
 from _training import TRAINING
-from _words import COLUMNS, HIDDEN, SENTENCES, of_page
+from _words import ABOUT, TITLES
 
 # ---- pages
 
 
-def plain_text(result: Result) -> str:
-    """All rows as they are, a table a section, with the words that there are for them."""
-    parts, sentences = [], of_page(SENTENCES, result.name)
-    names = of_page(COLUMNS, result.name)
-    hidden = {*of_page(HIDDEN, result.name), *FACTS, "section", "target"}
-    # Sections may stand from different runs.
-    hidden -= {"commit"} if len(values(result.rows, "commit")) > 1 else set()
-    for section in values(result.rows, "section") or [None]:
-        rows = result.where(section=section).rows if section else result.rows
-        fields = [f for f in dict.fromkeys(key for row in rows for key in row) if f not in hidden]
-        parts += [f"## {section.capitalize()}"] if section else []
-        parts += [sentences[section]] if section in sentences else []
-        columns = [names.get(field, field) for field in fields]
-        parts.append(table(columns, [[row.get(field) for field in fields] for row in rows]))
-    return "\n\n".join(parts)
+def title(name: str) -> str:
+    """The title of a page; of one that has no words, the name of its result file."""
+    spaced = name.replace("_", " ").replace("gpu", "GPU")
+    return TITLES.get(name, spaced[0].upper() + spaced[1:])
 
 
-def spaced(name: str) -> str:
-    """The name of a result file in words."""
-    return name.replace("_", " ").replace("gpu", "GPU")
+def index(names: Collection[str]) -> str:
+    """A line a page, with what is found there; pages without words come last."""
+    parts = []
+    for heading, pages in ABOUT.items():
+        lines = [f"- [{title(name)}]({name}.md): {pages[name][1]}" for name in pages if name in names]
+        parts += [f"## {heading}", "\n".join(lines)] if lines else []
+    others = [f"- [{title(name)}]({name}.md)" for name in names if name not in TITLES]
+    parts += ["## Others", "\n".join(others)] if others else []
+    return "\n\n".join(parts or ["No result file yet."])
 
 
 def page(result: Result, text: str, has_figure: bool) -> str:
     """One page: title, machine, figure, tables, commands."""
-    title = spaced(result.name)
     machine = f"{versions(result.rows)}, {days(result.rows)}: [commits and commands](#how-it-was-measured)."
-    parts = [f"# {title[0].upper()}{title[1:]}", machine]
-    parts += [f"![{result.name}](../images/{result.name}.png)"] if has_figure else []
+    parts = [f"# {title(result.name)}", machine]
+    parts += [f"![{title(result.name)}](../images/{result.name}.png)"] if has_figure else []
     return "\n\n".join([*parts, text, how_measured(result.rows)]) + "\n"
 
 
@@ -164,27 +150,39 @@ def figures(results: dict[str, Result]) -> list[Figure]:
 
 def readme_blocks(results: dict[str, Result]) -> dict[str, str]:
     """What stands between the README's markers."""
+    if not results:
+        return {"headline": "", "benchmarks": "This checkout holds no measurements yet."}
+    return {"headline": readme_figure(results), "benchmarks": readme_table(results)}
+
+
+def readme_figure(results: dict[str, Result]) -> str:
+    """The first figure and its conditions."""
     first = headline(results)
     if first is None:
-        return {"headline": "", "benchmarks": "This checkout holds no measurements yet."}
+        return ""
     image = "![Time a token, peak memory and decoding bandwidth](docs/images/headline.png)"
-    lines = "\n".join(f"- [{spaced(name)}](docs/benchmarks/{name}.md)" for name in results)
+    caption = ""
+    if "generation" in results:
+        shape = model_shape(results["generation"].rows)
+        caption = f"`generate()` with one long prompt on one GPU, {shape}, random weights, bf16"
+        caption += "; right, one step of attention. " if "decode_attention" in results else ". "
+    return f"{image}\n\n{caption}{machine_of(results, first.rows)}"
+
+
+def readme_table(results: dict[str, Result]) -> str:
+    """The rows of `generate()`, and where the others are."""
+    everything = "All measurements: [Benchmarks](docs/benchmarks/index.md)."
     if "generation" not in results:
-        return {"headline": f"{image}\n\n{machine_of(results, first.rows)}", "benchmarks": lines}
-    generation = results["generation"]
-    caption = f"`generate()` on one GPU, {model_shape(generation.rows)}, bf16, batch 1."
-    page = "More rows, of a batch and of padding: [generation](docs/benchmarks/generation.md)."
-    text = [short_text(generation, "docs/benchmarks/"), page, machine_of(results, generation.rows), lines]
-    return {
-        "headline": f"{image}\n\n{caption} {machine_of(results, first.rows)}",
-        "benchmarks": "\n\n".join(text),
-    }
+        return everything
+    rows = results["generation"]
+    end = f"{machine_of(results, rows.rows)} Batches and padding are there too. {everything}"
+    return f"{short_text(rows, 'docs/benchmarks/')}\n\n{end}"
 
 
 def machine_of(results: dict[str, Result], rows: list[dict]) -> str:
     """GPU, versions and days, and the pages that have the commits and commands of these rows."""
     names = [name for name, result in results.items() if any(row in rows for row in result.rows)]
-    pages = " and ".join(f"[{spaced(name)}](docs/benchmarks/{name}.md#how-it-was-measured)" for name in names)
+    pages = " and ".join(f"[{title(name)}](docs/benchmarks/{name}.md#how-it-was-measured)" for name in names)
     return f"{versions(rows)}, {days(rows)}; commits and commands: {pages}."
 
 
@@ -203,13 +201,13 @@ def with_blocks(text: str, blocks: dict[str, str]) -> str:
 def texts(root: Path, results: dict[str, Result]) -> dict[Path, str]:
     """Every text file there should be, by path."""
     folder, readme = root / "docs" / "benchmarks", root / "README.md"
-    lines = [f"- [{spaced(name)}]({name}.md)" for name in results] or ["No result file yet."]
     intro = (
         "# Benchmarks\n\nEach page is made by `python benchmarks/plot.py` from a result file in "
         "`benchmarks/results`, which a script of the same name in `benchmarks/` wrote on a GPU. Every row of "
-        "such a file names the GPU, the versions, the commit, the date and the command.\n\n"
+        "such a file names the GPU, the versions, the commit, the date and the command, and a page ends with "
+        "them.\n\n"
     )
-    found = {folder / "index.md": intro + "\n".join(lines) + "\n"}
+    found = {folder / "index.md": intro + index(results) + "\n"}
     for name, result in results.items():
         found[folder / f"{name}.md"] = page(result, kind_of(result).text(result), bool(drawn(result)))
     found[readme] = with_blocks(readme.read_text(), readme_blocks(results))

@@ -264,7 +264,10 @@ def test_plot_makes_pages_and_tells_stale_ones(tmp_path):
     assert page.split("## How it was measured")[1].splitlines()[4:] == [
         "```bash", "# commit abc1234, 2026-01-02", command, "```"
     ]  # fmt: skip
-    assert "| T8 | 1.25 |" in (tmp_path / "docs/benchmarks/other.md").read_text()
+    assert (
+        "| tokens | ms |\n| --- | --- |\n| 8 | 1.25 |" in (tmp_path / "docs/benchmarks/other.md").read_text()
+    )
+    assert "- [Other](other.md)" in (tmp_path / "docs/benchmarks/index.md").read_text()
     rows = json.loads((tmp_path / "benchmarks/results/generation.json").read_text())
     rows[0]["token_ms"] = 7.0
     (tmp_path / "benchmarks/results/generation.json").write_text(json.dumps(rows))
@@ -322,12 +325,57 @@ def test_lone_points_are_no_figure(made, tmp_path):
     page = tmp_path / "docs/benchmarks/generation.md"
     line = {"generation": result}
     assert [figure.name for figure in plot.figures(line)] == ["headline", "generation"]
-    assert "![generation](../images/generation.png)" in plot.texts(tmp_path, line)[page]
+    assert "![Generation](../images/generation.png)" in plot.texts(tmp_path, line)[page]
     points = {"generation": result.where(prompt=8192)}
     assert not plot.figures(points) and "![" not in plot.texts(tmp_path, points)[page]
     assert (
         "| 8K | 1 | 0 | `prepare_generation` | 0.25 | 6.5 | 5 | 17.1 |" in plot.texts(tmp_path, points)[page]
     )
+
+
+def test_rows_shown_as_they_are_speak_in_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    plain, tables = importlib.import_module("_plain"), importlib.import_module("_tables")
+    other = {**FACTS, "commit": "def5678"}
+    rows = [
+        {
+            "peer": "block",
+            "prompt": 2048,
+            "new": 128,
+            "batch": 512,
+            "prompt_s": 0.5,
+            "capture_s": 3.0,
+            **FACTS,
+        },
+        {
+            "peer": "block",
+            "prompt": 2048,
+            "new": 128,
+            "batch": 1,
+            "error": "CUDA out of memory. 4 GiB",
+            **other,
+        },
+        {"peer": "block", "prompt": 128, "new": 2048, "batch": 512, "prompt_s": 0.25, **FACTS},
+    ]
+    text = plain.plain_text(tables.Result("block_transformer", rows))
+    run = "abc1234, 2026-01-02"
+    assert text.split("\n\n")[-1].splitlines() == [
+        "| set up by | prompt | new tokens | batch | prompt, s | run |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| `prepare_generation` | 128 | 2K | 512 | 0.25 | {run} |",
+        "| `prepare_generation` | 2K | 128 | 1 | out of memory | def5678, 2026-01-02 |",
+        f"| `prepare_generation` | 2K | 128 | 512 | 0.5 | {run} |",
+    ]
+    rows = [
+        {"section": "check", "case": "B2-T64-D128", "dtype": "torch.bfloat16", "options": "['causal']"},
+        {"section": "forward", "case": "B2-T16384-D64", "error": 0.25, "ms": 1.5},
+        {"section": "forward", "case": "D64-forward", "ms": 2.5},
+    ]
+    text = plain.plain_text(tables.Result("lightning_attention", [row | FACTS for row in rows]))
+    assert text.index("## Forward") < text.index("## Check")
+    assert "| batch | tokens | head dim | dtype | set to False |" in text
+    assert "| 2 | 64 | 128 | bf16 | causal |" in text
+    assert "| 2 | 16K | 64 | 0.25 | 1.5 |  |" in text and "|  |  |  |  | 2.5 | D64-forward |" in text
 
 
 def test_names_of_lengths_do_not_overlap(monkeypatch):

@@ -104,6 +104,8 @@ def parse(*kinds: Any) -> tuple[Any, ...]:
     """
     arguments = sys.argv[1:] + ["--use_cpu", "--bf16", "false"] * ("--smoke" in sys.argv)
     options = HfArgumentParser(kinds).parse_args_into_dataclasses(arguments)
+    # `accelerate launch` may say so too: Trainer computes by it then, and DeepSpeed refuses what differs.
+    options[-1].bf16 = options[-1].mixed_precision == "bf16"
     if int(os.environ.get("WORLD_SIZE", "1")) > options[-1].world_size:
         raise SystemExit(
             "the processes do not find one another and would train apart: on CPUs, add --use_cpu"

@@ -324,6 +324,15 @@ def test_a_smoke_run_is_on_the_cpu_before_trainer_looks_for_processes(tmp_path, 
     assert text.smoke and seen == [(True, False)] and training.mixed_precision == "no"
 
 
+@pytest.mark.parametrize("given", [(), ("--bf16", "true"), ("--smoke",)], ids=str)
+def test_the_precision_of_the_launcher_is_that_of_the_recipe(tmp_path, monkeypatch, given):
+    # DeepSpeed refuses settings that differ, and the loss before training is taken by them.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(_options.torch.cuda, "is_available", lambda: False)
+    training = options(monkeypatch, tmp_path, "--use_cpu", *given)[2]
+    assert training.mixed_precision == "bf16" and training.bf16
+
+
 def test_a_given_learning_rate_is_told_from_none(tmp_path, monkeypatch):
     assert options(monkeypatch, tmp_path, "--use_cpu")[2].learning_rate is None
     assert options(monkeypatch, tmp_path, "--use_cpu", "--learning_rate", "3e-4")[2].learning_rate == 3e-4

@@ -19,6 +19,30 @@ BLOCKWISE_NAMES = {
     "PlainTorch": "torch alone",
 }
 
+DECODE_WORDS = (
+    "One query on a cache of keys: 32 query heads, 8 key heads, head dim 128, bf16. K is 1024 keys.\n\n"
+    "- `padding` hides a sixteenth of the keys of the first row, up to half of the last.\n"
+    "- `window` sees seven eighths of the keys; one of 4096 reads too few for the full rate of the memory.\n"
+    "- `capacity` has two thirds of the buffer filled.\n"
+    "- `holes` hides a fifth of the keys at random.\n"
+    "- `int8` and `fp8` are caches in 8 bits.\n\n"
+    "The bytes counted are those of the keys and values that the mask leaves visible. The script checks "
+    "errors against fp64 first and times nothing if a kernel is wrong."
+)
+BLOCKWISE_WORDS = (
+    "32 query heads, 8 key heads, 32K tokens, bf16; `D128` and `D64` are head dims. TFLOP/s count 4 "
+    "operations a visible pair and head dim forward, 10 backward. Of `blockwise_attention` there are two "
+    "implementations on a GPU:\n\n"
+    "- `SDPA kernels`: those of torch, by cuDNN or by flash, for dense and causal attention.\n"
+    "- `Triton`: its own, for windows, packed documents, padding, softcap and sinks too.\n\n"
+    "`torch alone` is `scaled_dot_product_attention` by cuDNN. Since commit 49182cc, it and the SDPA kernels "
+    "are called in turns, one call of each, every turn the other way round, and each time is the median of "
+    "its calls: the clock of a GPU that has just become warm is not that of a busy one. What differs by a "
+    "few per cent between two runs (the last column) is no difference of the kernels. The script checks "
+    "outputs and gradients against fp64 first and times nothing if a kernel is wrong."
+)
+
+
 # ---- a decoding step
 
 
@@ -39,30 +63,13 @@ def case_name(ours: str, kind: str) -> str:
 
 def decode_text(result: Result) -> str:
     """Time of one decoding step over a cache, and the share of the bandwidth."""
-    columns = ["case", "batch", "keys", "eager, µs", "graph, µs", "GB/s", "share of 3.35 TB/s"]
+    columns = ["case", "batch", "keys", "eager, µs", "graph, µs", "GB/s", "share of 3.35 TB/s", "run"]
+    fields = ("us", "graph_us", "gb_per_s")
     rows = [
-        [
-            case_name(o, kind),
-            b,
-            length_name(s),
-            r["us"],
-            r.get("graph_us"),
-            r["gb_per_s"],
-            f"{r['share']:.0%}",
-        ]
+        [case_name(o, kind), b, length_name(s), *(r.get(f) for f in fields), f"{r['share']:.0%}", run_of(r)]
         for o, kind, b, s, r in decode_cases(result)
     ]
-    return "\n\n".join(
-        [
-            "One query on a cache of keys: 32 query heads, 8 key heads, head dim 128, bf16. `padding` hides "
-            "a sixteenth of the keys of the first row, up to half of the last; `window` sees seven eighths "
-            "of them; `capacity` has two thirds of the buffer filled; `holes` hides a fifth at random; "
-            "`int8` and `fp8` are caches in 8 bits. The bytes counted are those of the keys and values that "
-            "the mask leaves visible; of a window of 4096 they are too few for the full rate of the memory. "
-            "The script checks errors against fp64 first and times nothing if a kernel is wrong.",
-            table(columns, rows),
-        ]
-    )
+    return "\n\n".join([DECODE_WORDS, table(columns, rows)])
 
 
 def draw_decode(result: Result, axes: list) -> None:
@@ -86,21 +93,17 @@ def blockwise_text(result: Result) -> str:
     """Speed forward and backward on the visible pairs, and memory a token."""
     columns = ["case", "kernel", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s", "run"]
     fields = ("case", "impl", "forward_ms", "forward_tflops", "backward_ms", "backward_tflops")
-    parts = [
-        "32 query heads, 8 key heads, 32K tokens, bf16. Of `blockwise_attention` there are two "
-        "implementations on a GPU: torch's SDPA kernels, by cuDNN or by flash, and those in Triton; "
-        "`torch alone` is `scaled_dot_product_attention` by cuDNN. TFLOP/s count 4 operations a visible pair "
-        "and head dim forward, 10 backward. Since commit 49182cc, SDPA kernels and torch alone are called in "
-        "turns, one call of each, every turn the other way round, and each time is the median of its calls: "
-        "the clock of a GPU that has just become warm is not that of a busy one. What differs by a few per "
-        "cent between two runs (the last column) is no difference of the kernels. The script checks outputs "
-        "and gradients against fp64 first and times nothing if a kernel is wrong.",
-        table(columns, [blockwise_cells(row, fields) for row in result.where(section="time").rows]),
-    ]
+    lines = [blockwise_cells(row, fields) for row in result.where(section="time").rows]
+    parts = ["## Speed", BLOCKWISE_WORDS, table(columns, lines)]
     if memory := result.where(section="memory").rows:
+        lines = [
+            [length_name(int(row["case"].removeprefix("T"))), row["bytes_per_token"], run_of(row)]
+            for row in memory
+        ]
         parts += [
+            "## Memory",
             "Peak memory a token above the inputs, forward and backward with a window of 1024:",
-            table(["length", "bytes a token"], [[row["case"], row["bytes_per_token"]] for row in memory]),
+            table(["tokens", "bytes a token", "run"], lines),
         ]
     return "\n\n".join(parts)
 

@@ -1,7 +1,7 @@
 """Page and figure of bench_cross_entropy.py: the times of a loss beside their floor, and the checks."""
 
 from _figures import FLOOR, OURS, THEIRS
-from _tables import Result, table, values
+from _tables import Result, dtype_name, table, values
 from _words import COLUMNS, SENTENCES
 
 NAMES = {"kernel": "`cross_entropy`", "torch": "torch, fp32", "liger": "Liger"}
@@ -14,9 +14,9 @@ CHECKED = (
 
 
 def case_name(case: str) -> str:
-    """8192 × 32,000 for n8192-V32000."""
+    """8,192 × 32,000 for n8192-V32000."""
     rows, vocabulary = case[1:].split("-V")
-    return f"{rows} × {int(vocabulary):,}"
+    return f"{int(rows):,} × {int(vocabulary):,}"
 
 
 def shown(row: dict) -> dict:
@@ -24,6 +24,7 @@ def shown(row: dict) -> dict:
     return row | {
         "case": case_name(row["case"]),
         "peer": NAMES.get(row.get("peer", ""), row.get("peer")),
+        "dtype": dtype_name(row.get("dtype", "")),
         "gradient": PLACES.get(row.get("gradient", ""), row.get("gradient")),
         "extra_mib": float(f"{1024 * row.get('extra_gib', 0.0):.2f}"),
     }

@@ -7,30 +7,46 @@ rows with `check`     errors before anything was timed
 """
 
 from _figures import OURS, THEIRS, has_line, legend_below, set_lengths
-from _tables import Result, failure, length_name, table, values
+from _tables import Result, dtype_name, failure, length_name, run_of, table, values
 
+# The heading of a section, and what its table shows.
 TITLES = {
-    "minimax": "The attention block of a lightning layer at the sizes of MiniMax-Text-01, one prompt. "
-    "`projections` are its three matrix products alone; the floor adds queries, keys, values, outputs and "
-    "gates, each moved once.",
-    "training": "Forward and backward of Llama shapes with random weights, 64K tokens a step, or one row "
-    "where it is longer. `lightning` and `softmax` are one model behind `prepare_training`, with lightning "
-    "and with exact attention; `sdpa` is that model under transformers with gradient checkpointing. The last "
-    "column is the speed over that of `lightning` at the shortest length.",
-    "generate": "`generate()` of new tokens behind a prompt, random weights, bf16, greedy: "
-    "`LightningForCausalLM` behind `prepare_generation`, and Llama of as many weights under transformers "
-    "with `sdpa` and a dynamic cache, with 32 key heads (`softmax`) and 8 (`softmax-gqa`).",
+    "training": (
+        "Training",
+        "Forward and backward of Llama shapes with random weights, 64K tokens a step, or one row where it is "
+        "longer. K is 1024 tokens. `lightning` and `softmax` are one model behind `prepare_training`, with "
+        "lightning and with exact attention; `sdpa` is that model under transformers with gradient "
+        "checkpointing. `over lightning` is the speed over that of `lightning` at the shortest length.",
+    ),
+    "generate": (
+        "Generation",
+        "`generate()` of new tokens behind a prompt, random weights, bf16, greedy: `lightning` is "
+        "`LightningForCausalLM` behind `prepare_generation`; Llama of as many weights under transformers, "
+        "with `sdpa` and a dynamic cache, has 32 key heads (`softmax`) or 8 (`softmax-gqa`).",
+    ),
+    "minimax": (
+        "The attention block of MiniMax-Text-01",
+        "One lightning layer at the sizes of that model, one prompt. `projections` are its three matrix "
+        "products alone; the floor adds queries, keys, values, outputs and gates, each moved once.",
+    ),
 }
+ORDER = ("length", "prompt", "batch")
+CHECKS = {
+    "section": "of", "check": "compared", "error_prepared": "error, prepared", "error_plain": "error, plain",
+    "error_transformers": "error, transformers", "compared": "tokens that agreed",
+}  # fmt: skip
 COLUMNS = {
     "minimax": {
-        "peer": "peer", "tokens": "tokens", "ms": "ms", "floor_ms": "floor, ms", "peak_gib": "peak, GiB",
+        "peer": "set up by", "tokens": "tokens", "ms": "ms", "floor_ms": "floor, ms", "peak_gib": "peak, GiB",
     },
     "training": {
-        "shape": "weights", "peer": "peer", "length": "length", "batch": "rows", "tokens_per_s": "tokens/s",
-        "step_s": "step, s", "floor_s": "floor, s", "peak_gib": "peak, GiB", "over": "over `lightning`",
+        "shape": "weights", "peer": "attention", "length": "length", "batch": "rows",
+        "tokens_per_s": "tokens/s", "step_s": "step, s", "floor_s": "floor, s", "peak_gib": "peak, GiB",
+        "over": "over lightning",
     },
     "generate": {
-        "peer": "peer", "prompt": "prompt", "batch": "rows", "new": "new", "first_token_s": "first token, s",
+        "peer": "attention", "prompt": "prompt", "batch": "rows", "new": "new tokens",
+        "first_token_s": "first token, s",
         "token_ms": "a token, ms", "floor_token_ms": "floor, ms", "step_tokens_per_s": "tokens/s, steps",
         "tokens_per_s": "tokens/s, whole", "peak_gib": "peak, GiB",
     },
@@ -65,20 +81,32 @@ def cells(row: dict, fields: list[str]) -> list:
     return shown
 
 
+def in_order(rows: list[dict]) -> list[dict]:
+    """Rows of one shape together, those of one length beside each other."""
+    shapes = values(rows, "shape")
+    return sorted(
+        rows,
+        key=lambda row: [shapes.index(row["shape"]) if shapes else 0, *(row.get(f, 0) for f in ORDER)],
+    )
+
+
 def models_text(result: Result) -> str:
     """A table a section, and the errors of the checks."""
     parts = []
-    for section, title in TITLES.items():
-        rows = timed(result, section)
-        if rows:
+    for section, (heading, words) in TITLES.items():
+        if rows := in_order(timed(result, section)):
             fields = list(COLUMNS[section])
-            lines = [cells(row, fields) for row in (with_ratio(rows) if section == "training" else rows)]
-            parts += [title, table(list(COLUMNS[section].values()), lines)]
-    checks = [row for row in result.rows if "check" in row]
-    fields = ["section", "check", "error_prepared", "error_plain", "error_transformers", "compared"]
-    if checks:
-        parts.append("Before anything was timed: relative errors against fp64, and tokens that agreed.")
-        parts.append(table(fields, [[row.get(field) for field in fields] for row in checks]))
+            shown = with_ratio(rows) if section == "training" else rows
+            lines = [[*cells(row, fields), run_of(row)] for row in shown]
+            parts += [f"## {heading}", words, table([*COLUMNS[section].values(), "run"], lines)]
+    if checks := [row for row in result.rows if "check" in row]:
+        named = [row | {"check": dtype_name(row["check"])} for row in checks]
+        lines = [[*(row.get(field) for field in CHECKS), run_of(row)] for row in named]
+        parts += [
+            "## Checks",
+            "Before anything was timed: relative errors against fp64, and tokens that agreed.",
+            table([*CHECKS.values(), "run"], lines),
+        ]
     return "\n\n".join(parts)
 
 

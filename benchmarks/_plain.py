@@ -2,7 +2,7 @@
 
 import re
 
-from _tables import FACTS, Result, failure, length_name, run_of, table, values
+from _tables import FACTS, Result, dtype_name, failure, length_name, run_of, table, values
 from _words import CASES, COLUMNS, HIDDEN, ORDER, SECTIONS, SENTENCES, VALUES, of_page
 
 LENGTHS = ("prompt", "new", "tokens", "keys")
@@ -67,7 +67,7 @@ def cell(page: str, field: str, value):
     if field in LENGTHS and isinstance(value, int):
         return length_name(value)
     if field == "dtype":
-        return value.removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        return dtype_name(value)
     if field in LISTS:
         return re.sub(r"[][()']", "", value)
     return of_page(VALUES, page).get(value, value) if isinstance(value, str) else value

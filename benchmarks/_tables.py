@@ -110,6 +110,11 @@ def table(columns: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def dtype_name(dtype: str) -> str:
+    """bf16 for torch.bfloat16."""
+    return dtype.removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def length_name(tokens: int) -> str:
     """64K for 65536."""
     for unit, name in ((2**20, "M"), (2**10, "K")):

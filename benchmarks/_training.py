@@ -42,7 +42,7 @@ ANSWERS = ("last_word", "next_sentence")
 def millions(field: str, value):
     """Counts of tokens and parameters in millions; the length of a row, and all else, as they are."""
     counts = ("parameters", "tokens", "unique_tokens", "transfer_tokens")
-    return f"{value / 1e6:,.1f} M" if field in counts and value is not None else value
+    return f"{value / 1e6:,.1f} million" if field in counts and value is not None else value
 
 
 def training_text(result: Result) -> str:

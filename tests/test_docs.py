@@ -234,9 +234,8 @@ def test_plot_sets_the_ring_beside_ours(tmp_path):
     result = plot(tmp_path)
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "docs/benchmarks/tree_prefill.md").read_text()
-    assert (
-        "| 64K | 2 | `prepare_generation` | 2 | 9.5 | 2.5 | 21.5 | 0.75 | 2,048 | 260 | 700 |  | 2 |" in page
-    )
+    assert "| 64K | 2 | `prepare_generation` | 2 | 9.5 | 2.5 | 2 |" in page
+    assert "| 64K | 2 | `prepare_generation` | 21.5 | 0.75 | 2,048 | 260 | 700 |  |" in page
     assert "| 128K | 2 | ring attention | out of memory |" in page
     assert "\ntorchrun --nproc-per-node 2 benchmarks/bench_tree_prefill.py\n" in page
     assert (tmp_path / "docs/images/tree_prefill.png").exists()

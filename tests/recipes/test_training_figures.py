@@ -63,7 +63,7 @@ def test_each_recipe_has_a_page_and_a_figure(name, tmp_path):
     assert plot.main(["--root", str(tmp_path)]) == 0
     assert plot.main(["--root", str(tmp_path), "--check"]) == 0
     page = (tmp_path / "docs" / "benchmarks" / f"{name}.md").read_text()
-    assert f"\npython recipes/{name}.py --text books\n" in page and "30.4 M" in page
+    assert f"\npython recipes/{name}.py --text books\n" in page and "30.4 million" in page
     assert f"](../images/{name}.png)" in page and (tmp_path / f"docs/images/{name}.png").exists()
     if name == "finetune_long":
         assert "| 0 to 1,024 | 3.5000 | 3.2500 |" in page and "| 1,024 to 32,768 |  | 2.9877 |" in page

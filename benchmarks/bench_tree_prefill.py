@@ -207,18 +207,19 @@ def counting():
     total = [0]
     gather, exchange, join = SequenceGroup._gather, SequenceGroup.begin_exchange, SequenceGroup.join
 
-    def counted_gather(self, group, tensor, async_op):
-        total[0] += 0 if group is None else (dist.get_world_size(group) - 1) * tensor.nbytes
-        return gather(self, group, tensor, async_op)
+    def counted_gather(self, link, tensor, async_op):
+        total[0] += 0 if link is None else (len(link.members) - 1) * tensor.nbytes
+        return gather(self, link, tensor, async_op)
 
     def counted_exchange(self, parts):
-        total[0] += 0 if self._group is None else parts.nbytes
+        total[0] += 0 if self.world_size == 1 else parts.nbytes
         return exchange(self, parts)
 
     def counted_join(self, output, lse, level):
         joined = join(self, output, lse, level)
         if joined is not None:
-            total[0] += (dist.get_world_size(self._levels[level]) - 1) * (output.nbytes + lse.nbytes)
+            others = len(self._connections.levels[level].members) - 1
+            total[0] += others * (output.nbytes + lse.nbytes)
         return joined
 
     counted = {"_gather": counted_gather, "begin_exchange": counted_exchange, "join": counted_join}

@@ -100,7 +100,7 @@ def share_generation(
         settings: of `prepare_generation`, those that must be the same on every rank, by their name.
     """
     original_generate: Any = model.generate
-    is_cut, groups = group.world_size > 1, {id(each): each for each in (group, group.control)}
+    shared, groups = group, {id(each): each for each in (group, group.control)}
     group = group.control
     original_criteria: Any = model._get_stopping_criteria
     signature = inspect.signature(original_generate)
@@ -113,8 +113,9 @@ def share_generation(
                     each.renew()
             call = signature.bind_partial(*args, **kwargs)
             check_same(group, {**settings, **_fields(model, call.arguments)}, model.device)
-            if is_cut:
+            if shared.world_size > 1:
                 _warn_of_whole_cache(kwargs.get("past_key_values"))
+                _take_over(kwargs.get("past_key_values"), shared)
             if call.arguments.get("streamer") is not None and group.rank > 0:
                 call.arguments["streamer"] = _Silent(call.arguments["streamer"])
             return original_generate(*call.args, **call.kwargs)
@@ -131,6 +132,21 @@ def _warn_of_whole_cache(cache: Any) -> None:
         warn_slow(
             "generate", f"`past_key_values` is a {type(cache).__name__}, which every process holds whole"
         )
+
+
+def _take_over(cache: Any, group: SequenceGroup) -> None:
+    """Has a cache that another set-up of the same ranks has filled go on over the connections of this one.
+
+    They are the ones that are watched, and opened anew after an error.
+    """
+    former = getattr(cache, "group", None)
+    if not isinstance(former, SequenceGroup) or former is group or former.ranks != group.ranks:
+        return
+    cache.group = group
+    for layer in cache.layers:
+        for part in (layer, getattr(layer, "scales", layer)):
+            if hasattr(part, "group_of_ranks"):
+                part.group_of_ranks = group
 
 
 def _fields(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The ranks that share one sequence, and every operation they do together."""
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_longattn.parallel.connections import Connections, Link
 from hf_longattn.parallel.peers import PeerBoards
 from hf_longattn.parallel.watch import Watch
 
@@ -49,34 +49,52 @@ class Pending:
 class SequenceGroup:
     """The ranks that share one sequence; all communication of sequence sharding goes through here.
 
-    Without a process group it is a group of one, in which every operation is the identity.
+    Without a process group it is a group of one, in which every operation is the identity. Connections that
+    were opened for it close when it goes; process groups of the caller stay.
 
     Args:
         group: the process group, or None for this process alone.
-        levels: process groups of a hierarchy, innermost first: each rank is in one of each, and joining over
-            one after the other reaches everyone. None for one level, `group` itself.
         timeout: seconds that a rank waits for the others.
 
     Raises:
         ValueError: `timeout` is not positive.
+        RuntimeError: not all ranks of `group` made it.
     """
 
-    def __init__(
-        self, group: Any = None, levels: Sequence[Any] | None = None, timeout: float = 120.0
-    ) -> None:
+    def __init__(self, group: Any = None, timeout: float = 120.0) -> None:
         if not timeout > 0:
             raise ValueError(f"`timeout` must be a positive number of seconds, got {timeout}.")
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.world_size = 1 if group is None else dist.get_world_size(group)
-        self._group = None if self.world_size == 1 else _with_timeout(group, timeout)
-        self._levels = [self._group]
-        if levels is not None:
-            self._levels = [_with_timeout(level, timeout) for level in levels]
-        # By level, once asked for: None where the GPUs do not reach each other's memory.
-        self._boards: dict[int, PeerBoards | None] = {}
-        self.watch = Watch(self.rank, self.ranks, timeout, self._abort)
-        # Every process that must do the same: these ranks, and on a mesh those of its other dimensions too.
-        self.control: SequenceGroup = self
+        is_alone = group is None or dist.get_world_size(group) == 1
+        self._connect(Connections(None if is_alone else Link.over(group, timeout)), timeout)
+
+    def _connect(self, connections: Connections, timeout: float) -> None:
+        self._connections, link = connections, connections.whole
+        self.ranks = [0] if link is None else list(link.members)
+        self.world_size = len(self.ranks)
+        self.rank = 0 if link is None else self.ranks.index(dist.get_rank())
+        self.watch = Watch(self.rank, self.ranks, timeout, connections.abort)
+        self._others: SequenceGroup | None = None
+
+    @classmethod
+    def _between(cls, members: list[int], levels: Sequence[Any] | None, timeout: float) -> "SequenceGroup":
+        """The group of some ranks, in which they are joined over process groups of a hierarchy.
+
+        Args:
+            members: as ranks of the whole job.
+            levels: innermost first: each rank is in one of each, and joining over one after the other reaches
+                everyone. None for one level of all.
+            timeout: seconds that a rank waits for the others.
+        """
+        group = cls(timeout=timeout)
+        if len(members) > 1:
+            links = None if levels is None else [Link.over(level, timeout) for level in levels]
+            group._connect(Connections(Link.between(members, timeout), links), timeout)
+        return group
+
+    @property
+    def control(self) -> "SequenceGroup":
+        """Every process that must do the same: these ranks, and those of a mesh's other dimensions too."""
+        return self if self._others is None else self._others
 
     @classmethod
     def from_mesh(cls, mesh: Any, timeout: float = 120.0) -> "SequenceGroup":
@@ -88,6 +106,7 @@ class SequenceGroup:
 
         Raises:
             ValueError: the mesh names no such dimension.
+            RuntimeError: not all ranks of the mesh came.
         """
         names = getattr(mesh, "mesh_dim_names", None) or ()
         if "cp" in names:
@@ -95,16 +114,17 @@ class SequenceGroup:
         elif {"cp_inter", "cp_intra"} <= set(names):
             both = mesh["cp_inter", "cp_intra"]
             levels = [both.get_group("cp_intra"), both.get_group("cp_inter")]
-            group = cls(_new_group(both), levels, timeout)
+            group = cls._between(_members(both), levels, timeout)
         else:
             raise ValueError(
                 f"`device_mesh` must name a dimension 'cp', or 'cp_inter' and 'cp_intra', got {names}; build "
                 "it with `init_device_mesh(device, shape, mesh_dim_names=('cp',))`."
             )
         if mesh.size() > group.world_size:
-            group.control = cls(_new_group(mesh), timeout=timeout)
-            group.watch = Watch(group.control.rank, group.control.ranks, timeout, group._abort)
-            group.control.watch = group.watch
+            others = cls._between(_members(mesh), None, timeout)
+            abort = group._connections.abort
+            group._others, group.watch = others, Watch(others.rank, others.ranks, timeout, abort)
+            others.watch = group.watch
         return group
 
     @classmethod
@@ -143,32 +163,15 @@ class SequenceGroup:
         Raises:
             RuntimeError: not all of them did, with the ranks that are to blame.
         """
-        if self._group is None:
-            return
-        # What reads the memory of peers belongs to the old groups, and may have been told to stop.
-        self._boards.clear()
-        old = {id(group): group for group in (self._group, *self._levels) if group is not None}
         try:
-            fresh = {
-                key: _group_of(
-                    dist.get_process_group_ranks(group), self.watch.timeout, dist.get_backend(group)
-                )
-                for key, group in old.items()
-            }
+            self._connections.renew(self.watch.timeout)
         except RuntimeError as error:
             raise self.watch.diagnosis(error) from error
-        self._group = fresh[id(self._group)]
-        self._levels = [None if group is None else fresh[id(group)] for group in self._levels]
-
-    @property
-    def ranks(self) -> list[int]:
-        """The members, as ranks of the whole job."""
-        return [0] if self._group is None else dist.get_process_group_ranks(self._group)
 
     @property
     def levels(self) -> int:
         """Steps of a join: 1, or 2 for nodes and GPUs inside them."""
-        return len(self._levels)
+        return len(self._connections.levels)
 
     def gather(self, tensor: Tensor, level: int | None = None) -> Tensor:
         """What every rank holds.
@@ -180,8 +183,8 @@ class SequenceGroup:
         Returns:
             (ranks, *shape), in the order of the ranks, the same bits everywhere.
         """
-        group = self._group if level is None else self._levels[level]
-        return self._gather(group, tensor, async_op=False).wait()
+        link = self._connections.whole if level is None else self._connections.levels[level]
+        return self._gather(link, tensor, async_op=False).wait()
 
     def begin_gather(self, tensor: Tensor) -> Pending:
         """Begins `gather` over the whole group, on a stream of its own where the ranks are GPUs.
@@ -192,14 +195,14 @@ class SequenceGroup:
         Args:
             tensor: of the same shape and dtype on every rank; not to be written to before the end.
         """
-        return self._gather(self._group, tensor, async_op=True)
+        return self._gather(self._connections.whole, tensor, async_op=True)
 
-    def _gather(self, group: Any, tensor: Tensor, async_op: bool) -> Pending:
-        if group is None:
+    def _gather(self, link: Link | None, tensor: Tensor, async_op: bool) -> Pending:
+        if link is None:
             return Pending(tensor[None])
         sent = tensor.contiguous()
-        received = sent.new_empty((dist.get_world_size(group), *sent.shape))
-        work = self._run(_all_gather, _bytes(received), _bytes(sent), group=group, async_op=async_op)
+        received = sent.new_empty((len(link.members), *sent.shape))
+        work = self._run(_all_gather, _bytes(received), _bytes(sent), link.group, async_op)
         return Pending(received, work, sent, self.watch)
 
     def join(self, output: Tensor, lse: Tensor, level: int) -> tuple[Tensor, Tensor] | None:
@@ -214,14 +217,14 @@ class SequenceGroup:
             output and lse over the keys of all ranks of the level, the same bits on each; or None on every
             rank where there is no such memory, or the results are too large for it.
         """
-        group = self._levels[level]
-        if group is None or not output.is_cuda:
+        link, known = self._connections.levels[level], self._connections.boards
+        if link is None or not output.is_cuda:
             return None
-        if level not in self._boards:
+        if level not in known:
             if torch.cuda.is_current_stream_capturing():
                 return None
-            self._boards[level] = PeerBoards.open(group, output.device)
-        boards = self._boards[level]
+            known[level] = PeerBoards.open(link.group, output.device) if link.backend == "nccl" else None
+        boards = known[level]
         if boards is None:
             return None
         self.watch.check()
@@ -236,21 +239,14 @@ class SequenceGroup:
         Returns:
             (P - 1, ...) to come, from the other ranks in their order.
         """
-        if self._group is None:
+        if (link := self._connections.whole) is None:
             return Pending(parts)
         sent = parts.contiguous()
         received = torch.empty_like(sent, memory_format=torch.contiguous_format)
         sizes = [_bytes(sent).numel() // (self.world_size - 1)] * self.world_size
         sizes[self.rank] = 0
-        work = self._run(
-            dist.all_to_all_single,
-            _bytes(received),
-            _bytes(sent),
-            sizes,
-            sizes,
-            group=self._group,
-            async_op=True,
-        )
+        pair = (_bytes(received), _bytes(sent))
+        work = self._run(dist.all_to_all_single, *pair, sizes, sizes, link.group, True)
         return Pending(received, work, sent, self.watch)
 
     def reduce(self, tensor: Tensor, op: Any) -> Tensor:
@@ -261,14 +257,14 @@ class SequenceGroup:
             op: a `torch.distributed.ReduceOp`.
         """
         result = tensor.clone(memory_format=torch.contiguous_format)
-        if self._group is not None:
-            self._run(dist.all_reduce, result, op, group=self._group)
+        if (link := self._connections.whole) is not None:
+            self._run(dist.all_reduce, result, op, link.group)
         return result
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Replaces a contiguous tensor by the sum of those of every rank, in its own memory."""
-        if self._group is not None:
-            self._run(dist.all_reduce, tensor, group=self._group)
+        if (link := self._connections.whole) is not None:
+            self._run(dist.all_reduce, tensor, dist.ReduceOp.SUM, link.group)
         return tensor
 
     def add_up_parts(self, parts: Tensor) -> Tensor:
@@ -280,38 +276,31 @@ class SequenceGroup:
         Returns:
             (...), the sum of this rank's part.
         """
-        if self._group is None:
+        if (link := self._connections.whole) is None:
             return parts[0]
-        if dist.get_backend(self._group) != "nccl":
+        if link.backend != "nccl":
             # gloo reduces to parts in some builds only; as many bytes travel this way.
             others = torch.cat([parts[: self.rank], parts[self.rank + 1 :]])
             return torch.cat([parts[self.rank, None], self.begin_exchange(others).wait()]).sum(0)
         sent = parts.contiguous()
         result = torch.empty_like(sent[0])
-        self._run(dist.reduce_scatter_tensor, result, sent, group=self._group)
+        self._run(dist.reduce_scatter_tensor, result, sent, dist.ReduceOp.SUM, link.group)
         return result
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0, in the place of everyone's own."""
-        if self._group is not None:
-            self._run(dist.broadcast, tensor, group=self._group, group_src=0)
+        if (link := self._connections.whole) is not None:
+            self._run(dist.broadcast, tensor, None, link.group, False, 0)
         return tensor
 
-    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, operation: Callable[..., Any], *args: Any) -> Any:
+        # By position: torch describes a failed operation by the group that it was given by keyword, and has
+        # another error in the place of the first where it has not registered that group (2.13).
         self.watch.check()
         try:
-            return operation(*args, **kwargs)
+            return operation(*args)
         except RuntimeError as error:
             raise self.watch.diagnosis(error) from error
-
-    def _abort(self) -> None:
-        """Ends what is under way. GPUs alone need it: what waits there is beyond our timeout."""
-        for boards in self._boards.values():
-            if boards is not None:
-                boards.stop()
-        for group in {id(group): group for group in (self._group, *self._levels)}.values():
-            if group is not None and dist.get_backend(group) == "nccl":
-                group.abort()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceGroup":
         return self
@@ -322,17 +311,6 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _new_group(mesh: Any) -> Any:
-    """One process group of all members of a mesh, in its order."""
-    return dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
-
-
-def _with_timeout(group: Any, timeout: float) -> Any:
-    """A gloo group of our own, whose operations end after `timeout`; others keep the timeout they have."""
-    if dist.get_backend(group) != "gloo":
-        return group
-    return _group_of(dist.get_process_group_ranks(group), timeout, "gloo")
-
-
-def _group_of(members: list[int], timeout: float, backend: str) -> Any:
-    return dist.new_group(members, timedelta(seconds=timeout), backend, use_local_synchronization=True)
+def _members(mesh: Any) -> list[int]:
+    """All members of a mesh, as ranks of the whole job."""
+    return mesh.mesh.flatten().tolist()

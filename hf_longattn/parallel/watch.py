@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hf_longattn.parallel.connections import default_store
+
 logger = logging.getLogger("hf_longattn")
 
 # Seconds between two signs of life.
@@ -52,9 +54,7 @@ class Watch:
         # Calls count from the beginning of each watch: who prepares a model again leaves behind calls that
         # some ranks made alone.
         self._members = f"hf_longattn/{'-'.join(map(str, self.ranks))}"
-        self._number = (
-            _default_store().add(f"{self._members}/watches/{rank}", 1) if len(self.ranks) > 1 else 0
-        )
+        self._number = default_store().add(f"{self._members}/watches/{rank}", 1) if len(self.ranks) > 1 else 0
 
     def __enter__(self) -> "Watch":
         if len(self.ranks) > 1:
@@ -78,12 +78,13 @@ class Watch:
             self._leave_count()
         self._stop.set()
         self._thread.join()
-        self._thread = None
+        # The connection closes with the call.
+        self._thread = self._store = None
 
     def _open_store(self) -> Any:
         """The keys of this call: every rank counts its calls in the store, and all have made as many."""
         # A connection of its own: the thread must not wait for what others wait for.
-        store = dist.PrefixStore(f"{self._members}/{self._number}", _default_store().clone())
+        store = dist.PrefixStore(f"{self._members}/{self._number}", default_store().clone())
         call = store.add(f"calls/{self.rank}", 1)
         for key in (f"{call - 2}/signs/{self.rank}", f"{call - 2}/note"):
             # Nobody looks at a call that all have left.
@@ -200,10 +201,6 @@ class Watch:
             self._fault = self._store.compare_set("note", "", note).decode()
         except RuntimeError:
             self._fault = note
-
-
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _names(ranks: list[int]) -> str:

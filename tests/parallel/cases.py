@@ -5,6 +5,7 @@ Every expectation is computed once, in one process without this package's shardi
 
 import functools
 import itertools
+import operator
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import cache_cases
+import connection_cases
 import fault_cases
 import ranks
 import tiny
@@ -189,8 +191,8 @@ def assert_volume(model, group, links):
     cache, received = ShardedCache(model.config, group), []
     gather = SequenceGroup._gather
 
-    def counted(self, process_group, tensor, async_op):
-        pending = gather(self, process_group, tensor, async_op)
+    def counted(self, link, tensor, async_op):
+        pending = gather(self, link, tensor, async_op)
         received.append(pending._received.nbytes - tensor.nbytes)
         return pending
 
@@ -321,7 +323,9 @@ def expect(topics):
     if {"refusals", "strangers", "wrapped", "fails"} & set(topics):
         expected("llama", length=23)
     cache_cases.expect(topics)
+    connection_cases.expect(topics)
 
 
 if __name__ == "__main__":
-    ranks.run_topics({**globals(), **vars(cache_cases), **vars(fault_cases)}, expect, mesh_of)
+    topics = [vars(module) for module in (cache_cases, connection_cases, fault_cases)]
+    ranks.run_topics(functools.reduce(operator.or_, topics, globals()), expect, mesh_of)

@@ -8,6 +8,7 @@ import ranks
 import tiny
 import torch
 import transformers as tf
+from connection_cases import descriptors
 from several import BOUND, TIMEOUT, assert_same, build, error_of, expected, generate, prepare
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -209,7 +210,10 @@ def fails(rank, size, mesh):
                 raise MemoryError("no room for another token")
             return scores
 
-    for who, given in (([1], {}), (range(size), {}), ([0], {"past_key_values": cache})):
+    # A cache that an earlier set-up has filled goes over the connections that are opened anew, too.
+    hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=4.0)
+    counts = []
+    for who, given in (([0], {"past_key_values": cache}), ([1], {}), (range(size), {})):
         fail = tf.LogitsProcessorList([Fail(who)])
         call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail, **given)
         message = error_of(MemoryError if rank in who else RuntimeError, call)
@@ -219,6 +223,8 @@ def fails(rank, size, mesh):
         again = generate(model, ids, do_sample=False, past_key_values=cache)
         assert_same(f"after {who}", again, expected("llama", length=23))
         cache.crop(16)
+        counts.append(descriptors())
+    assert len(set(counts)) == 1, counts
     # A call that one rank never makes leaves the ranks out of step, until they prepare the model again.
     hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=2.0)
     if rank == 0:

@@ -33,6 +33,8 @@ FAST = [
     "strangers",
     "reductions",
     "wrapped",
+    "connections",
+    "several_models",
 ]
 
 

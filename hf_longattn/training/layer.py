@@ -370,10 +370,12 @@ class _GradientSums:
         self.checked = True
         parts = local_gradients(outputs, wanted, grads)
         found = None if entering is None else parts.pop()
-        if self.needs_input and (part := parts.pop(0)) is not None:
-            self._add_hidden(index, part)
+        hidden = parts.pop(0) if self.needs_input else None
         for total, part in zip(self.sums, parts, strict=True):
             total.add(part)
+        # Last: the gradient of a parameter that is added to the output may be a view of what is overwritten.
+        if hidden is not None:
+            self._add_hidden(index, hidden)
         return found
 
     def _add_hidden(self, index: int, part: Tensor) -> None:
@@ -382,6 +384,9 @@ class _GradientSums:
             return
         if self.hidden is None:
             self.hidden = self._place(part)
+        if part.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr():
+            # Written in place, in another view of the room: torch copies between no two of one memory.
+            part = part.clone()
         if index in self.written:
             # Not `+=`, which copies the sum to where it is.
             self.hidden[:, self.run.rows[index]].add_(part)
@@ -420,7 +425,8 @@ def run_backward(
         grad: (B, T, D), the gradient of the output.
         parameters: those that want a gradient.
         needs_input: whether the hidden states want theirs.
-        may_overwrite: whether the gradient of the input may be written over that of the output.
+        may_overwrite: whether `grad` is nobody else's: the gradient of the input is written over it, and
+            functions of the layer may write over what they are given of it.
 
     Returns:
         the gradients of hidden states and parameters.
@@ -452,7 +458,12 @@ def _block_backward(
     grad: Tensor,
     attention: TokenMixer | None,
 ) -> None:
-    own = [grad[:, sums.run.rows[index]]] * len(terms)
+    part = grad[:, sums.run.rows[index]]
+    # Functions of others, as Liger's, write over the gradients they are given and do not say so.
+    if sums.room is None:
+        part = part.clone()
+    # One for all: products that were left out read it first, for autograd runs the newest node first.
+    own = [part] * len(terms)
     if attention is None:
         sums.add(index, block, terms, own)
         return

@@ -5,14 +5,14 @@ import gc
 import pytest
 import torch
 import transformers as tf
+from host_blocks import keep_on_host
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hf_longattn
 from hf_longattn.training import attention
 from hf_longattn.training.groups import waiting
-from hf_longattn.training.offload import Offloader
 
 WIDTH, HEADS, GROUPS, LAYERS, BLOCK = 64, 4, 1, 4, 64
 HIDDEN = 4 * WIDTH
@@ -37,26 +37,6 @@ class Alive(TorchDispatchMode):
         self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
         self.top = max(self.top, sum(size for _, size in self.known.values()))
         return result
-
-
-class Host:
-    """Stands in for pinned memory, which is none of the GPU's."""
-
-    def __init__(self, layout):
-        self.parts = [None] * len(layout.rows)
-
-    def write(self, index, block):
-        with _disable_current_modes():
-            self.parts[index] = block.clone()
-
-    def settle(self):
-        pass
-
-    def read(self, order):
-        return (self.parts[index] * 1 for index in order)
-
-    def release(self):
-        self.parts = []
 
 
 @pytest.fixture
@@ -95,7 +75,7 @@ def slopes(model):
 
 
 def test_a_token_on_the_host_leaves_its_share_of_one_layer(monkeypatch, no_collector):
-    monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
+    keep_on_host(monkeypatch)
     # What one call of the kernel takes for its keys is bounded: here below the lengths of the test.
     monkeypatch.setattr(attention, "MOST_KEYS", BLOCK)
     forward, step = slopes(build())
@@ -107,7 +87,7 @@ def test_a_token_on_the_host_leaves_its_share_of_one_layer(monkeypatch, no_colle
 def test_what_somebody_keeps_is_not_written_over(monkeypatch):
     ids, kept = torch.randint(32, (2, 150)), []
     expected = build(offload=False)
-    monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
+    keep_on_host(monkeypatch)
     model = build()
     model.load_state_dict(expected.state_dict())
     for way in ("plain", "hidden states", "hook", "embeddings"):
@@ -182,7 +162,7 @@ def test_a_group_of_layers_with_inputs_on_the_host(monkeypatch):
     weights = build().state_dict()
     for every in (1, 3):
         if every > 1:
-            monkeypatch.setattr(Offloader, "keep", lambda self, layout, *rest, **options: Host(layout))
+            keep_on_host(monkeypatch)
         model = build(keep_every=every)
         model.load_state_dict(weights)
         model(input_ids=ids, labels=ids).loss.backward()

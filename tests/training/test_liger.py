@@ -1,4 +1,4 @@
-"""When Liger's kernel takes the loss, and that it gives the same loss."""
+"""When Liger's kernel takes the loss, that it gives the same loss, and layers that run its kernels."""
 
 import functools
 import importlib.util
@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import hf_longattn
 from hf_longattn.training import liger
@@ -162,21 +163,59 @@ def test_the_kernel_itself_in_the_interpreter():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     assert "by Liger's fused" in result.stdout and "scales or caps" in result.stdout
+    assert "layers by Liger" in result.stdout
+
+
+def step_on_a_gpu(rows, dtype, kept, change=lambda model: None, **fields):
+    """(loss, gradients) in fp64, of a model whose weights were rounded to a dtype."""
+    ids = tiny.tokens(rows, 600).cuda()
+    model = tiny.build("llama").to(dtype).to("cuda", kept)
+    change(model)
+    hf_longattn.prepare_training(model, block_size=256, loss_chunk_size=100, **fields)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    return loss.detach().double().reshape(1), gradients
+
+
+def assert_as_exact(ours, plain, exact, dtype):
+    for result, other, expected in zip(ours, plain, exact, strict=True):
+        bound = 1.5 * (tiny.relative_error(other, expected) + torch.finfo(dtype).eps)
+        assert tiny.relative_error(result, expected) <= bound
 
 
 @installed
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_is_as_exact_as_plain_torch(dtype, monkeypatch):
-    ids, results = tiny.tokens(2, 600).cuda(), {}
+    results = {}
     for kind, kept in (("exact", torch.float64), ("torch", dtype), ("liger", dtype)):
         monkeypatch.setattr(liger, "_INSTALLED", kind == "liger")
-        model = tiny.build("llama").to(dtype).to("cuda", kept)
-        hf_longattn.prepare_training(model, block_size=256, loss_chunk_size=100)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        gradients = torch.cat([p.grad.flatten().double() for p in model.parameters()])
-        results[kind] = loss.detach().double().reshape(1), gradients
-    for exact, plain, ours in zip(*(results[kind] for kind in ("exact", "torch", "liger")), strict=True):
-        bound = 1.5 * (tiny.relative_error(plain, exact) + torch.finfo(dtype).eps)
-        assert tiny.relative_error(ours, exact) <= bound
+        results[kind] = step_on_a_gpu(2, dtype, kept)
+    assert_as_exact(results["liger"], results["torch"], results["exact"], dtype)
+
+
+@pytest.fixture
+def llama_as_it_was():
+    """Liger changes the module of transformers, not one model alone."""
+    names = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(names)
+
+
+@installed
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_layers_of_liger_are_as_exact(dtype, rows, offload, monkeypatch, llama_as_it_was):
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    def change(model):
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model)
+
+    monkeypatch.setattr(liger, "_INSTALLED", False)
+    exact = step_on_a_gpu(rows, dtype, torch.float64)
+    plain = step_on_a_gpu(rows, dtype, dtype)
+    ours = step_on_a_gpu(rows, dtype, dtype, change, offload=offload)
+    assert_as_exact(ours, plain, exact, dtype)

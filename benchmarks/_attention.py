@@ -123,4 +123,4 @@ def draw_blockwise(result: Result, axes: list) -> None:
         bars = axis.barh(names, [row[f"{way}_tflops"] for row in rows], color=colours)
         axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
         axis.set(title=f"{way}, TFLOP/s on visible pairs")
-        axis.tick_params(axis="y", labelsize=7)
+        axis.tick_params(axis="y", labelsize=7, labelleft=axis is axes[0])

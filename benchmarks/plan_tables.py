@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from _tables import length_name, table
 from transformers import LlamaConfig
 
 from hf_longattn import BlockTransformerConfig, LightningConfig
@@ -100,27 +101,10 @@ def reductions():
         yield int(name.split("-")[0][1:]), forms["local"], forms["ours"], forms["ring"]
 
 
-def table(head, rows):
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def measured_table():
     """Memory and times of the plan beside those measured."""
-    head = [
-        "GPUs",
-        "prompt",
-        "batch",
-        "padding",
-        "cache",
-        "peak, GiB",
-        "plan",
-        "first token, s",
-        "plan",
-        "a token, ms",
-        "plan",
-    ]
+    head = ["GPUs", "prompt", "batch", "padding", "cache"]
+    head += paired("peak, GiB", "first token, s", "a token, ms")
     rows = []
     for row in measured():
         plan = plan_of(row)
@@ -129,36 +113,53 @@ def measured_table():
             (row["first_token_s"], plan.expected_first_token),
             (row["token_ms"], 1e3 * plan.expected_a_token),
         ]
-        cells = [str(row.get("ranks", 1)), f"{row['prompt'] // 1024}K"]
+        cells = [str(row.get("ranks", 1)), length_name(row["prompt"])]
         cells += [str(row["batch"]), str(row.get("pad", 0)), PREPARED[row["peer"]] or "bf16"]
-        rows.append([*cells, *(f"{value:.2f}" for pair in pairs for value in pair)])
-    return table(head, rows)
+        key = (row.get("ranks", 1), row["batch"], row.get("pad", 0), row["prompt"])
+        rows.append((key, [*cells, *(f"{value:.2f}" for pair in pairs for value in pair)]))
+    return table(head, [cells for _, cells in sorted(rows)])
+
+
+def paired(*names):
+    """Two columns a quantity: what was measured, and what the plan says."""
+    return [column for name in names for column in (name, "planned")]
+
+
+def measured_others():
+    """(model, row, plan, measured seconds to the first token, milliseconds a token) of other models."""
+    for name, config, found in (
+        ("Block Transformer", BLOCK_SHAPE, measured_blocks()),
+        ("lightning model", LIGHTNING_SHAPE, measured_lightning()),
+    ):
+        for row in sorted(found, key=lambda row: (row["prompt"], row["new"], row["batch"])):
+            first = row.get("prompt_s", row.get("first_token_s"))
+            token = row.get("step_ms", row.get("token_ms"))
+            yield name, row, plan_of_other(config, row), first, token
 
 
 def other_table():
-    """The same of a Block Transformer and of a lightning model."""
-    head = ["model", "prompt", "new", "batch", "peak, GiB", "plan", "first token, ms", "plan"]
-    rows = []
-    for name, config, found in (
-        ("blocks", BLOCK_SHAPE, measured_blocks()),
-        ("lightning", LIGHTNING_SHAPE, measured_lightning()),
-    ):
-        for row in found:
-            plan, first = plan_of_other(config, row), row.get("prompt_s", row.get("first_token_s"))
-            cells = [name, *(str(row[field]) for field in ("prompt", "new", "batch"))]
-            cells += [f"{size:.2f}" for size in (row["peak_gib"], plan.peak / 2**30)]
-            cells += [f"{1e3 * seconds:,.0f}" for seconds in (first, plan.expected_first_token)]
-            token = row.get("step_ms", row.get("token_ms"))
-            rows.append([*cells, f"{token:.2f}", f"{1e3 * plan.expected_a_token:.2f}"])
-    return table([*head, "a token, ms", "plan"], rows)
+    """The same of a Block Transformer and of a lightning model, and how far off the times are."""
+    head = ["model", "prompt", "new tokens", "batch"]
+    head += paired("peak, GiB", "first token, ms", "a token, ms")
+    rows, shares = [], {}
+    for name, row, plan, first, token in measured_others():
+        cells = [name, length_name(row["prompt"]), length_name(row["new"]), str(row["batch"])]
+        cells += [f"{size:.2f}" for size in (row["peak_gib"], plan.peak / 2**30)]
+        cells += [f"{1e3 * seconds:,.0f}" for seconds in (first, plan.expected_first_token)]
+        rows.append([*cells, f"{token:.2f}", f"{1e3 * plan.expected_a_token:.2f}"])
+        ratios = (plan.expected_first_token / first, 1e3 * plan.expected_a_token / token)
+        for quantity, ratio in zip(("first token", "a token"), ratios, strict=True):
+            shares.setdefault(f"{quantity} of the {name}", []).append(ratio)
+    spans = [f"{name} {100 * min(found):.0f} to {100 * max(found):.0f} %" for name, found in shares.items()]
+    return f"{table(head, rows)}\n\nThe plan over what was measured: {'; '.join(spans)}."
 
 
 def reduction_table():
     """What the reduction adds with two GPUs."""
-    head = ["keys in all", "a rank's own, µs", "a step, µs", "added", "model", "ring, µs"]
+    head = ["keys in all", "own keys alone, µs", "a step, µs", "added, µs", "planned", "ring, µs"]
     model = 1e6 * reduction_seconds(MESSAGE, 2, Links())
     rows = [
-        [f"{keys // 1024}K", f"{own:.1f}", f"{step:.1f}", f"{step - own:.1f}", f"{model:.1f}", f"{ring:,.0f}"]
+        [length_name(keys), *(f"{value:.1f}" for value in (own, step, step - own, model)), f"{ring:,.0f}"]
         for keys, own, step, ring in reductions()
     ]
     return table(head, rows)
@@ -166,16 +167,8 @@ def reduction_table():
 
 def scaling_table():
     """One prompt of 1 M tokens by the number of GPUs."""
-    head = [
-        "GPUs",
-        "peak, GiB",
-        "longest",
-        "a token, ms",
-        "of it reductions",
-        "first token, s",
-        "received",
-        "ring",
-    ]
+    head = ["GPUs", "peak of each, GiB", "fits", "longest, tokens", "a token, ms", "of it reductions, ms"]
+    head += ["first token, s", "received", "by a ring"]
     rows, links = [], Links()
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         plan = plan_generation(SHAPE, LONG, ranks=Ranks(count))
@@ -184,8 +177,9 @@ def scaling_table():
         rows.append(
             [
                 str(count),
-                f"{plan.peak / 2**30:.1f}" + ("" if plan.fits else ", does not fit"),
-                f"{plan.longest / 1e6:.2f} M",
+                f"{plan.peak / 2**30:.1f}",
+                plan.fits,
+                f"{plan.longest / 2**20:.2f}M",
                 f"{1e3 * plan.expected_a_token:.1f}",
                 f"{reduction:.1f}",
                 f"{plan.expected_first_token:,.0f}",

@@ -2,6 +2,7 @@
 
 import copy
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache
 from hf_longattn.parallel.cost import Links, message_bytes, received_bytes, reduction_seconds
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_tables.py"
+sys.path.insert(0, str(SCRIPT.parent))
 TABLES = runpy.run_path(str(SCRIPT), run_name="plan_tables")
+sys.path.remove(str(SCRIPT.parent))
 SHAPE, MEASURED = TABLES["SHAPE"], list(TABLES["measured"]())
 BLOCKS, LIGHTNING = list(TABLES["measured_blocks"]()), list(TABLES["measured_lightning"]())
 LATEST = max(row["date"] for row in MEASURED)[:10]

@@ -189,6 +189,15 @@ def test_every_row_is_traced_to_its_run(monkeypatch):
             assert tables.versions([row]) in page
 
 
+def test_lengths_that_the_readme_calls_measured_were(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    load = importlib.import_module("_tables").load
+    rows = [row for path in (ROOT / "benchmarks/results").glob("*.json") for row in load(path).rows]
+    known = {row.get(field) for row in rows if "error" not in row for field in ("prompt", "tokens")}
+    lengths = re.findall(r"\b\d{3},\d{3}\b", (ROOT / "README.md").read_text())
+    assert len(lengths) >= 6 and {int(length.replace(",", "")) for length in lengths} <= known
+
+
 def write_results(root):
     results = root / "benchmarks" / "results"
     results.mkdir(parents=True)

@@ -102,9 +102,10 @@ def agreement(rows: list[dict], folder: str = "") -> str:
     if all(compared):
         return text
     return (
-        f"{text} Random weights show no more: every few steps their best two logits lie within one rounding "
-        "of bf16, each implementation sums in another order, and behind the first token that differs all "
-        f"others do. With trained weights on a real text the tokens are equal: [the demo]({folder}demo.md)."
+        f"{text} Of random weights more is not to be expected: every few steps their best two logits lie "
+        "within one rounding of bf16, each implementation sums in another order, and behind the first token "
+        "that differs all others do. With trained weights on a real text the tokens are equal: "
+        f"[the demo]({folder}demo.md)."
     )
 
 

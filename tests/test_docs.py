@@ -298,9 +298,9 @@ def test_what_is_said_of_tokens_is_what_the_rows_hold(monkeypatch):
     # A first row equals itself; of another run its first may not be there, and a row that differs tells.
     assert generation.agreement([first]) == generation.agreement([first, first | later]) == ""
     assert "in 1 of 1 comparisons" in generation.agreement([first, first])
-    assert "Random weights" not in generation.agreement([first, first])
+    assert "random weights" not in generation.agreement([first, first])
     text = generation.agreement([first, other, other | later], "docs/benchmarks/")
-    assert "in 0 of 2 comparisons" in text and "Random weights" in text
+    assert "in 0 of 2 comparisons" in text and "random weights" in text
     # With trained weights the tokens are equal, says that sentence.
     assert "tokens are equal: [the demo](docs/benchmarks/demo.md)" in text
     demo = tables.load(ROOT / "benchmarks/results/demo.json")

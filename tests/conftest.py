@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor
 
 # Imports and collection make millions of objects that stay: the collector never walks over them.
 gc.disable()
@@ -25,14 +26,25 @@ def poisoned_memory(monkeypatch):
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
             floating = tensor.is_floating_point() or tensor.is_complex()
+            # A compiler's decompositions call these too, where a fill would be a write in a functional graph.
+            if not floating or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+                return tensor
             with torch.no_grad():
-                return tensor.fill_(float("nan")) if floating and tensor.device.type != "meta" else tensor
+                return tensor.fill_(float("nan"))
 
         return wrapper
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    method = poisoned(torch.Tensor.new_empty)
+
+    def new_empty(tensor, *size, **kwargs):
+        # A compiler traces what stands for a method, but not the method that it calls.
+        if torch.compiler.is_dynamo_compiling():
+            return torch.empty(*size, **{"dtype": tensor.dtype, "device": tensor.device, **kwargs})
+        return method(tensor, *size, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 @pytest.fixture(autouse=True)

@@ -410,17 +410,17 @@ def _replace_rotations(changes: Setup, modules: list[nn.Module], like: Tensor) -
 
 def _rotate(
     original: Callable[..., Any],
-    widths: tuple[bool, bool],
+    proven: tuple[bool, bool],
     q: Tensor,
     k: Tensor,
     cos: Tensor,
     sin: Tensor,
     unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`widths` says whether `original` is proven where all of a head turns, and where its first part does."""
+    """`proven` says whether `original` is, where all of a head turns, and where its first part does."""
     width = cos.shape[-1]
-    part = width < q.shape[-1]
-    if cos.dtype != q.dtype or width > q.shape[-1] or not widths[part]:
+    whole, part = proven
+    if cos.dtype != q.dtype or width > q.shape[-1] or not (part if width < q.shape[-1] else whole):
         return original(q, k, cos, sin, unsqueeze_dim)
     if unsqueeze_dim == 2:
         query, key = rotary_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)

@@ -9,7 +9,7 @@ import time
 import pytest
 import tiny
 import torch
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
 from hf_longattn import fusion, prepare_generation, restore
 from hf_longattn.fusion import fused
@@ -371,6 +371,21 @@ def test_llama_is_fused():
     with fused(llama):
         assert all("forward" in vars(m) for m in llama.modules() if type(m).__name__ == "LlamaRMSNorm")
         assert "_rotate" in repr(sys.modules[type(llama).__module__].apply_rotary_pos_emb)
+
+
+def test_a_rotation_is_traced_whole():
+    """By torch 2.11 too, whose compiler raises where a truth value is the index of a tuple."""
+    model = tiny.build("llama")
+    query, key = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16)
+    angle = torch.randn(2, 3, 8).repeat(1, 1, 2)
+    states = query, key, angle.cos(), angle.sin()
+    torch._dynamo.reset()
+    with fused(model), torch.no_grad():
+        turn = sys.modules[type(model).__module__].apply_rotary_pos_emb
+        results = torch.compile(turn, fullgraph=True, backend="eager")(*states)
+    torch._dynamo.reset()
+    for result, expected in zip(results, apply_rotary_pos_emb(*states), strict=True):
+        torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("family", ["gpt-neox", "llama"])

@@ -89,6 +89,19 @@ def test_kernel_on_a_gpu(dtype, shape):
     check("triton", dtype, shape, "cuda")
 
 
+def test_the_configuration_is_traced_whole():
+    """By torch 2.11 too, whose compiler raises where a truth value is the index of a tuple."""
+    kernels = pytest.importorskip("hf_longattn.kernels.few_row_linear.triton")
+    torch._dynamo.reset()
+    width = torch.compile(
+        lambda x, n: x + kernels.choose(len(x), n).block_n, fullgraph=True, dynamic=False, backend="eager"
+    )
+    for rows, columns in ((1, 64), (1, 8192), (4, 64), (4, 8192)):
+        expected = kernels.choose(rows, columns).block_n
+        assert width(torch.zeros(rows), columns).tolist() == [expected] * rows
+    torch._dynamo.reset()
+
+
 def test_on_a_cpu_it_is_torch():
     states, weight, up, bias = inputs(20, 8, 16, torch.float64)
     assert torch.equal(few_row_linear(states, weight, bias), torch.nn.functional.linear(states, weight, bias))

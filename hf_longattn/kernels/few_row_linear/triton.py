@@ -52,7 +52,8 @@ def choose(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Conf
     """The configuration for x of `rows` rows in `dtype` and a weight of `columns` rows."""
     if rows > 1 and dtype == torch.float32:
         return _FULL_PRECISION
-    return (_ONE_ROW if rows == 1 else _MANY_ROWS)[columns >= _WIDE]
+    narrow, wide = _ONE_ROW if rows == 1 else _MANY_ROWS
+    return wide if columns >= _WIDE else narrow
 
 
 @triton.jit

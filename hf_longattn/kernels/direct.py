@@ -45,6 +45,20 @@ def direct_operator(
     return _direct(operator, function, save, gradients)
 
 
+def wants_operator(*tensors: Tensor | None) -> bool:
+    """Whether a call that nobody else watches is to be an operator, and not the launch alone.
+
+    It is where a gradient is wanted, and where a compiler traces: of launches it knows none whose strides
+    vary.
+
+    Args:
+        tensors: that the call is given.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _direct(
     operator: Callable[..., Any],
     function: Callable[..., Any],

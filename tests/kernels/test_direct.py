@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_longattn.kernels.cache_write import cache_write
 from hf_longattn.kernels.direct import _direct
+from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.lightning_attention import api
+from hf_longattn.kernels.rotary_embedding import rotary_embedding
+from hf_longattn.kernels.row_norm import gated_row_norm, row_norm
 
 
 class _Counts(TorchDispatchMode):
@@ -140,3 +146,45 @@ def test_a_compiled_graph_and_a_mode_still_see_the_scan():
     output = torch.compile(lambda q: api._scan(q, *arguments[1:])[0], backend=backend, fullgraph=True)(q)
     assert torch.equal(output, api._scan(*arguments)[0])
     assert any("lightning_scan" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def write(states, held):
+    cache_write(held, held.clone(), torch.arange(states.shape[2]), states, states, impl="triton")
+    return held
+
+
+LAUNCHES = {
+    "row_norm": lambda states, _: row_norm(states, states[0, 0, 0], eps=1e-5, impl="triton"),
+    "gated_row_norm": lambda states, _: gated_row_norm(states, states, None, eps=1e-5, impl="triton"),
+    "gated_activation": lambda states, _: gated_activation(states, states, impl="triton"),
+    "rotary_embedding": lambda states, _: torch.cat(
+        rotary_embedding(states, states, states[:, 0], states[:, 1], impl="triton")
+    ),
+    "cache_write": write,
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_compiler_sees_an_operator_in_place_of_a_launch(name):
+    """It knows no launch with strides that vary, as they do where the length does."""
+    graphs = []
+
+    def compiled(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    backend = aot_autograd(fw_compiler=compiled, decompositions=select_decomp_table())
+    torch._dynamo.reset()
+    function = torch.compile(LAUNCHES[name], fullgraph=True, backend=backend)
+    for length in (3, 4):
+        states, held = torch.randn(2, 2, length, 16), torch.zeros(2, 2, 9, 16)
+        torch._dynamo.mark_dynamic(states, 2)
+        with torch.no_grad():
+            expected = LAUNCHES[name](states, held.clone())
+            torch.testing.assert_close(function(states, held), expected)
+        # What is written in place is written there.
+        assert name != "cache_write" or torch.equal(held, expected)
+    torch._dynamo.reset()
+    operator = f"hf_longattn.{'row_norm' if 'norm' in name else name}"
+    assert len(graphs) == 1 and operator in graphs[0].code and "triton" not in graphs[0].code

@@ -1,4 +1,4 @@
-"""The public function that writes new keys and values into a cache."""
+"""The public function that writes new keys and values into a cache, and its registration with torch."""
 
 import torch
 from torch import Tensor
@@ -40,9 +40,9 @@ def cache_write(
     check_impl(_NAME, impl, keys.device)
     _check(keys, values, index, key, value)
     if impl == "triton" or (impl == "auto" and keys.is_cuda and key.shape[2] <= MAX_TOKENS):
-        from hf_longattn.kernels.cache_write.triton import write_forward
-
-        write_forward(keys, values, index, key, value)
+        # A compiler knows no launch with strides that vary.
+        run = _call if torch.compiler.is_compiling() else _run
+        run(keys, values, index, key, value)
         return
     write_reference(keys, values, index, key, value)
 
@@ -62,3 +62,17 @@ def _check(keys: Tensor, values: Tensor, index: Tensor, key: Tensor, value: Tens
             )
         if torch.is_grad_enabled() and states.requires_grad:
             raise ValueError(f"`{name}` of {_NAME} must not require a gradient; run under `torch.no_grad()`.")
+
+
+def _run(keys: Tensor, values: Tensor, index: Tensor, key: Tensor, value: Tensor) -> None:
+    from hf_longattn.kernels.cache_write.triton import write_forward
+
+    write_forward(keys, values, index, key, value)
+
+
+_call = torch.library.custom_op("hf_longattn::cache_write", _run, mutates_args=("keys", "values"))
+
+
+@_call.register_fake
+def _fake(keys: Tensor, values: Tensor, index: Tensor, key: Tensor, value: Tensor) -> None:
+    """Nothing: what it writes to is there."""

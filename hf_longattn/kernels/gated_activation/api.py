@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct_operator
+from hf_longattn.kernels.direct import direct_operator, wants_operator
 from hf_longattn.kernels.gated_activation.reference import ACTIVATIONS
 
 _NAME = "gated_activation"
@@ -44,8 +44,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu", impl
         raise ValueError(f"`impl='triton'` of {_NAME} has no float64; use 'auto'.")
     if impl == "reference" or (impl == "auto" and (wide or not gate.is_cuda)):
         return ACTIVATIONS[activation](gate) * up
-    wants_gradient = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    return (_call if wants_gradient else _run)(gate, up, activation)
+    return (_call if wants_operator(gate, up) else _run)(gate, up, activation)
 
 
 def _run(gate: Tensor, up: Tensor, activation: str) -> Tensor:

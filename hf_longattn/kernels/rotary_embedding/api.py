@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct_operator
+from hf_longattn.kernels.direct import direct_operator, wants_operator
 from hf_longattn.kernels.rotary_embedding.layout import empty_outputs
 from hf_longattn.kernels.rotary_embedding.reference import rotate
 
@@ -40,9 +40,8 @@ def rotary_embedding(
             f"`key`, got {width}, {sin.shape[-1]}, {head_dim} and {key.shape[-1]}; cut the angles to the "
             "part of a head that turns."
         )
-    gradient = torch.is_grad_enabled()
     plain = torch.float64 in (query.dtype, cos.dtype) or (
-        gradient and (cos.requires_grad or sin.requires_grad)
+        torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     )
     if impl == "triton" and plain:
         raise ValueError(
@@ -50,8 +49,7 @@ def rotary_embedding(
         )
     if impl == "reference" or (impl == "auto" and (plain or not query.is_cuda)):
         return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin).to(key.dtype)
-    wants_gradient = gradient and (query.requires_grad or key.requires_grad)
-    return (_call if wants_gradient else _run)(query, key, cos, sin, False)
+    return (_call if wants_operator(query, key) else _run)(query, key, cos, sin, False)
 
 
 def _run(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

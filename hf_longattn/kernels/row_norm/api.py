@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_longattn.kernels import dispatch
-from hf_longattn.kernels.direct import direct_operator
+from hf_longattn.kernels.direct import direct_operator, wants_operator
 from hf_longattn.kernels.row_norm.reference import KINDS, normalised
 
 _NAME = "row_norm"
@@ -52,7 +52,7 @@ def row_norm(
     """
     if not _by_kernel(impl, kind, states, (weight, bias)):
         return normalised(states, weight, bias, eps, kind)
-    run = _call if _wants_gradient(states, weight, bias) else _run
+    run = _call if wants_operator(states, weight, bias) else _run
     return run(states, weight, bias, eps, kind)
 
 
@@ -78,8 +78,8 @@ def gated_row_norm(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        (..., D), in the dtype that norm and gate promote to. Where a gradient is wanted, the gate is a launch
-        of its own.
+        (..., D), in the dtype that norm and gate promote to. Where a gradient is wanted or a compiler
+        traces, the gate is a launch of its own.
 
     Raises:
         ValueError: as `row_norm`, or a `gate` that is not like `states`.
@@ -93,7 +93,7 @@ def gated_row_norm(
         )
     by_kernel = _by_kernel(impl, kind, states, (weight, None, gate))
     mixed = weight is not None and weight.dtype != states.dtype
-    if not by_kernel or mixed or _wants_gradient(states, weight, gate):
+    if not by_kernel or mixed or wants_operator(states, weight, gate):
         normed = row_norm(states, weight, eps=eps, kind=kind, impl=impl)
         return (gate.sigmoid() if sigmoid else gate) * normed
     from hf_longattn.kernels.row_norm.triton import norm_forward
@@ -123,10 +123,6 @@ def _by_kernel(impl: str, kind: str, states: Tensor, others: tuple[Tensor | None
             "'auto'."
         )
     return impl == "triton" or (impl == "auto" and states.is_cuda and not wide)
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _run(states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:

@@ -5,6 +5,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 Sizes = tuple[int, int, int, int]
+# Names of one thing in the configs of transformers: widths of dense layers, the number of experts that a
+# token goes through, and of those that every token goes through the width or the number.
+_DENSE = ("intermediate_size", "intermediate_size_mlp", "dense_intermediate_size")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+_SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+_SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
 def head_sizes(config: PreTrainedConfig) -> Sizes:
@@ -45,17 +51,36 @@ def field_of(config: PreTrainedConfig, name: str) -> Any:
     return getattr(config, name, None)
 
 
-def feed_forward_width(config: PreTrainedConfig) -> int:
-    """Numbers of a token inside the widest feed-forward layer, those of all experts that it goes through.
+def feed_forward_width(config: PreTrainedConfig, biases: bool = False) -> int:
+    """Width of the dense, gated feed-forward layer that takes as much as the largest layer of a model.
+
+    Such a layer of width F takes 5 F numbers a token in its backward. Of k experts of width F beside a hidden
+    state of width D, transformers' grouped products take the more of two moments, and 4 F for an expert that
+    every token goes through:
+
+        end of the forward     5 k D + 4 k F      copies of the token on their way in and out
+        backward of the gate   k D + 6 k F
+
+    or 7 and 10 k F where experts have biases, which are copied for every token.
 
     Args:
         config: the text config.
+        biases: whether its experts have any.
     """
-    inner = _most(config, "intermediate_size") or 4 * config.hidden_size
+    dense = max(_most(config, name) for name in _DENSE)
+    chosen = max(_most(config, name) for name in _CHOSEN)
+    if not chosen:
+        dense = dense or 4 * config.hidden_size
     if getattr(config, "use_double_wide_mlp", False) and getattr(config, "num_kv_shared_layers", 0):
         # Layers that read the keys of others are twice as wide (Gemma4).
-        inner *= 2
-    return inner * (_most(config, "num_experts_per_tok") or 1)
+        dense *= 2
+    expert = _most(config, "moe_intermediate_size") or dense
+    shared = max(_most(config, name) for name in _SHARED_WIDTHS)
+    shared = shared or expert * max(_most(config, name) for name in _SHARED_NUMBERS)
+    copies, inner = chosen * config.hidden_size, chosen * expert
+    end, gate = (7, 10) if biases else (4, 6)
+    routed = max(5 * copies + end * inner, copies + gate * inner)
+    return max(dense, (routed + 4 * bool(chosen) * shared) // 5)
 
 
 def _most(config: PreTrainedConfig, name: str) -> int:

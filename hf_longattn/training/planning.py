@@ -36,8 +36,8 @@ values, those of 32,768 such tokens. Of a model with both kinds the layer that t
 a block is that of layers whose norms and gates run as
 single kernels: of D the outputs of both norms, queries, the output of attention, the sum with the residual,
 the layer's output, and half as much of keys and values; of F gate, up and their product. In plain torch a
-norm keeps three D more, and a gate one F, which is counted where a token goes through experts, for they run
-as their model has them.
+norm keeps three D more, and a gate one F. Of experts, which run as their model has them, F is the width of a
+dense layer that takes as much: see `feed_forward_width`.
 
 Where P > 1 keys and values are those of all ranks, twice while they are put in order.
 """
@@ -76,6 +76,7 @@ class Parameters:
         layer: those of one layer that train.
         head: those of the output embedding that train.
         count: numbers that train.
+        expert_biases: whether experts have biases.
     """
 
     weights: int
@@ -83,6 +84,7 @@ class Parameters:
     layer: int
     head: int
     count: int
+    expert_biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,15 @@ def count_parameters(model: Any, dtype: torch.dtype, lora: int = 0) -> Parameter
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     item = dtype.itemsize
     weights = sum(p.numel() for p in model.parameters()) * item
+    biases = any(name.endswith("experts.gate_up_proj_bias") for name, _ in model.named_parameters())
     if lora:
         sizes = [sum(lora * sum(m.weight.shape) for m in _linear(layer)) * 4 for layer in layers]
         trained = sum(sizes)
-        return Parameters(weights + trained, trained, max(sizes, default=0), 0, trained // 4)
+        return Parameters(weights + trained, trained, max(sizes, default=0), 0, trained // 4, biases)
     head = model.get_output_embeddings()
     sizes = [sum(p.numel() for p in layer.parameters()) * item for layer in layers]
     head_size = 0 if head is None else head.weight.numel() * item
-    return Parameters(weights, weights, max(sizes, default=0), head_size, weights // item)
+    return Parameters(weights, weights, max(sizes, default=0), head_size, weights // item, biases)
 
 
 def _linear(layer: nn.Module) -> list[Any]:
@@ -322,7 +325,7 @@ class Step:
     def _rows(self, tokens: int, has_state: bool) -> tuple[int, int]:
         """(tokens of a block, width of its feed-forward layer)."""
         config, request = self.config, self.request
-        inner = feed_forward_width(config)
+        inner = feed_forward_width(config, self.parameters.expert_biases)
         numbers = token_numbers(config.hidden_size, inner)
         dtype = request.dtype if has_state else None
         rows = request.block_size or block_tokens(torch.device("cuda"), request.batch_size, numbers, dtype)
@@ -373,10 +376,7 @@ class Step:
         whole = self._hidden + self._keys(has_state) * (item + 4) + self._tables
         keys = min(tokens * self.request.ranks, MOST_KEYS) * heads * (key_width + value_width)
         keys = 0 if has_state else keys
-        has_experts = getattr(self.config, "num_experts_per_tok", None)
-        block = int(rows * 7.5 * self.config.hidden_size) + max(
-            rows * (6 if has_experts else 5) * inner, keys
-        )
+        block = int(rows * 7.5 * self.config.hidden_size) + max(rows * 5 * inner, keys)
         return tokens * whole + block * item + self._sums()
 
     def advice(self, plan: TrainingPlan) -> list[str]:

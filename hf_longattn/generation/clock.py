@@ -28,13 +28,11 @@ from hf_longattn.parallel.cost import Links, message_bytes, reduction_seconds
 
 # Launches and gaps of a captured step, seconds a layer; an H100 took 1.0 ms over the floor at 32 layers.
 OVERHEAD_A_LAYER = 31e-6
-# The same of a layer in two launches beside attention: an H100 took 0.17 ms over the floor for 12 such layers
+# The same of a layer in two launches beside attention: an H100 took 0.14 ms over the floor for 12 such layers
 # in every token of a Block Transformer, and 12 in every fourth.
-FEW_ROW_OVERHEAD_A_LAYER = 11e-6
+FEW_ROW_OVERHEAD_A_LAYER = 9e-6
 # Shares of the dense peak that the products and the attention of a prefill reach.
 PRODUCT_SHARE, ATTENTION_SHARE = 0.60, 0.593
-# Seconds that a prompt takes to begin.
-START = 0.06
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Clock:
         return ["lightning" if index in recurrent else kind for index, kind in enumerate(kinds)]
 
     def prefill(self, tokens: int, chunk: int = GPU_CHUNK_TOKENS, rows: int = 1) -> float:
-        """Seconds of the prompt of one row, once it has begun.
+        """Seconds of the prompt of one row.
 
         Args:
             tokens: of the prompt.

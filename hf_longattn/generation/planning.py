@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from hf_longattn.cache.head_sizes import layer_sizes
 from hf_longattn.generation.block_planning import BlockDemand, BlockShape, shape_of_blocks
-from hf_longattn.generation.clock import START, Clock, Hardware
+from hf_longattn.generation.clock import Clock, Hardware
 from hf_longattn.generation.demand import RESERVE, Demand
 from hf_longattn.generation.prefill import pick_chunk
 from hf_longattn.generation.sizes import (
@@ -185,7 +185,7 @@ def _plan_tokens(
         longest=_longest(demand, room, asked),
         floor_a_token=floor,
         expected_a_token=floor + clock.overhead(rows),
-        expected_first_token=START + rows * clock.prefill(demand.prompt, fitted.chunk, rows),
+        expected_first_token=rows * clock.prefill(demand.prompt, fitted.chunk, rows),
     )
 
 

@@ -25,7 +25,7 @@ class Links:
         node_size: GPUs a node.
     """
 
-    start: float = 15.2e-6
+    start: float = 13.7e-6
     hop: float = 2e-6
     node_hop: float = 6e-6
     rate: float = 350e9

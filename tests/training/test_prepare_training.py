@@ -148,6 +148,17 @@ def test_evaluation_takes_the_same_path_without_logits(family):
     assert tiny.relative_error(output.loss, plain(family, "left")[0]) <= BOUND
 
 
+@pytest.mark.parametrize("labels", [True, False], ids=["evaluation", "prediction"])
+def test_outside_training_layers_run_by_blocks_too(labels):
+    model, rows = hf_longattn.prepare_training(build("llama"), block_size=16).eval(), []
+    for part in model.model.layers:
+        part.mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    inputs = batch("full") if labels else {"input_ids": batch("full")["input_ids"]}
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    assert rows == [16, 16, 11] * len(model.model.layers)
+
+
 def test_logits_and_hidden_states_without_labels():
     inputs = {"input_ids": tiny.tokens(2, 43), "output_hidden_states": True, "use_cache": False}
     expected = build("gemma2")(**inputs)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_longattn.instance import Setup, every_module, is_watched, plain_settings
+from hf_longattn.instance import Setup, every_module, is_compiled, is_watched, plain_settings
 from hf_longattn.kernels.dispatch import has_triton
 from hf_longattn.kernels.gated_activation import gated_activation
 from hf_longattn.kernels.rotary_embedding import rotary_embedding
@@ -49,6 +49,8 @@ class _Products(Protocol):
 def fused(model: Any, rows: int = 0, products: _Products | None = None) -> Iterator[None]:
     """Inside, the model's norms, gates and rotary embeddings are single kernels, products the faster ones.
 
+    A model that is compiled, or of which a part with parts of its own is, stays as it is.
+
     Args:
         model: a transformers model on a CUDA device.
         rows: tokens of the step, all sequences together.
@@ -58,13 +60,7 @@ def fused(model: Any, rows: int = 0, products: _Products | None = None) -> Itera
     # A probe may fail, say for memory: what was replaced before it is put back, too.
     try:
         with _LOCK:
-            # A prompt waits for this: the modules are walked through once.
-            modules = every_module(model)
-            _replace_modules(changes, modules, _norm_key, _fused_norm)
-            _replace_rotations(changes, modules, next(model.parameters()))
-            if products is not None:
-                products.replace(changes, model, rows, _close)
-            _replace_modules(changes, modules, _gated_key, _fused_gate)
+            _replace(changes, model, rows, products)
         yield
     finally:
         with _LOCK:
@@ -140,6 +136,18 @@ def runs_on(device: torch.device) -> bool:
     """
     # Triton launches on the current device, which is not that of every layer of a model spread over several.
     return device.type == "cuda" and has_triton() and device.index in (None, torch.cuda.current_device())
+
+
+def _replace(changes: Setup, model: Any, rows: int, products: _Products | None) -> None:
+    # A prompt waits for this: the modules are walked through once.
+    modules = every_module(model)
+    if is_compiled(modules):
+        return
+    _replace_modules(changes, modules, _norm_key, _fused_norm)
+    _replace_rotations(changes, modules, next(model.parameters()))
+    if products is not None:
+        products.replace(changes, model, rows, _close)
+    _replace_modules(changes, modules, _gated_key, _fused_gate)
 
 
 def _replace_modules(

@@ -86,6 +86,25 @@ def is_watched(module: nn.Module) -> bool:
     return bool(own or module._backward_hooks or module._backward_pre_hooks or of_all._has_any_global_hook())
 
 
+def is_compiled(modules: list[nn.Module]) -> bool:
+    """Whether a user has compiled one of these modules that has parts: in place, wrapped, or its forward.
+
+    For every forward that is put in the place of a part's it would be compiled again, until the compiler
+    gives up.
+
+    Args:
+        modules: a module and what is in it.
+    """
+    return any(
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        # What `torch.compile` leaves on a function, and `functools.wraps` on those around it.
+        or hasattr(vars(module).get("forward"), "get_compiler_config")
+        for module in modules
+        if module._modules
+    )
+
+
 def every_module(model: nn.Module) -> list[nn.Module]:
     """`list(model.modules())`, found in a fraction of the time: it is asked before every prompt.
 

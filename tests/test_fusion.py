@@ -124,6 +124,27 @@ def test_parameters_that_are_ones_today_do_not_hide_what_a_module_computes():
         assert "forward" not in vars(second.mlp) and "forward" in vars(third.mlp)
 
 
+@pytest.mark.parametrize("part", ["nothing", "model", "forward", "layer", "wrapped"])
+def test_what_is_compiled_stays_as_it_is(part):
+    """Each call would put other functions there, which a compiler traces again until it gives up."""
+    model = tiny.build("llama")
+    mlp = model.model.layers[1].mlp
+    {
+        "nothing": lambda: None,
+        "model": model.compile,
+        "forward": lambda: setattr(model, "forward", torch.compile(model.forward)),
+        "layer": model.model.layers[1].compile,
+        "wrapped": lambda: setattr(model.model.layers[1], "mlp", torch.compile(mlp)),
+    }[part]()
+    prepare_generation(model)
+    source = sys.modules[type(model).__module__]
+    rotation, forwards = source.apply_rotary_pos_emb, [vars(m).get("forward") for m in model.modules()]
+    with fused(model):
+        same = [vars(m).get("forward") for m in model.modules()] == forwards
+        assert same == (source.apply_rotary_pos_emb is rotation) == (part != "nothing")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("cut", ["gate", "up", "active"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gates_that_cut_large_values_off_are_left_alone(cut, dtype):

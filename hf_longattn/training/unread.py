@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from hf_longattn.instance import Setup, every_module
+from hf_longattn.instance import Setup, every_module, is_compiled
 from hf_longattn.training.ownership import has_saving_hooks
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -220,12 +220,9 @@ class UnreadProducts:
         """Those that are nothing but a product of plain parameters; none where hooks look at results."""
         modules = every_module(self.layer)
         watched = torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
-        # Those of the layer itself are called outside of its forward. What is compiled would be so again for
-        # every forward that is put in the place of another.
-        compiled = any(
-            part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in modules
-        )
-        if watched or compiled or any(vars(part)[name] for part in modules[1:] for name in _HOOKS):
+        watched = watched or is_compiled(modules)
+        # Those of the layer itself are called outside of its forward.
+        if watched or any(vars(part)[name] for part in modules[1:] for name in _HOOKS):
             return []
         return [part for part in modules if _is_plain(part)]
 

@@ -3,12 +3,15 @@
 import functools
 import os
 import socket
+import types
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -43,20 +46,40 @@ def fsdp_gradients(prepared, rank, apart=None):
     if apart is not None:
         # Once more, after it was sharded.
         hf_longattn.prepare_training(prepared, block_size=16, loss_chunk_size=9)
+    return two_steps(prepared, rank)
+
+
+def two_steps(prepared, rank):
     for offset in (0, 2):
         prepared(**rows(rank + offset)).loss.backward()
     return {name: p.grad.full_tensor() for name, p in prepared.named_parameters()}
+
+
+def accelerate_gradients(prepared, rank):
+    """As accelerate cuts a model: its embedding, each layer, and the final norm with the head."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    # An `Accelerator` takes no FSDP on a CPU; this is what is read of it.
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin),
+        parallelism_config=types.SimpleNamespace(fsdp_dim_names=["fsdp"]),
+        torch_device_mesh=mesh,
+        mixed_precision="no",
+    )
+    return two_steps(fsdp2_prepare_model(accelerator, prepared), rank)
 
 
 KINDS = {
     "ddp": ddp_gradients,
     "fsdp": fsdp_gradients,
     "fsdp-head": functools.partial(fsdp_gradients, apart=lambda model: model.lm_head),
-    "fsdp-tail": functools.partial(fsdp_gradients, apart=lambda model: [model.model.norm, model.lm_head]),
+    "accelerate": accelerate_gradients,
 }
 SETTINGS = {"every layer": {}, "every third": {"keep_every": 3}}
 CASES = [("ddp", "every layer"), ("fsdp", "every layer"), ("fsdp", "every third")]
-CASES += [("fsdp-head", "every layer"), ("fsdp-tail", "every layer")]
+CASES += [("fsdp-head", "every layer"), ("accelerate", "every layer")]
 
 
 def join(rank, world_size, port):

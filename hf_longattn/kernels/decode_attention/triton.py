@@ -238,10 +238,49 @@ def decode_forward(
     config: DecodeConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the split kernel and the merge; arguments as in `decode_attention`, `config` for tuning."""
+    if query.shape[0] == 0:
+        output = query.new_empty((*query.shape[:3], value.shape[3]))
+        return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+    outputs, lse = split_forward(
+        query, key, value, scale, mask, softcap, num_splits, scales, config, whole=sinks is None
+    )
+    if len(outputs) == 1 and sinks is None:
+        return outputs[0], lse[0]
+    return merge_forward(outputs, lse, query.dtype, sinks)
+
+
+def split_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: KeyRange,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+    scales: torch.Tensor | None = None,
+    config: DecodeConfig | None = None,
+    whole: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the split kernel alone.
+
+    Args:
+        query: (B, H, T, K), B at least 1; this and what follows as in `decode_attention`.
+        key: (B, G, S, K).
+        value: (B, G, S, V).
+        scale: factor of the scores.
+        mask: which keys each query sees.
+        softcap: positive bound of the scores, or None.
+        num_splits: programs that share the keys, or None.
+        scales: (B, G, S, 2) factors of keys and values in 8 bits, or None.
+        config: for tuning.
+        whole: whether one split alone is the result, and so is rounded.
+
+    Returns:
+        outputs (splits, B, H, T, V), fp32, or of the dtype of `query` where one is the result, and lse
+        (splits, B, H, T) fp32.
+    """
     B, H, T, K = query.shape
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
-    if B == 0:
-        return query.new_empty((B, H, T, V)), query.new_empty((B, H, T), dtype=torch.float32)
     block_r = pick_rows(H // G * T, query.element_size())
     row_tiles = cdiv(H // G * T, block_r)
     processors, tiles = num_processors(query.device), B * G * row_tiles
@@ -252,8 +291,8 @@ def decode_forward(
         slots = processors * config.programs_per_sm
         ragged = mask.lower is not None and min(B, mask.lower.shape[0]) > 1
         num_splits = pick_num_splits(next_power_of_2(S), tiles, slots, ragged)
-    whole = num_splits == 1 and sinks is None
-    outputs = query.new_empty((num_splits, B, H, T, V), dtype=query.dtype if whole else torch.float32)
+    dtype = query.dtype if whole and num_splits == 1 else torch.float32
+    outputs = query.new_empty((num_splits, B, H, T, V), dtype=dtype)
     lse = query.new_empty((num_splits, B, H, T), dtype=torch.float32)
     lower, lower_strides = _per_batch(mask.lower, B)
     upper, upper_strides = _per_batch(mask.upper, B)
@@ -274,4 +313,4 @@ def decode_forward(
         BLOCK_V=max(least_block, _block_dim(V)), BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages, **options,
     )  # fmt: skip
-    return (outputs[0], lse[0]) if whole else merge_forward(outputs, lse, query.dtype, sinks)
+    return outputs, lse

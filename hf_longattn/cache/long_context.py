@@ -6,20 +6,21 @@ import os
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from hf_longattn.cache.files import Alone, Notes, SavedCache, is_cut, lengths_of, load_cache, save_layers
 from hf_longattn.cache.head_sizes import field_of
 from hf_longattn.cache.offloaded import offload, offloaded_layers
-from hf_longattn.cache.preallocated import PreallocatedLayer, rounded_capacity, tokens_to_drop
+from hf_longattn.cache.placement import Placement
+from hf_longattn.cache.preallocated import rounded_capacity, tokens_to_drop
 from hf_longattn.cache.quantized import cache_dtype_name, make_layer, read_cache_dtype
 from hf_longattn.cache.recurrent import RecurrentLayer, check_whole_keys, lightning_layers, recurrent_layers
 from hf_longattn.cache.shared_prefix import share_layers
 
-_FORMAT, _VERSION = "hf_longattn.cache.", "1"
+# Where a prepared model has the kind of its caches.
+CACHES = "_hf_longattn_caches"
 
 
 class LongContextCache(Cache):
@@ -139,87 +140,104 @@ class LongContextCache(Cache):
         super().crop(-drop)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the cache to one safetensors file, without the spare room.
+        """Writes the cache to a safetensors file, without the spare room.
+
+        Where several processes share the cache, every one must call it, and writes its own share: rank 0 to
+        `path`, the others to files beside it that are named after it. What was there before is replaced once
+        all are written.
 
         Args:
-            path: the file.
+            path: the file, in a folder that every process sees.
 
         Raises:
-            ValueError: a layer of this model is of a kind that cannot be saved.
+            ValueError: a layer of this model is of a kind that cannot be saved, or the processes were not
+                asked for the same; on every process.
+            OSError: a file cannot be written; on every process.
         """
-        tensors, lengths = {}, []
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, (PreallocatedLayer, RecurrentLayer)):
-                raise ValueError(
-                    f"`save` knows attention layers, but layer {index} is a {type(layer).__name__}."
-                )
-            lengths.append(layer.get_seq_length())
-            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state().items()}
-        metadata = {
-            "format": _FORMAT + _VERSION,
-            "model": json.dumps(self.signature),
-            "lengths": json.dumps(lengths),
-        }
-        if (name := cache_dtype_name(self.cache_dtype)) is not None:
-            metadata["cache_dtype"] = name
-        save_file(tensors, path, metadata=metadata)
+        lengths = lengths_of(self.layers)
+        dtype = cache_dtype_name(self.cache_dtype)
+        notes = Notes(self.signature, lengths, dtype, self._placed(max(lengths, default=0)).stretches, "")
+        save_layers(path, self.layers, notes, self._ranks)
+
+    @property
+    def _ranks(self) -> Any:
+        return Alone()
+
+    def _placed(self, length: int) -> Placement:
+        """Who holds which token of a cache that one process has for itself."""
+        placement = Placement(0, 1)
+        if length:
+            placement.place(length)
+        return placement
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike,
-        config: PreTrainedConfig,
-        device: torch.device | str = "cpu",
+        config: PreTrainedConfig | nn.Module,
+        device: torch.device | str | None = None,
         capacity: int = 0,
         cache_dtype: str | torch.dtype | None = None,
         offload_layers: int = 0,
     ) -> "LongContextCache":
-        """Reads a cache that `save` wrote.
+        """Reads a cache that `save` wrote, by as many processes or by others.
 
         Args:
-            path: the file.
-            config: config of the model that will use it; must be the one that made it.
-            device: where the keys and values go.
+            path: the file; of a cache that several processes have saved, the one without a number.
+            config: config of the model that will use it, which must be the one that made it; or that model.
+                Where `prepare_generation` has prepared it for several processes, they share the cache: every
+                one must call it, and reads its own share.
+            device: where the keys and values go; None for that of the model, and the CPU for a config.
             capacity: tokens to make room for.
             cache_dtype: that of the saved cache, as in the constructor.
             offload_layers: as in the constructor; the saved cache may have had another number.
 
         Raises:
             ValueError: the file is not such a cache, not all of one, or was made by another model, in another
-                `cache_dtype` or by another version of this library.
+                `cache_dtype` or by another version of this library; files beside it are missing, or of
+                another save. On every process.
+            OSError: there is no such file; on every process.
+            TypeError: `config` is neither a config nor a model of transformers.
         """
-        cache = cls(config, capacity, cache_dtype, offload_layers)
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                cache._read(file, f"`path`={path}")
-        except SafetensorError as error:
-            raise ValueError(f"`path`={path} is not a saved cache, or not all of one: {error}.") from error
-        return cache
+        known: Any = config if isinstance(config, PreTrainedConfig) else getattr(config, "config", None)
+        if not isinstance(known, PreTrainedConfig):
+            raise TypeError(
+                f"`config` must be a model of transformers or its config, got {type(config).__name__}; give "
+                "the model inside of a wrapper."
+            )
+        place: Any = getattr(config, "device", "cpu") if device is None else device
+        caches = getattr(config, CACHES, None)
+        options = (capacity, cache_dtype, offload_layers)
+        if caches is None:
+            return load_cache(path, lambda: cls(known, *options), place, Alone())
+        ranks = Alone() if caches.group is None else caches.group
+        return load_cache(path, lambda: caches.make(*options), place, ranks)
 
-    def _read(self, file: Any, owner: str) -> None:
-        """Takes over what an open file holds, if it is a cache of this kind."""
-        metadata = file.metadata() or {}
-        name, version = metadata.get("format"), str(metadata.get("format")).removeprefix(_FORMAT)
-        if version == name or "model" not in metadata:
-            raise ValueError(f"{owner} is not a saved cache: its format is {name!r}.")
-        if version != _VERSION:
+    def read(self, saved: SavedCache) -> None:
+        """Takes over what open files hold, if it is a cache of this kind.
+
+        Args:
+            saved: the files.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        notes = saved.notes
+        self._check_signature(notes.model)
+        self.check_dtype(notes.cache_dtype, saved.owner)
+        if len(notes.lengths) != len(self.layers):
             raise ValueError(
-                f"{owner} is a cache in version {version} of the format, and this library reads version "
-                f"{_VERSION}; save it again, or use the library that made it."
+                f"{saved.owner} does not hold all layers: {len(notes.lengths)} of the {len(self.layers)} of "
+                "this model; save it again."
             )
-        self._check_signature(json.loads(metadata["model"]))
-        self.check_dtype(metadata.get("cache_dtype"), owner)
-        lengths, names = json.loads(metadata.get("lengths", "[]")), set(file.keys())
-        states = [_layer_state(file, names, index) for index in range(len(lengths))]
-        if len(lengths) != len(self.layers) or any(
-            length and not state for length, state in zip(lengths, states, strict=True)
-        ):
-            raise ValueError(
-                f"{owner} does not hold all layers of the cache that it says it is; save it again."
-            )
+        places = saved.places(self._place(notes).runs)
         layers: list[Any] = self.layers
-        for layer, state, length in zip(layers, states, lengths, strict=True):
-            layer.load_state(state, length)
+        for index, (layer, length) in enumerate(zip(layers, notes.lengths, strict=True)):
+            layer.load_state(saved.state(index, places if is_cut(layer) else None), length)
+
+    def _place(self, notes: Notes) -> Placement:
+        """Decides which of the saved tokens this cache will hold."""
+        return self._placed(notes.length)
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Refuses a model other than the one this cache was made for.
@@ -261,11 +279,6 @@ class LongContextCache(Cache):
                     f"`config` has {name}={mine!r}, but the saved cache was made with {saved.get(name)!r}; "
                     "use the model that made it."
                 )
-
-
-def _layer_state(file: Any, names: set[str], index: int) -> dict[str, Tensor]:
-    keys = {name: f"layers.{index}.{name}" for name in ("keys", "values", "scales", "recurrent_state")}
-    return {name: file.get_tensor(key) for name, key in keys.items() if key in names}
 
 
 def _make_layers(config: PreTrainedConfig, capacity: int, cache_dtype: torch.dtype | None) -> list[Any]:

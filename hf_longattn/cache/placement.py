@@ -163,6 +163,45 @@ class Placement:
             block += 1
         self._stretch(stop, None)
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(start, stop) of the positions that this rank holds, ascending, as they follow each other there."""
+        return list(zip(self._starts, self._stops, strict=True))
+
+    @property
+    def stretches(self) -> list[tuple[int, int, int | None]]:
+        """How all tokens were given out, the same on every rank: what `follow` takes.
+
+        (start, stop, what each rank was given of a run that was cut, None for blocks) of each stretch.
+        """
+        return [(start, stop, share) for start, stop, share, _ in self._stretches]
+
+    def follow(self, stretches: list[tuple[int, int, int | None]]) -> None:
+        """Gives out all tokens anew, as another placement over as many ranks has given them.
+
+        Args:
+            stretches: of that one. Of a run that was cut and then cropped, `stop` is where it ends now.
+        """
+        self.truncate(0)
+        for start, stop, share in stretches:
+            if share is None:
+                self.place(stop - start)
+            else:
+                self.place_slices(Slices(start, share * self.world_size, self.rank, self.world_size))
+                self.truncate(stop)
+
+    def spread(self, length: int) -> None:
+        """Gives out all tokens anew, as one run that is cut, and the remainder.
+
+        Args:
+            length: tokens.
+        """
+        pieces = 2 * self.world_size
+        count = length // pieces * pieces
+        self.follow([(0, count, count // self.world_size)] if count else [])
+        if count < length:
+            self.place(length - count)
+
     def place_slices(self, slices: Slices) -> None:
         """Gives out a run that the ranks compute together."""
         for part in slices.own:

@@ -5,15 +5,17 @@ no communication to decode.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_longattn.cache.long_context import LongContextCache
+from hf_longattn.cache.files import Notes
+from hf_longattn.cache.long_context import CACHES, LongContextCache
 from hf_longattn.cache.placement import Placement, Slices
 from hf_longattn.cache.preallocated import Clock, PreallocatedLayer, PreallocatedSlidingLayer
 from hf_longattn.cache.quantized import QuantizedLayer, QuantizedSlidingLayer
@@ -167,6 +169,14 @@ class ShardedRecurrentLayer(RecurrentLayer):
         """
         self.capacity = roomier(self, count)
 
+    def load_state(self, state: dict[str, Tensor], length: int) -> None:
+        """Takes over what `state` gave; `length` is the number of tokens of the whole sequence."""
+        self.reset()
+        self.make_room(length)
+        capacity = self.capacity
+        super().load_state(state, length)
+        self.capacity = capacity
+
     def set_clock(self, clock: Clock) -> None:
         """Tells the device the length of the whole sequence, and the positions of all slots."""
         super().set_clock(clock)
@@ -273,32 +283,100 @@ class ShardedCache(LongContextCache):
         super().reset()
         self.placement.truncate(0)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes this rank's share to a file of its own, as `LongContextCache.save` says.
+
+        Args:
+            path: the file of rank 0.
+
+        Raises:
+            ValueError: as there; or other processes hold other heads of the same tokens.
+            OSError: a file cannot be written; on every process.
+        """
+        self._check_heads("save")
+        super().save(path)
+
     @classmethod
-    def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: a file holds a whole cache.
+    def load(cls, path: Any, config: Any, *args: Any, **kwargs: Any) -> LongContextCache:
+        """Reads a cache that `save` wrote, as `LongContextCache.load` does.
 
         Args:
-            args: unused.
-            kwargs: unused.
+            path: the file of rank 0.
+            config: the model, prepared for the processes that will share the cache.
+            args: as there.
+            kwargs: as there.
 
         Raises:
-            ValueError: always.
+            ValueError: as there; or `config` does not say who shares the cache.
         """
-        raise ValueError(
-            "`load`: a cache shared by several processes is not read from a file in this version; "
-            "`LongContextCache.load` reads one that every process then holds whole."
-        )
+        if getattr(config, CACHES, None) is None:
+            raise ValueError(
+                "`config` must be the model that `prepare_generation` has prepared for the processes that "
+                f"share the cache, got a {type(config).__name__}."
+            )
+        return super().load(path, config, *args, **kwargs)
 
-    def save(self, path: Any) -> NoReturn:
-        """Refused: no rank holds the whole cache.
+    @property
+    def _ranks(self) -> Any:
+        return self.group
+
+    def _check_heads(self, call: str) -> None:
+        others = self.group.control.world_size
+        if others > self.group.world_size:
+            raise ValueError(
+                f"`{call}`: the heads of this cache lie on other processes too ({others} in all, "
+                f"{self.group.world_size} of which share the tokens); without tensor parallelism it can be "
+                "saved and loaded."
+            )
+
+    def _placed(self, length: int) -> Placement:
+        return super()._placed(length) if self.group.world_size == 1 else self.placement
+
+    def _place(self, notes: Notes) -> Placement:
+        self._check_heads("load")
+        if self.group.world_size == 1:
+            return super()._place(notes)
+        if notes.parts == self.group.world_size:
+            # The same shares give the same bits.
+            self.placement.follow(notes.stretches)
+        else:
+            self.placement.spread(notes.length)
+        return self.placement
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """The caches that a prepared model generates with.
+
+    Args:
+        model: the transformers model.
+        group: the `SequenceGroup` whose ranks share a cache, or None for this process alone.
+        whole: class of the caches of one process.
+        shared: class of those that are shared.
+    """
+
+    model: Any
+    group: Any
+    whole: type[LongContextCache]
+    shared: type[ShardedCache]
+
+    def make(
+        self, capacity: int, cache_dtype: str | torch.dtype | None = None, offload_layers: int = 0
+    ) -> LongContextCache:
+        """An empty cache.
 
         Args:
-            path: unused.
+            capacity: tokens of the whole sequence to make room for.
+            cache_dtype: as `LongContextCache` takes it.
+            offload_layers: the same; 0 where the cache is shared.
 
         Raises:
-            ValueError: always.
+            ValueError: an argument that cannot be honoured.
         """
-        raise ValueError(
-            "`save`: a cache shared by several processes cannot be saved in this version, for no process "
-            "holds it whole; generate in one process to save its cache."
-        )
+        if self.group is None:
+            return self.whole(self.model.config, capacity, cache_dtype, offload_layers)
+        if offload_layers:
+            raise ValueError(
+                f"`offload_layers` must be 0 for a cache that several processes share, got {offload_layers}."
+            )
+        return self.shared(self.model.config, self.group, capacity, cache_dtype)

@@ -207,6 +207,19 @@ class ShardedLayer(PreallocatedLayer):
         """Tokens of the whole sequence."""
         return self.length if self.clock is None else self.clock.write + self.clock.offset
 
+    def load_state(self, state: dict[str, Tensor], length: int) -> None:
+        """Takes over this rank's share.
+
+        Args:
+            state: as `state` gives it, of the tokens that the placement says by now.
+            length: tokens of the whole sequence.
+        """
+        self.reset()
+        if state:
+            self.make_room(length)
+            self._append(state["keys"], state["values"])
+        self.length = length
+
     def _drop(self, count: int) -> None:
         self.length -= count
         self.end = self.placement.count(self.length)

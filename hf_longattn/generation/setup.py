@@ -12,9 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_longattn import instance
 from hf_longattn.attention.lightning import refuse_pages
 from hf_longattn.cache import LongContextCache
+from hf_longattn.cache.long_context import CACHES
 from hf_longattn.cache.quantized import check_cache_dtype, read_cache_dtype
 from hf_longattn.cache.recurrent import lightning_layers
-from hf_longattn.cache.sharded import ShardedCache
+from hf_longattn.cache.sharded import CacheKind, ShardedCache
 from hf_longattn.generation.ahead import run_ahead
 from hf_longattn.generation.blocks import sample
 from hf_longattn.generation.generate_batch import BatchGeneration
@@ -162,7 +163,9 @@ def _replace_methods(
         changes.set_forward(model, decoder.forward())
     if setup.cuda_graph:
         follow_masks(model, changes)
-    prepare_cache = functools.partial(_prepare_cache, model, setup, group, original_cache)
+    caches = _cache_kind(model, group)
+    changes.set(model, CACHES, caches)
+    prepare_cache = functools.partial(_prepare_cache, model, setup, caches, original_cache)
     counted = functools.partial(room.prepare_cache, prepare_cache)
     changes.set(model, "_prepare_cache_for_generation", counted)
     changes.set(model, "_prefill", functools.partial(prefill, model, setup, original_prefill, decoder))
@@ -201,6 +204,15 @@ def _replace_minimax(changes: instance.Setup, model: PreTrainedModel, group: Seq
     minimax.replace_cache(changes, model, group)
 
 
+def _cache_kind(model: PreTrainedModel, group: SequenceGroup | None) -> CacheKind:
+    """What `LongContextCache.load` makes where it is given this model."""
+    if model.config.model_type != "minimax":
+        return CacheKind(model, group, LongContextCache, ShardedCache)
+    from hf_longattn.modeling.lightning.minimax import MiniMaxLongContextCache, MiniMaxShardedCache
+
+    return CacheKind(model, group, MiniMaxLongContextCache, MiniMaxShardedCache)
+
+
 def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> SequenceGroup | None:
     """The processes that share a prompt, or None for this one alone."""
     group = SequenceGroup.find(accelerator, device_mesh, setup.timeout)
@@ -210,7 +222,7 @@ def _make_group(accelerator: Any, device_mesh: Any, setup: GenerationSetup) -> S
 def _prepare_cache(
     model: PreTrainedModel,
     setup: GenerationSetup,
-    group: SequenceGroup | None,
+    caches: CacheKind,
     original: Any,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -225,22 +237,18 @@ def _prepare_cache(
         _check_continuation(int(before.get_seq_length()), model_kwargs.get("attention_mask"))
     original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
-    if group is not None and before is None and made is not None and hasattr(model, "shared_cache"):
+    if caches.group is not None and before is None and made is not None and hasattr(model, "shared_cache"):
         _check_dtype_of(made, setup, False)
-        model_kwargs["past_key_values"] = cast(Any, model).shared_cache(group)
+        model_kwargs["past_key_values"] = cast(Any, model).shared_cache(caches.group)
         return
     wanted = generation_config.cache_implementation in (None, "dynamic")
     # A model with a cache of its own kind keeps it; one of ours can be had in 8 bits, or shared.
-    plain = setup.cache_dtype is None and group is None
+    plain = setup.cache_dtype is None and caches.group is None
     ours = (DynamicCache,) if plain else (DynamicCache, LongContextCache)
     if before is not None or not wanted or type(made) not in ours:
         _check_dtype_of(made, setup, before is not None)
         return
-    if group is None:
-        cache = LongContextCache(model.config, max_cache_length, setup.cache_dtype)
-    else:
-        cache = ShardedCache(model.config, group, max_cache_length, setup.cache_dtype)
-    model_kwargs["past_key_values"] = cache
+    model_kwargs["past_key_values"] = caches.make(max_cache_length, setup.cache_dtype)
     if generation_config.is_assistant:
         model_kwargs["past_key_values"].activate_past_recording()
 

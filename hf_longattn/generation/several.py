@@ -111,6 +111,7 @@ def share_generation(
             if group.watch.is_out_of_step:
                 for each in groups.values():
                     each.renew()
+                group.watch.is_out_of_step = False
             call = signature.bind_partial(*args, **kwargs)
             check_same(group, {**settings, **_fields(model, call.arguments)}, model.device)
             if shared.world_size > 1:

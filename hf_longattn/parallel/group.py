@@ -1,5 +1,6 @@
 """The ranks that share one sequence, and every operation they do together."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from hf_longattn.parallel.connections import Connections, Link
 from hf_longattn.parallel.peers import PeerBoards
 from hf_longattn.parallel.watch import Watch
 
+# Errors of one rank that are told to the others as what they are.
+_TOLD = (OSError, ValueError, RuntimeError)
 # `all_gather_into_tensor` has this name from torch 2.12 on.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -292,6 +295,40 @@ class SequenceGroup:
         if (link := self._connections.whole) is not None:
             self._run(dist.broadcast, tensor, None, link.group, False, 0)
         return tensor
+
+    def do_together(self, work: Callable[[], str]) -> list[str]:
+        """Has every rank do its part of a task; where one cannot, all raise.
+
+        The others are waited for while they give signs of life: files may take longer than the timeout.
+
+        Args:
+            work: this rank's part; what it returns is told to the others.
+
+        Returns:
+            what each rank's part has returned.
+
+        Raises:
+            OSError: this part raised it, or that of another rank, which is named.
+            ValueError: the same.
+            RuntimeError: the same; or another rank is gone.
+        """
+        if self.world_size == 1:
+            return [work()]
+        own: Exception | None = None
+        with self.watch:
+            try:
+                said = ["", work()]
+            except (OSError, ValueError, RuntimeError) as error:
+                kind = next(kind for kind in _TOLD if isinstance(error, kind))
+                own, said = error, [kind.__name__, str(error)]
+            everyone = [json.loads(words) for words in self.watch.tell(json.dumps(said))]
+        if own is not None:
+            raise own
+        for rank, (name, words) in enumerate(everyone):
+            for kind in _TOLD:
+                if name == kind.__name__:
+                    raise kind(f"rank {rank} of {self.world_size}: {words}")
+        return [words for _, words in everyone]
 
     def _run(self, operation: Callable[..., Any], *args: Any) -> Any:
         # By position: torch describes a failed operation by the group that it was given by keyword, and has

@@ -47,7 +47,8 @@ class Watch:
         # That of the last call in which a fault was known.
         self._left: Any = None
         # Whether that fault has ended it at different operations, the same answer on every rank: what one has
-        # sent and another never took would meet the next operation of the same connections.
+        # sent and another never took would meet the next operation of the same connections. It stays so until
+        # who opens new ones says that it has.
         self.is_out_of_step = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,7 +60,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if len(self.ranks) > 1:
             # First of all: others may take until the timeout to leave the last call.
-            self.is_out_of_step = self._compare_counts()
+            self.is_out_of_step |= self._compare_counts()
             self._operations, self._fault = 0, None
             self._store = self._open_store()
             self._stop.clear()
@@ -86,7 +87,7 @@ class Watch:
         # A connection of its own: the thread must not wait for what others wait for.
         store = dist.PrefixStore(f"{self._members}/{self._number}", default_store().clone())
         call = store.add(f"calls/{self.rank}", 1)
-        for key in (f"{call - 2}/signs/{self.rank}", f"{call - 2}/note"):
+        for key in (f"{call - 2}/signs/{self.rank}", f"{call - 2}/words/{self.rank}", f"{call - 2}/note"):
             # Nobody looks at a call that all have left.
             store.delete_key(key)
         return dist.PrefixStore(str(call), store)
@@ -118,6 +119,22 @@ class Watch:
             time.sleep(_BEAT / 10)
         return int(store.get(f"left/{rank}"))
 
+    def tell(self, words: str) -> list[str]:
+        """What every rank has to say, once a `with` block; who is not there yet is waited for while it lives.
+
+        Args:
+            words: of this rank.
+
+        Raises:
+            RuntimeError: another rank has stopped, or is gone.
+        """
+        self._store.set(f"words/{self.rank}", words)
+        everyone = [f"words/{rank}" for rank in range(len(self.ranks))]
+        while not self._store.check(everyone):
+            self._raise_fault()
+            time.sleep(_BEAT / 50)
+        return [said.decode() for said in self._store.multi_get(everyone)]
+
     def check(self) -> None:
         """Counts an operation.
 
@@ -125,6 +142,9 @@ class Watch:
             RuntimeError: another rank has stopped, and said why.
         """
         self._operations += 1
+        self._raise_fault()
+
+    def _raise_fault(self) -> None:
         if self._fault is not None and self._thread is not None:
             raise RuntimeError(f"one prompt over several processes: {self._fault}.")
 
@@ -170,7 +190,8 @@ class Watch:
                 if self._fault is None:
                     self._look_around(seen)
                     since = time.monotonic()
-                elif not is_over and self._abort is not None and time.monotonic() - since > _GRACE:
+                elif not is_over and self._has_to_abort(since):
+                    assert self._abort is not None
                     logger.error("one prompt over several processes: %s.", self._fault)
                     self._abort()
                     is_over = True
@@ -178,6 +199,10 @@ class Watch:
         except RuntimeError:
             # The store went with the process that held it: the next operation says so.
             return
+
+    def _has_to_abort(self, since: float) -> bool:
+        # Who has begun no operation waits for none: it may be writing a file.
+        return self._abort is not None and self._operations > 0 and time.monotonic() - since > _GRACE
 
     def _look_around(self, seen: dict[int, tuple[Any, float]]) -> None:
         """Notes a fault that another rank has left, or that the signs of the next rank have stood still.

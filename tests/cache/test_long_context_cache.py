@@ -144,7 +144,7 @@ def test_what_is_no_cache_or_not_all_of_one_is_refused(saved):
         metadata = file.metadata()
     others = {
         "not a saved cache: its format is 'pt'": (tensors, {"format": "pt"}),
-        "version 7 of the format, and this library reads version 1": (
+        "version 7 of the format, and this library reads versions 1 and 2": (
             tensors,
             {**metadata, "format": "hf_longattn.cache.7"},
         ),

@@ -14,7 +14,6 @@ from several import (
     assert_same,
     batch_for,
     build,
-    error_of,
     generate,
     logits_beside,
     prepare,
@@ -139,8 +138,6 @@ def operate(size, mesh, cache_dtype):
     assert (twin.get_seq_length(), cache.get_seq_length()) == (size_before - 20, size_before)
     cache.crop(50 - cache.get_seq_length()), reference.crop(50 - reference.get_seq_length())
     feed(tiny.tokens(2, 5, seed=9))
-    for call in (lambda: cache.save("nowhere"), lambda: ShardedCache.load("nowhere", model.config)):
-        assert "shared by several processes" in error_of(ValueError, call)
     cache.reset()
     reference = make_reference()
     feed(ids[:, :33])

@@ -1,18 +1,24 @@
 """Topics of `cases.py`: ranks that differ, die, hang, fail or run out of memory."""
 
 import functools
+import os
+import tempfile
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import ranks
 import tiny
 import torch
+import torch.distributed as dist
 import transformers as tf
 from connection_cases import descriptors
 from several import BOUND, TIMEOUT, assert_same, build, error_of, expected, generate, prepare
 from torch.distributed.device_mesh import init_device_mesh
 
 import hf_longattn
+from hf_longattn import LongContextCache
+from hf_longattn.cache.files import part_path
 from hf_longattn.generation import room
 from hf_longattn.parallel.watch import Watch
 
@@ -191,6 +197,7 @@ def stays_away(rank, size, mesh):
     if rank == 0:
         # What would end an operation that no timeout reaches: called once, some seconds after the fault.
         with watch:
+            watch.check()
             time.sleep(10)
         assert aborted == [True]
     ranks.os._exit(0)
@@ -212,7 +219,7 @@ def fails(rank, size, mesh):
 
     # A cache that an earlier set-up has filled goes over the connections that are opened anew, too.
     hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=4.0)
-    counts = []
+    counts, path = [], Path(tempfile.gettempdir()) / f"fails-{os.getppid()}.safetensors"
     for who, given in (([0], {"past_key_values": cache}), ([1], {}), (range(size), {})):
         fail = tf.LogitsProcessorList([Fail(who)])
         call = functools.partial(generate, model, ids, do_sample=False, logits_processor=fail, **given)
@@ -220,11 +227,16 @@ def fails(rank, size, mesh):
         assert "no room for another token" in message, message
         assert cache.get_seq_length() == 16
         cache.crop(15)
+        # What does not need them leaves it to the next call to open new connections.
+        cache.save(path)
         again = generate(model, ids, do_sample=False, past_key_values=cache)
         assert_same(f"after {who}", again, expected("llama", length=23))
         cache.crop(16)
         counts.append(descriptors())
     assert len(set(counts)) == 1, counts
+    assert LongContextCache.load(path, model).get_seq_length() == 15
+    dist.barrier()
+    part_path(path, rank, size).unlink()
     # A call that one rank never makes leaves the ranks out of step, until they prepare the model again.
     hf_longattn.prepare_generation(model, device_mesh=mesh, timeout=2.0)
     if rank == 0:

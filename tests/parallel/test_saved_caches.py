@@ -7,9 +7,9 @@ import pytest
 
 CASES = Path(__file__).parent / "saved_cases.py"
 RUNS = [
-    ("3,1,2", ("saved", "whole")),
+    ("2,1", ("saved", "whole")),
     ("2", ("faults",)),
-    pytest.param("2", ("more_saved",), marks=pytest.mark.slow),
+    pytest.param("3,2", ("more_saved",), marks=pytest.mark.slow),
 ]
 
 
